@@ -1,0 +1,137 @@
+package dataplane
+
+import (
+	"net/netip"
+
+	"github.com/raceway-mesh/raceway/certs/spiffe"
+)
+
+// Namespace is a Kubernetes namespace.
+type Namespace struct {
+	Name   string
+	Labels map[string]string
+}
+
+// Node is a Kubernetes node.
+type Node struct {
+	Name     string
+	Region   string // topology.kubernetes.io/region
+	Zone     string // topology.kubernetes.io/zone
+	Addrs    []netip.Addr
+	PodCIDRs []netip.Prefix
+}
+
+// Phase is a pod's phase, in Kubernetes' words.
+type Phase string
+
+// The phases of a pod; a Succeeded or Failed one has no traffic and no address of its own.
+const (
+	PodPending   Phase = "Pending"
+	PodRunning   Phase = "Running"
+	PodSucceeded Phase = "Succeeded"
+	PodFailed    Phase = "Failed"
+)
+
+// Owner is what a pod's controller is called to people: the Deployment rather than its ReplicaSet.
+type Owner struct {
+	Kind string `json:"kind"`
+	Name string `json:"name"`
+}
+
+// Workload is a pod.
+type Workload struct {
+	UID            string
+	Name           Name
+	ServiceAccount string
+	Node           string
+	Addrs          []netip.Addr // pod IPs, unmapped
+	Labels         map[string]string
+	Owner          Owner
+	Phase          Phase
+	Ready          bool
+	HostNetwork    bool
+	Terminating    bool
+	Network        string // topology.istio.io/network; "" is the local one
+	Cluster        string
+	NetNS          string // path of the network namespace; only its own node can use it
+
+	// Identity is what its certificate carries. Set by NewSnapshot.
+	Identity spiffe.ID
+	// Enrolled says that its labels and its namespace's ask for capture. Set by NewSnapshot.
+	Enrolled bool
+	// Captured says that the agent of its node published it as ready for tunnels. Set by NewSnapshot.
+	Captured bool
+}
+
+// Protocol is how this workload is reached now.
+func (w *Workload) Protocol() Protocol {
+	if w.Captured {
+		return ProtocolHBONE
+	}
+	return ProtocolTCP
+}
+
+// Live reports whether the pod can have traffic: it has an address and has not finished.
+func (w *Workload) Live() bool {
+	return len(w.Addrs) > 0 && w.Phase != PodSucceeded && w.Phase != PodFailed
+}
+
+// TrafficPolicy is a service's internalTrafficPolicy.
+type TrafficPolicy string
+
+// Values of internalTrafficPolicy; the zero value is Cluster.
+const (
+	TrafficCluster TrafficPolicy = "Cluster"
+	TrafficLocal   TrafficPolicy = "Local"
+)
+
+// TrafficDistribution is a service's trafficDistribution, a preference and never a restriction.
+type TrafficDistribution string
+
+// Values of trafficDistribution; the zero value is no preference.
+const (
+	PreferSameZone TrafficDistribution = "PreferSameZone"
+	PreferSameNode TrafficDistribution = "PreferSameNode"
+	PreferClose    TrafficDistribution = "PreferClose" // the older name of PreferSameZone
+)
+
+// ServicePort is one TCP port of a service.
+type ServicePort struct {
+	Name string
+	Port uint16
+}
+
+// Endpoint is one address behind a service.
+type Endpoint struct {
+	Addr        netip.Addr
+	WorkloadUID string // "" when the address is not a pod
+	Node        string
+	Zone        string
+	Ready       bool
+	Serving     bool
+	Terminating bool
+	Ports       map[string]uint16 // target port by the service port's name
+}
+
+// Service is a Kubernetes service with its endpoints.
+type Service struct {
+	Name            Name
+	Host            string // fully qualified DNS name
+	Addrs           []netip.Addr
+	Ports           []ServicePort
+	Selector        map[string]string
+	InternalTraffic TrafficPolicy
+	Distribution    TrafficDistribution
+	PublishNotReady bool
+	Endpoints       []Endpoint
+}
+
+// Port returns the service's port with that number.
+func (s *Service) Port(number uint16) (ServicePort, bool) {
+	for _, p := range s.Ports {
+		if p.Port == number {
+			return p, true
+		}
+	}
+	return ServicePort{}, false
+}

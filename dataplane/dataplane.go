@@ -1,0 +1,77 @@
+// Package dataplane is the vocabulary of Raceway: what a node agent knows of the
+// cluster (Snapshot and its parts), and the words for what it decides and does.
+// It depends on the standard library and on the identity type alone, so every
+// other package may speak it.
+package dataplane
+
+// Labels and annotations that users and agents write on Kubernetes objects.
+const (
+	// ModeLabel on a namespace enrols its pods, on a pod it overrides the namespace:
+	// ModeAmbient enrols, ModeNone opts out.
+	ModeLabel   = "raceway.dev/dataplane-mode"
+	ModeAmbient = "ambient"
+	ModeNone    = "none"
+
+	// NetNSAnnotation names the network namespace of a pod on this machine,
+	// for clusters that are a directory of YAML.
+	NetNSAnnotation = "raceway.dev/netns"
+
+	// DryRunAnnotation on an AuthorizationPolicy evaluates and counts it without effect.
+	DryRunAnnotation = "istio.io/dry-run"
+)
+
+// Ports of the data plane inside every enrolled pod. No tunnel may target them.
+const (
+	PortOutbound = 15001 // outbound capture
+	PortInbound  = 15006 // inbound plaintext capture
+	PortTunnel   = 15008 // HBONE
+)
+
+// IsDataPlanePort reports whether port belongs to the data plane of a pod,
+// and so is never the target of an application's connection.
+func IsDataPlanePort(port uint16) bool {
+	return port == PortOutbound || port == PortInbound || port == PortTunnel
+}
+
+// Name identifies a namespaced Kubernetes object.
+type Name struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+}
+
+func (n Name) String() string { return n.Namespace + "/" + n.Name }
+
+// CaptureState is how far the enrolment of one pod on this node has come.
+// A state is reported only once it is true.
+type CaptureState int
+
+const (
+	// CaptureNone is a pod that is not and should not be captured.
+	CaptureNone CaptureState = iota
+	// CapturePending is a pod on its way in; the reason says what it waits for.
+	CapturePending
+	// CaptureInForce is a pod whose inbound and outbound traffic is captured.
+	CaptureInForce
+	// CaptureFailed is a pod whose last attempt failed; it is tried again.
+	CaptureFailed
+	// CaptureReleasing is a pod on its way out: new connections are plain,
+	// those in flight go on through the agent.
+	CaptureReleasing
+)
+
+var captureStates = [...]string{"none", "pending", "captured", "failed", "releasing"}
+
+func (s CaptureState) String() string { return captureStates[s] }
+
+// MarshalText makes the state a word in JSON and YAML.
+func (s CaptureState) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// Protocol is how a workload is reached.
+type Protocol string
+
+const (
+	// ProtocolTCP reaches the workload as plain TCP.
+	ProtocolTCP Protocol = "TCP"
+	// ProtocolHBONE reaches the workload through a tunnel to its port 15008.
+	ProtocolHBONE Protocol = "HBONE"
+)

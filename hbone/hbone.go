@@ -1,0 +1,129 @@
+// Package hbone is the tunnel: HTTP/2 CONNECT over mutual TLS 1.3, wire-compatible with
+// ztunnel, Istio's sidecars and waypoints. It knows nothing of Kubernetes, eBPF or
+// workloads: a caller hands it connections, *tls.Config values and addresses.
+//
+//	Client.Open ──► pool of transport sessions, one per Key ──► CONNECT ──► Stream
+//	Server.Serve ─► TLS accept ─► transport session ─► CONNECT ─► Handler(*Request) ─► Stream
+//
+// The transport (package h2 today; a framing engine of our own and HTTP/3 later) sits
+// behind ClientTransport and ServerTransport and carries no policy.
+package hbone
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"net/netip"
+)
+
+// Stream is one tunnelled byte stream. Read and Write may be called concurrently with each
+// other and with the rest; Read returns io.EOF only after the peer ended its direction
+// cleanly, any other end is an error, so a truncated transfer never looks complete.
+type Stream interface {
+	Read(p []byte) (int, error)
+	Write(p []byte) (int, error)
+	// CloseWrite ends our direction cleanly (END_STREAM); reading goes on.
+	CloseWrite() error
+	// Close releases the stream. Unless both directions ended cleanly before, the peer
+	// sees RST_STREAM. It may be called again and from any goroutine, and unblocks
+	// Read and Write.
+	Close() error
+}
+
+// Request is a CONNECT request's content.
+type Request struct {
+	// Authority is ip:port, [v6]:port or host:port: the target, never its own port.
+	Authority string
+	// Forwarded is the original client and the service it asked for.
+	Forwarded Forwarded
+	// Baggage describes the workload that sends it. Informational: identity comes from
+	// the certificate alone.
+	Baggage Baggage
+	// TraceParent is a W3C trace context, "" to start none.
+	TraceParent string
+}
+
+// Forwarded is the content of the `forwarded` header (RFC 7239) as HBONE uses it.
+type Forwarded struct {
+	For  netip.AddrPort // zero: absent
+	Host string         // the service that was asked for, "" when none
+}
+
+// Baggage is the content of the `baggage` header (W3C Baggage) with the keys that Istio uses.
+type Baggage struct {
+	Cluster      string // k8s.cluster.name
+	Namespace    string // k8s.namespace.name
+	WorkloadKind string // deployment, cronjob, pod or job: the middle of k8s.<kind>.name
+	WorkloadName string
+	Service      string // service.name
+	Version      string // service.version
+	Region       string // cloud.region
+	Zone         string // cloud.availability_zone
+}
+
+// Key says which pooled session may carry a stream. Two streams share a TLS connection
+// only when all of it is equal.
+type Key struct {
+	Source string         // our identity, as text
+	Peer   string         // the identity (or identities) that the peer must prove, as text
+	Remote netip.AddrPort // the peer's tunnel port
+	Local  netip.Addr     // the source address
+}
+
+// Session is a client's live transport connection to one peer.
+type Session interface {
+	// Open sends CONNECT and waits for the response: a Stream on 200, a *StatusError on
+	// another status, ErrRefused when the peer certainly did not process it (REFUSED_STREAM,
+	// GOAWAY with a lower last stream), so that it may be tried again elsewhere.
+	Open(ctx context.Context, r *Request) (Stream, *Response, error)
+	// Capacity is how many more streams it can carry now; 0 when full, draining or dead.
+	Capacity() int
+	// Streams is how many it carries now.
+	Streams() int
+	// Done is closed when it can carry no streams any more.
+	Done() <-chan struct{}
+	Close() error
+}
+
+// Response is what a peer said beside 200.
+type Response struct {
+	Baggage Baggage
+}
+
+// ClientTransport makes a Session from a TLS connection whose handshake has completed.
+type ClientTransport interface {
+	NewSession(ctx context.Context, conn *tls.Conn) (Session, error)
+}
+
+// ServerTransport serves one TLS connection whose handshake has completed until it ends or
+// ctx does: then it drains (GOAWAY, streams run on) until drained, or until force is done.
+type ServerTransport interface {
+	ServeConn(ctx, force context.Context, conn *tls.Conn, serve func(*ServerRequest)) error
+}
+
+// ServerRequest is a CONNECT that arrived, not yet answered.
+type ServerRequest struct {
+	// Request is what the headers say, already parsed. All of it is untrusted.
+	Request
+	// Target is Authority when it is ip:port; otherwise zero, and Authority is host:port.
+	Target netip.AddrPort
+	// Conn is the tunnel connection that carries it.
+	Conn *ServerConn
+	// Context ends with the stream, the connection, or the server's force.
+	Context context.Context
+
+	// Accept answers 200 and returns the stream; Reject answers with a status and ends it.
+	// Exactly one of them is called, once.
+	Accept func(Response) (Stream, error)
+	Reject func(status int)
+}
+
+// ServerConn is what a server knows of a tunnel connection.
+type ServerConn struct {
+	Local, Remote netip.AddrPort
+	TLS           tls.ConnectionState
+	Raw           net.Conn // for TCP_INFO; never read or written
+}
+
+// Handler decides and serves one CONNECT; it returns when the stream is done with.
+type Handler func(*ServerRequest)
