@@ -49,6 +49,9 @@ func NewSnapshot(c Contents) *Snapshot {
 	slices.SortFunc(c.Workloads, func(a, b Workload) int {
 		return cmp.Or(cmp.Compare(a.Name.Namespace, b.Name.Namespace), cmp.Compare(a.Name.Name, b.Name.Name), cmp.Compare(a.UID, b.UID))
 	})
+	slices.SortFunc(c.Services, func(a, b Service) int {
+		return cmp.Or(cmp.Compare(a.Name.Namespace, b.Name.Namespace), cmp.Compare(a.Name.Name, b.Name.Name))
+	})
 	for i := range c.Namespaces {
 		s.namespaces[c.Namespaces[i].Name] = &c.Namespaces[i]
 	}
@@ -69,7 +72,9 @@ func NewSnapshot(c Contents) *Snapshot {
 		svc := &c.Services[i]
 		s.services[svc.Name] = svc
 		for _, a := range svc.Addrs {
-			s.byVIP[a] = svc
+			if s.byVIP[a] == nil {
+				s.byVIP[a] = svc
+			}
 		}
 	}
 	return s
@@ -127,7 +132,8 @@ func (s *Snapshot) WorkloadNamed(n Name) *Workload {
 // Service returns nil when there is none of that name.
 func (s *Snapshot) Service(n Name) *Service { return s.services[n] }
 
-// ServiceAt returns the service with that cluster IP, or nil.
+// ServiceAt returns the service with that address, or nil. An address that several claim
+// belongs to the first of them by namespace and name.
 func (s *Snapshot) ServiceAt(a netip.Addr) *Service { return s.byVIP[a] }
 
 // InPodCIDR reports whether a lies in some node's pod range.
