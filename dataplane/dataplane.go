@@ -4,6 +4,11 @@
 // other package may speak it.
 package dataplane
 
+import (
+	"fmt"
+	"strings"
+)
+
 // Labels and annotations that users and agents write on Kubernetes objects.
 const (
 	// ModeLabel on a namespace enrols its pods, on a pod it overrides the namespace:
@@ -65,6 +70,17 @@ func (s CaptureState) String() string { return captureStates[s] }
 
 // MarshalText makes the state a word in JSON and YAML.
 func (s CaptureState) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText reads what MarshalText writes.
+func (s *CaptureState) UnmarshalText(text []byte) error {
+	for i, word := range captureStates {
+		if word == string(text) {
+			*s = CaptureState(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("capture state %q is none of %s", text, strings.Join(captureStates[:], ", "))
+}
 
 // Protocol is how a workload is reached.
 type Protocol string
