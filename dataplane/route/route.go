@@ -1,0 +1,193 @@
+// Package route decides where an enrolled pod's connection goes: (snapshot, flow) ->
+// Decision. It is pure: no clock, no I/O, and the only chance in it is the caller's.
+//
+//	              ┌ cluster IP ─ port known? ─ endpoints ─ pick one ─┐
+//	destination ──┤                                                  ├─► workload ─┬ captured     ─► Tunnel
+//	              ├ pod IP ──────────────────────────────────────────┘             └ not captured ─► Passthrough
+//	              ├ pod range, nobody known there ─► Wait
+//	              └ anything else ────────────────► Passthrough
+//
+// A captured workload is reached through a tunnel or not at all: no rule here turns a
+// tunnel into plaintext, so a failed tunnel can only be tried at another endpoint.
+package route
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// Action is what is to be done with a connection.
+type Action int
+
+// The zero Action refuses, so that a Decision nobody filled in lets nothing through.
+const (
+	// Refuse resets the connection; the reason says why.
+	Refuse Action = iota
+	// Tunnel opens an HBONE tunnel to Decision.Workload for Decision.Target.
+	Tunnel
+	// Passthrough dials Decision.Target in clear.
+	Passthrough
+	// Wait asks again once there is a newer snapshot, within a bound, and then refuses.
+	Wait
+)
+
+var actions = [...]string{"refuse", "tunnel", "passthrough", "wait"}
+
+func (a Action) String() string { return actions[a] }
+
+// MarshalText makes the action a word in JSON and YAML.
+func (a Action) MarshalText() ([]byte, error) { return []byte(a.String()), nil }
+
+// Flow is a connection that an enrolled pod opens.
+type Flow struct {
+	// Source is the pod that opens it; nil when it is not known (then its network is the local one).
+	Source *dataplane.Workload
+	// Node is the source's node, for services that care where an endpoint is; "" takes Source's.
+	Node string
+	// Dst is the original destination; a v4-mapped address is unmapped.
+	Dst netip.AddrPort
+	// Exclude holds the targets that were tried for this connection already, so that
+	// another one is chosen. Empty the first time.
+	Exclude []netip.AddrPort
+}
+
+// Decision is where a flow goes.
+type Decision struct {
+	Action Action
+	// Reason is one sentence for operators.
+	Reason string
+	// Target is the address to reach: for a service, the chosen endpoint and its target port.
+	// It is zero when the flow ends before one is chosen.
+	Target netip.AddrPort
+	// Service is what the flow asked for, nil when its destination is no cluster IP.
+	Service *dataplane.Service
+	// Workload is the pod at Target, nil when it is not one. Workload.Identity is what it
+	// must prove.
+	Workload *dataplane.Workload
+	// Alternates is how many other targets remain to be tried should this one fail: put
+	// Target into Flow.Exclude and decide again.
+	Alternates int
+}
+
+// Decide says where f goes. pick chooses one of n > 0 equal candidates by returning its
+// index below n; nil picks at random. s may be nil: nothing is known yet.
+func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
+	if pick == nil {
+		pick = rand.IntN
+	}
+	f.Dst = netip.AddrPortFrom(f.Dst.Addr().Unmap(), f.Dst.Port())
+	if f.Node == "" && f.Source != nil {
+		f.Node = f.Source.Node
+	}
+	switch {
+	case !f.Dst.IsValid():
+		return Decision{Reason: "the connection has no destination address"}
+	case s == nil:
+		return Decision{Action: Wait, Target: f.Dst, Reason: "the state of the cluster is not known yet"}
+	}
+	if svc := s.ServiceAt(f.Dst.Addr()); svc != nil {
+		return decideService(s, f, svc, pick)
+	}
+	if f.tried(f.Dst) {
+		return Decision{Target: f.Dst, Workload: s.WorkloadAt(f.Dst.Addr()), Reason: fmt.Sprintf("%s was tried and there is no other address to try", f.Dst)}
+	}
+	if w := s.WorkloadAt(f.Dst.Addr()); w != nil {
+		return decideWorkload(f, w, f.Dst)
+	}
+	return decideAddress(s, f.Dst)
+}
+
+func decideService(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, pick func(int) int) Decision {
+	port, ok := svc.Port(f.Dst.Port())
+	if !ok {
+		return Decision{Service: svc, Reason: fmt.Sprintf("service %s has no TCP port %d", svc.Name, f.Dst.Port())}
+	}
+	choices, why := candidates(s, f, svc, port)
+	if len(choices) == 0 {
+		return Decision{Service: svc, Reason: why}
+	}
+	chosen := choices[pick(len(choices))]
+	d := chosen.decide(s, f)
+	d.Service = svc
+	d.Reason = fmt.Sprintf("service %s chose %s: %s", svc.Name, chosen.target, d.Reason)
+	d.Alternates = chosen.alternates
+	return d
+}
+
+// decideWorkload is for a target that is known to be w's.
+func decideWorkload(f Flow, w *dataplane.Workload, target netip.AddrPort) Decision {
+	d := Decision{Target: target, Workload: w}
+	switch {
+	case w.HostNetwork:
+		d.Action = Passthrough
+		d.Reason = fmt.Sprintf("%s is on its node's own network, which is never captured", w.Name)
+	case w.Network != f.network():
+		d.Reason = fmt.Sprintf("%s is on the network %s and this pod on %s; connections between networks are not supported", w.Name, networkName(w.Network), networkName(f.network()))
+	case w.Captured && dataplane.IsDataPlanePort(target.Port()):
+		d.Reason = fmt.Sprintf("port %d of %s belongs to the data plane", target.Port(), w.Name)
+	case w.Captured:
+		d.Action = Tunnel
+		d.Reason = fmt.Sprintf("%s is captured", w.Name)
+	case w.Enrolled:
+		d.Action = Passthrough
+		d.Reason = fmt.Sprintf("%s is enrolled, but the agent of node %q has not published it as captured", w.Name, w.Node)
+	default:
+		d.Action = Passthrough
+		d.Reason = fmt.Sprintf("%s is not enrolled", w.Name)
+	}
+	return d
+}
+
+// decideAddress is for a target that is neither a service's nor a pod's.
+func decideAddress(s *dataplane.Snapshot, target netip.AddrPort) Decision {
+	d := Decision{Action: Passthrough, Target: target}
+	if node := nodeAt(s, target.Addr()); node != nil {
+		d.Reason = fmt.Sprintf("%s is an address of node %s", target.Addr(), node.Name)
+		return d
+	}
+	if s.InPodCIDR(target.Addr()) {
+		d.Action = Wait
+		d.Reason = fmt.Sprintf("%s is in a pod range, but no pod with that address is known", target.Addr())
+		return d
+	}
+	d.Reason = fmt.Sprintf("%s is outside the cluster", target.Addr())
+	return d
+}
+
+func nodeAt(s *dataplane.Snapshot, a netip.Addr) *dataplane.Node {
+	nodes := s.Nodes()
+	for i := range nodes {
+		for _, own := range nodes[i].Addrs {
+			if own == a {
+				return &nodes[i]
+			}
+		}
+	}
+	return nil
+}
+
+func (f Flow) tried(target netip.AddrPort) bool {
+	for _, t := range f.Exclude {
+		if t == target {
+			return true
+		}
+	}
+	return false
+}
+
+func (f Flow) network() string {
+	if f.Source == nil {
+		return ""
+	}
+	return f.Source.Network
+}
+
+func networkName(network string) string {
+	if network == "" {
+		return "local"
+	}
+	return fmt.Sprintf("%q", network)
+}

@@ -1,0 +1,170 @@
+package route
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// candidate is an endpoint that a flow may be sent to.
+type candidate struct {
+	endpoint   *dataplane.Endpoint
+	target     netip.AddrPort
+	workload   *dataplane.Workload // nil when the address is no known pod's
+	alternates int                 // how many others could take its place
+}
+
+// decide is for the endpoint that was chosen.
+func (c candidate) decide(s *dataplane.Snapshot, f Flow) Decision {
+	if c.workload != nil {
+		return decideWorkload(f, c.workload, c.target)
+	}
+	if c.endpoint.WorkloadUID != "" {
+		return Decision{Action: Wait, Target: c.target, Reason: fmt.Sprintf("the pod at %s is not known yet", c.target.Addr())}
+	}
+	return decideAddress(s, c.target)
+}
+
+// candidates are the endpoints to choose from, or why there are none. The order of the
+// steps is kube-proxy's: who may serve at all (ready, else serving while it terminates),
+// restricted by internalTrafficPolicy, then preferred by trafficDistribution, which never
+// leaves a flow without an endpoint.
+func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort) ([]candidate, string) {
+	if len(svc.Endpoints) == 0 {
+		return nil, fmt.Sprintf("service %s has no endpoints", svc.Name)
+	}
+	reachable := addressable(s, f, svc, port)
+	if len(reachable) == 0 {
+		return nil, fmt.Sprintf("service %s has no %s endpoint for port %d", svc.Name, family(f.Dst.Addr()), port.Port)
+	}
+	local := svc.InternalTraffic == dataplane.TrafficLocal
+	if local {
+		reachable = keep(reachable, func(c candidate) bool { return f.Node != "" && c.endpoint.Node == f.Node })
+		if len(reachable) == 0 {
+			return nil, fmt.Sprintf("service %s has no endpoint on node %q, and its internalTrafficPolicy is Local", svc.Name, f.Node)
+		}
+	}
+	able := serving(svc, reachable)
+	if len(able) == 0 {
+		where := ""
+		if local {
+			where = fmt.Sprintf(" on node %q, and its internalTrafficPolicy is Local", f.Node)
+		}
+		return nil, fmt.Sprintf("service %s has no ready endpoint%s", svc.Name, where)
+	}
+	untried := keep(able, func(c candidate) bool { return !f.tried(c.target) })
+	if len(untried) == 0 {
+		return nil, fmt.Sprintf("every endpoint of service %s was tried", svc.Name)
+	}
+	preferred := untried
+	if !local {
+		preferred = prefer(s, f, svc.Distribution, untried)
+	}
+	for i := range preferred {
+		preferred[i].alternates = len(untried) - 1
+	}
+	return preferred, ""
+}
+
+// addressable keeps the endpoints of the flow's family that have the port.
+func addressable(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort) []candidate {
+	found := make([]candidate, 0, len(svc.Endpoints))
+	for i := range svc.Endpoints {
+		ep := &svc.Endpoints[i]
+		addr := ep.Addr.Unmap()
+		number, ok := ep.Ports[port.Name]
+		if !ok || addr.Is4() != f.Dst.Addr().Is4() {
+			continue
+		}
+		w, current := workloadOf(s, ep, addr)
+		if !current {
+			continue
+		}
+		found = append(found, candidate{endpoint: ep, target: netip.AddrPortFrom(addr, number), workload: w})
+	}
+	return found
+}
+
+// workloadOf returns the pod behind an endpoint, nil when none is known. An endpoint whose
+// pod has finished, or whose address is another pod's by now, is not current: what was
+// meant for the old pod must not reach the new one.
+func workloadOf(s *dataplane.Snapshot, ep *dataplane.Endpoint, addr netip.Addr) (w *dataplane.Workload, current bool) {
+	at := s.WorkloadAt(addr)
+	if ep.WorkloadUID == "" {
+		return at, true
+	}
+	named := s.Workload(ep.WorkloadUID)
+	switch {
+	case named == nil:
+		return nil, at == nil
+	case named == at, named.HostNetwork:
+		return named, named.Live()
+	}
+	return nil, false
+}
+
+// serving keeps who may take a new connection: ready ones, or while there are none those
+// that still serve as they terminate (KEP-1669).
+func serving(svc *dataplane.Service, all []candidate) []candidate {
+	if svc.PublishNotReady {
+		return all
+	}
+	ready := keep(all, func(c candidate) bool { return c.endpoint.Ready && !c.endpoint.Terminating })
+	if len(ready) > 0 {
+		return ready
+	}
+	return keep(all, func(c candidate) bool { return c.endpoint.Serving && c.endpoint.Terminating })
+}
+
+// prefer applies trafficDistribution (KEP-4444, KEP-3015): PreferSameNode falls back to the
+// zone and then to all, PreferSameZone and its older name PreferClose to all.
+func prefer(s *dataplane.Snapshot, f Flow, distribution dataplane.TrafficDistribution, all []candidate) []candidate {
+	switch distribution {
+	case dataplane.PreferSameNode:
+		sameNode := keep(all, func(c candidate) bool { return f.Node != "" && c.endpoint.Node == f.Node })
+		if len(sameNode) > 0 {
+			return sameNode
+		}
+	case dataplane.PreferSameZone, dataplane.PreferClose:
+	default:
+		return all
+	}
+	zone := zoneOf(s, f.Node)
+	sameZone := keep(all, func(c candidate) bool { return zone != "" && c.zone(s) == zone })
+	if len(sameZone) > 0 {
+		return sameZone
+	}
+	return all
+}
+
+func (c candidate) zone(s *dataplane.Snapshot) string {
+	if c.endpoint.Zone != "" {
+		return c.endpoint.Zone
+	}
+	return zoneOf(s, c.endpoint.Node)
+}
+
+func zoneOf(s *dataplane.Snapshot, node string) string {
+	if n := s.Node(node); n != nil {
+		return n.Zone
+	}
+	return ""
+}
+
+func keep(all []candidate, want func(candidate) bool) []candidate {
+	kept := make([]candidate, 0, len(all))
+	for _, c := range all {
+		if want(c) {
+			kept = append(kept, c)
+		}
+	}
+	return kept
+}
+
+func family(a netip.Addr) string {
+	if a.Is4() {
+		return "IPv4"
+	}
+	return "IPv6"
+}
