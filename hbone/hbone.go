@@ -75,13 +75,22 @@ type Session interface {
 	// Open sends CONNECT and waits for the response: a Stream on 200, a *StatusError on
 	// another status, ErrRefused when the peer certainly did not process it (REFUSED_STREAM,
 	// GOAWAY with a lower last stream), so that it may be tried again elsewhere.
+	//
+	// It uses up a reservation. ctx bounds the opening alone: the stream outlives it.
 	Open(ctx context.Context, r *Request) (Stream, *Response, error)
+	// Reserve sets a place aside for one Open that follows; false when it is full,
+	// draining or dead.
+	Reserve() bool
+	// Release gives a reservation back that no Open will use.
+	Release()
 	// Capacity is how many more streams it can carry now; 0 when full, draining or dead.
 	Capacity() int
 	// Streams is how many it carries now.
 	Streams() int
-	// Done is closed when it can carry no streams any more.
+	// Done is closed when its connection has ended. (A draining one still carries the
+	// streams that it has: its Capacity is 0, and it ends with the last of them.)
 	Done() <-chan struct{}
+	// Close ends it at once, and its streams with an error.
 	Close() error
 }
 
@@ -91,12 +100,15 @@ type Response struct {
 }
 
 // ClientTransport makes a Session from a TLS connection whose handshake has completed.
+// The session owns the connection, also when NewSession fails. ctx bounds the making only.
 type ClientTransport interface {
 	NewSession(ctx context.Context, conn *tls.Conn) (Session, error)
 }
 
 // ServerTransport serves one TLS connection whose handshake has completed until it ends or
 // ctx does: then it drains (GOAWAY, streams run on) until drained, or until force is done.
+// It owns the connection, returns after the last call of serve has returned, and its error
+// is nil unless the peer broke the protocol or vanished.
 type ServerTransport interface {
 	ServeConn(ctx, force context.Context, conn *tls.Conn, serve func(*ServerRequest)) error
 }
@@ -113,16 +125,40 @@ type ServerRequest struct {
 	Context context.Context
 
 	// Accept answers 200 and returns the stream; Reject answers with a status and ends it.
-	// Exactly one of them is called, once.
+	// Exactly one of them is called, once; a later call of either changes nothing, and a
+	// request whose Handler returned without one is reset.
 	Accept func(Response) (Stream, error)
 	Reject func(status int)
 }
 
-// ServerConn is what a server knows of a tunnel connection.
-type ServerConn struct {
-	Local, Remote netip.AddrPort
+// Conn is what either end knows of a tunnel connection.
+type Conn struct {
+	Local, Remote netip.AddrPort // unmapped
 	TLS           tls.ConnectionState
-	Raw           net.Conn // for TCP_INFO; never read or written
+	Raw           net.Conn // for TCP_INFO; never read, written or closed
+}
+
+// ServerConn is a Conn as a server sees it.
+type ServerConn = Conn
+
+// NewConn describes a connection whose handshake has completed.
+func NewConn(conn *tls.Conn) *Conn {
+	return &Conn{
+		Local:  addrPort(conn.LocalAddr()),
+		Remote: addrPort(conn.RemoteAddr()),
+		TLS:    conn.ConnectionState(),
+		Raw:    conn.NetConn(),
+	}
+}
+
+// addrPort is a TCP address unmapped, and zero for one of another kind.
+func addrPort(a net.Addr) netip.AddrPort {
+	tcp, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := tcp.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 // Handler decides and serves one CONNECT; it returns when the stream is done with.

@@ -1,0 +1,319 @@
+package hbone
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+)
+
+// ClientConfig is what a Client needs. Dial, TLS and Transport are required.
+type ClientConfig struct {
+	// Dial makes the TCP connection to key.Remote from key.Local. ctx ends after
+	// ConnectTimeout, or when nobody waits for the connection any more.
+	Dial func(ctx context.Context, key Key) (net.Conn, error)
+	// TLS is the configuration for a session of key: it verifies that the peer is
+	// key.Peer and shows our certificate as key.Source. NextProtos is set to h2. It may
+	// wait for a certificate, and wraps ErrNoCertificate when there is none. It is called
+	// before Dial and shares HandshakeTimeout with the handshake.
+	TLS func(ctx context.Context, key Key) (*tls.Config, error)
+	// Transport makes sessions; h2.Client in practice.
+	Transport ClientTransport
+	// MaxStreamsPerConn bounds the streams of one session beside the peer's own bound.
+	// 0 means 100.
+	MaxStreamsPerConn int
+	// IdleTimeout is how long a session without streams is kept. 0 means 5 minutes.
+	IdleTimeout time.Duration
+	// ConnectTimeout bounds a dial, HandshakeTimeout what follows until the session is
+	// up. 0 means 10 seconds.
+	ConnectTimeout   time.Duration
+	HandshakeTimeout time.Duration
+	// Log receives what no caller is told. nil discards it.
+	Log *slog.Logger
+}
+
+func (c ClientConfig) withDefaults() ClientConfig {
+	if c.MaxStreamsPerConn <= 0 {
+		c.MaxStreamsPerConn = 100
+	}
+	if c.IdleTimeout <= 0 {
+		c.IdleTimeout = 5 * time.Minute
+	}
+	if c.ConnectTimeout <= 0 {
+		c.ConnectTimeout = 10 * time.Second
+	}
+	if c.HandshakeTimeout <= 0 {
+		c.HandshakeTimeout = 10 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// maxAttempts bounds how often one Open is tried when peers refuse it unprocessed.
+const maxAttempts = 3
+
+// Client opens tunnels over pooled sessions. It is safe for concurrent use.
+type Client struct {
+	cfg ClientConfig
+	// work counts dials and session watchers; Close waits for them.
+	work sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	pools  map[Key]*pool
+	seq    uint64 // of the session made last
+	stats  PoolStats
+}
+
+// NewClient starts nothing: sessions are made when they are needed. Close ends them.
+func NewClient(cfg ClientConfig) *Client {
+	return &Client{cfg: cfg.withDefaults(), pools: make(map[Key]*pool)}
+}
+
+// Tunnel is an open stream and what is known of the way that it takes. Close must be called.
+type Tunnel struct {
+	Stream
+	Response Response
+	Conn     *Conn // shared by the streams of a session; not to be modified
+	Reused   bool  // whether the session was there before
+
+	release func()
+}
+
+// Close closes the stream and gives its place in the session back.
+func (t *Tunnel) Close() error {
+	err := t.Stream.Close()
+	t.release()
+	return err
+}
+
+// Open makes a tunnel to r.Authority through a session of key: a pooled one with room, else
+// a new one whose dial is shared with others who wait. ctx bounds the opening alone.
+// A stream that was certainly not processed, or whose session died before the answer, is
+// tried again on a session made since, a few times. Its error is or wraps a *DialError,
+// *TLSError, *StatusError, ErrRefused, ErrClosed, or ctx's error when time ran out.
+func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error) {
+	if err := r.Validate(); err != nil {
+		return nil, fmt.Errorf("CONNECT: %w", err)
+	}
+	var newerThan uint64
+	var refused error
+	for range maxAttempts {
+		m, newest, err := c.acquire(ctx, key, newerThan)
+		if err != nil {
+			return nil, errors.Join(err, refused)
+		}
+		reused := m.used.Swap(true)
+		stream, response, err := m.session.Open(ctx, r)
+		if err == nil {
+			return &Tunnel{Stream: stream, Response: *response, Conn: m.conn, Reused: reused,
+				release: sync.OnceFunc(func() { c.release(m) })}, nil
+		}
+		c.release(m)
+		switch {
+		case isRemoteAlert(err):
+			return nil, c.countTLSError(NewTLSError(key.Remote, err))
+		case !errors.Is(err, ErrRefused):
+			return nil, openError(ctx, key, r, err)
+		}
+		refused = fmt.Errorf("CONNECT %s through %s: %w", r.Authority, key.Remote, err)
+		newerThan = newest
+		c.count(func(s *PoolStats) { s.Retries++ })
+	}
+	return nil, fmt.Errorf("gave up after %d sessions: %w", maxAttempts, refused)
+}
+
+// isRemoteAlert knows a TLS alert from the peer: in TLS 1.3 the verdict on our certificate
+// comes with the first read after the handshake.
+func isRemoteAlert(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "remote error"
+}
+
+func openError(ctx context.Context, key Key, r *Request, err error) error {
+	if cause := ctx.Err(); cause != nil && errors.Is(err, cause) && isTimeout(err) {
+		return fmt.Errorf("CONNECT %s through %s: no answer in time: the peer's agent may be overloaded, or its application does not accept: %w",
+			r.Authority, key.Remote, err)
+	}
+	return fmt.Errorf("CONNECT %s through %s: %w", r.Authority, key.Remote, err)
+}
+
+// connect makes a session of key, from the TLS configuration to the transport.
+func (c *Client) connect(ctx context.Context, key Key) (Session, *Conn, error) {
+	handshake, cancel := context.WithTimeout(ctx, c.cfg.HandshakeTimeout)
+	defer cancel()
+	cfg, err := c.cfg.TLS(handshake, key)
+	if err != nil {
+		return nil, nil, c.countTLSError(NewTLSError(key.Remote, err))
+	}
+	if len(cfg.NextProtos) != 1 || cfg.NextProtos[0] != alpn {
+		cfg = cfg.Clone()
+		cfg.NextProtos = []string{alpn}
+	}
+	raw, err := c.dialTCP(ctx, key)
+	if err != nil {
+		c.count(func(s *PoolStats) { s.DialFailures++ })
+		return nil, nil, &DialError{Remote: key.Remote, Err: err}
+	}
+	handshake, cancel = context.WithTimeout(ctx, c.cfg.HandshakeTimeout)
+	defer cancel()
+	conn := tls.Client(raw, cfg)
+	if err := conn.HandshakeContext(handshake); err != nil {
+		_ = raw.Close() // the handshake's error is the one to report
+		return nil, nil, c.countTLSError(NewTLSError(key.Remote, err))
+	}
+	if conn.ConnectionState().NegotiatedProtocol != alpn {
+		_ = conn.Close()
+		return nil, nil, c.countTLSError(NewTLSError(key.Remote, errALPN))
+	}
+	session, err := c.cfg.Transport.NewSession(handshake, conn)
+	if err != nil {
+		return nil, nil, fmt.Errorf("start a session with %s: %w", key.Remote, err)
+	}
+	return session, NewConn(conn), nil
+}
+
+func (c *Client) dialTCP(ctx context.Context, key Key) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
+	defer cancel()
+	conn, err := c.cfg.Dial(ctx, key)
+	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+		err = errors.Join(err, ctx.Err()) // a dialer may hide that it ran out of time
+	}
+	return conn, err
+}
+
+func (c *Client) countTLSError(err *TLSError) *TLSError {
+	c.count(func(s *PoolStats) {
+		if s.TLSFailures == nil {
+			s.TLSFailures = make(map[TLSCause]uint64)
+		}
+		s.TLSFailures[err.Cause]++
+	})
+	return err
+}
+
+func (c *Client) count(f func(*PoolStats)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f(&c.stats)
+}
+
+// Close ends every session at once, live streams with an error, and waits for dials to end.
+// It may be called again.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.closeKeys(func(Key) bool { return true }, ErrClosed)
+	c.work.Wait()
+	return nil
+}
+
+// CloseKeys ends the sessions of every key that match wants ended, live streams with an
+// error, and fails the Opens that wait for one. Later Opens make new sessions.
+func (c *Client) CloseKeys(match func(Key) bool) {
+	c.closeKeys(match, errors.New("its sessions were closed meanwhile"))
+}
+
+func (c *Client) closeKeys(match func(Key) bool, cause error) {
+	c.mu.Lock()
+	var sessions []Session
+	for key, p := range c.pools {
+		if !match(key) {
+			continue
+		}
+		for _, m := range p.members {
+			sessions = append(sessions, m.session)
+		}
+		p.failLocked(len(p.waiters), fmt.Errorf("tunnel to %s: %w", key.Remote, cause))
+		p.cancelDialsLocked()
+	}
+	c.mu.Unlock()
+	for _, s := range sessions {
+		if err := s.Close(); err != nil {
+			c.cfg.Log.Debug("close session", "error", err)
+		}
+	}
+}
+
+// RetireKeys takes the sessions of every key that match wants out of use: live streams run
+// on, and a session ends with its last one. A rotated certificate takes effect so.
+func (c *Client) RetireKeys(match func(Key) bool) {
+	c.mu.Lock()
+	var idle []Session
+	for key, p := range c.pools {
+		if !match(key) {
+			continue
+		}
+		for _, m := range p.members {
+			m.retired = true
+			if m.streams == 0 {
+				idle = append(idle, m.session)
+			}
+		}
+		for _, d := range p.dials {
+			d.retired = true
+		}
+	}
+	c.mu.Unlock()
+	for _, s := range idle {
+		if err := s.Close(); err != nil {
+			c.cfg.Log.Debug("close session", "error", err)
+		}
+	}
+}
+
+// PoolStats is a snapshot of a Client's pool: numbers now, then totals since it was made.
+type PoolStats struct {
+	Keys     int // keys with a session, a dial or a waiter
+	Sessions int
+	Streams  int
+	Dialing  int
+	Waiting  int // Opens that wait for a session
+
+	Dials        uint64
+	DialFailures uint64
+	TLSFailures  map[TLSCause]uint64
+	Retries      uint64 // Opens tried again because they were refused unprocessed
+	IdleClosed   uint64
+}
+
+// Stats is a snapshot.
+func (c *Client) Stats() PoolStats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.stats
+	s.TLSFailures = make(map[TLSCause]uint64, len(c.stats.TLSFailures))
+	for cause, n := range c.stats.TLSFailures {
+		s.TLSFailures[cause] = n
+	}
+	s.Keys = len(c.pools)
+	for _, p := range c.pools {
+		s.Sessions += len(p.members)
+		s.Dialing += len(p.dials)
+		s.Waiting += len(p.waiters)
+		for _, m := range p.members {
+			s.Streams += m.streams
+		}
+	}
+	return s
+}
+
+// alpn is the one application protocol of HBONE over TCP.
+const alpn = "h2"
+
+// remove takes one element out of s, keeping the order.
+func remove[T comparable](s []T, x T) []T {
+	if i := slices.Index(s, x); i >= 0 {
+		return slices.Delete(s, i, i+1)
+	}
+	return s
+}

@@ -1,0 +1,140 @@
+package hbone
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// MaxHeaderList is the largest request header list that a server takes, and
+// MaxResponseHeaderList the largest response header list that a client takes, each counted
+// as RFC 9113 section 6.5.2 counts.
+const (
+	MaxHeaderList         = 64 << 10
+	MaxResponseHeaderList = 16 << 10
+)
+
+// Names of the header fields that HBONE knows.
+const (
+	headerBaggage     = "baggage"
+	headerForwarded   = "forwarded"
+	headerTraceParent = "traceparent"
+)
+
+// Fields calls emit with each regular header field of r, names in lower case, in a fixed
+// order.
+func (r *Request) Fields(emit func(name, value string)) {
+	if v := r.Baggage.String(); v != "" {
+		emit(headerBaggage, v)
+	}
+	if v := r.Forwarded.String(); v != "" {
+		emit(headerForwarded, v)
+	}
+	if r.TraceParent != "" {
+		emit(headerTraceParent, r.TraceParent)
+	}
+}
+
+// SetField takes a header field that arrived, its name in lower case. A field that it does
+// not know, or that does not parse, changes nothing: none of them is required, and none
+// decides anything. Of a repeated field the first that parses counts.
+func (r *Request) SetField(name, value string) {
+	switch name {
+	case headerBaggage:
+		if r.Baggage == (Baggage{}) {
+			if b, err := ParseBaggage(value); err == nil {
+				r.Baggage = b
+			}
+		}
+	case headerForwarded:
+		if r.Forwarded == (Forwarded{}) {
+			if f, err := ParseForwarded(value); err == nil {
+				r.Forwarded = f
+			}
+		}
+	case headerTraceParent:
+		if r.TraceParent == "" && CheckTraceParent(value) == nil {
+			r.TraceParent = value
+		}
+	}
+}
+
+// Validate reports what of r cannot be put into a request.
+func (r *Request) Validate() error {
+	_, err := ParseAuthority(r.Authority)
+	if r.TraceParent != "" {
+		err = errors.Join(err, CheckTraceParent(r.TraceParent))
+	}
+	if h := r.Forwarded.Host; h != "" {
+		err = errors.Join(err, checkForwardedHost(h))
+	}
+	return err
+}
+
+// Fields calls emit with each regular header field of r.
+func (r *Response) Fields(emit func(name, value string)) {
+	if v := r.Baggage.String(); v != "" {
+		emit(headerBaggage, v)
+	}
+}
+
+// SetField takes a header field that arrived, as Request.SetField does.
+func (r *Response) SetField(name, value string) {
+	if name != headerBaggage || r.Baggage != (Baggage{}) {
+		return
+	}
+	if b, err := ParseBaggage(value); err == nil {
+		r.Baggage = b
+	}
+}
+
+// traceParentLength is that of version 00 (W3C Trace Context, section 3.2):
+// 00-<trace id, 32>-<parent id, 16>-<flags, 2>.
+const traceParentLength = 55
+
+// CheckTraceParent reports what is wrong with a traceparent. A later version than 00 may
+// carry more after the known fields (section 4.3), up to 512 bytes.
+func CheckTraceParent(s string) error {
+	if len(s) < traceParentLength || len(s) > 512 {
+		return fmt.Errorf("traceparent has %d bytes", len(s))
+	}
+	version, trace, parent, flags := s[:2], s[3:35], s[36:52], s[53:55]
+	if s[2] != '-' || s[35] != '-' || s[52] != '-' {
+		return errors.New("traceparent is not version-trace-parent-flags")
+	}
+	for _, part := range []string{version, trace, parent, flags} {
+		if strings.Trim(part, "0123456789abcdef") != "" {
+			return fmt.Errorf("traceparent has %q where lower-case hexadecimal belongs", part)
+		}
+	}
+	switch {
+	case version == "ff":
+		return errors.New("traceparent has the forbidden version ff")
+	case strings.Trim(trace, "0") == "", strings.Trim(parent, "0") == "":
+		return errors.New("traceparent has an id of zeros")
+	case len(s) == traceParentLength:
+		return nil
+	case version == "00" || s[traceParentLength] != '-':
+		return errors.New("traceparent has more than its version allows")
+	}
+	for i := traceParentLength; i < len(s); i++ {
+		if s[i] <= ' ' || s[i] > '~' {
+			return fmt.Errorf("traceparent has the character %q", s[i])
+		}
+	}
+	return nil
+}
+
+// NewTraceParent starts a trace that is not sampled.
+func NewTraceParent() string {
+	var id [24]byte
+	for {
+		rand.Read(id[:]) // never returns an error (Go 1.24)
+		s := hex.EncodeToString(id[:])
+		if tp := "00-" + s[:32] + "-" + s[32:] + "-00"; CheckTraceParent(tp) == nil {
+			return tp
+		}
+	}
+}

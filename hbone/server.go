@@ -1,0 +1,185 @@
+package hbone
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// ServerConfig is what a Server needs. TLS, Transport and Handler are required.
+type ServerConfig struct {
+	// TLS requires and verifies client certificates, in versions that its owner chose.
+	// NextProtos is set to h2; a config from its GetConfigForClient must say so itself.
+	TLS *tls.Config
+	// Transport serves connections; h2.Server in practice.
+	Transport ServerTransport
+	// Handler serves each CONNECT on a goroutine of its own.
+	Handler Handler
+	// MaxHandshakes bounds the handshakes that go on at once; more wait in the kernel's
+	// backlog. 0 means 128.
+	MaxHandshakes int
+	// HandshakeTimeout bounds one. 0 means 10 seconds.
+	HandshakeTimeout time.Duration
+	// MaxConns bounds the tunnel connections of one listener; more are closed. 0 means
+	// 10,000.
+	MaxConns int
+	// OnHandshakeError, if set, is told of every connection that did not become a tunnel
+	// connection: a *TLSError, or ErrTooManyConns. It is called from several goroutines.
+	OnHandshakeError func(remote netip.AddrPort, err error)
+	// Log receives what no caller is told. nil discards it.
+	Log *slog.Logger
+}
+
+func (c ServerConfig) withDefaults() ServerConfig {
+	if c.MaxHandshakes <= 0 {
+		c.MaxHandshakes = 128
+	}
+	if c.HandshakeTimeout <= 0 {
+		c.HandshakeTimeout = 10 * time.Second
+	}
+	if c.MaxConns <= 0 {
+		c.MaxConns = 10_000
+	}
+	if c.OnHandshakeError == nil {
+		c.OnHandshakeError = func(netip.AddrPort, error) {}
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	c.TLS = c.TLS.Clone()
+	c.TLS.NextProtos = []string{alpn}
+	return c
+}
+
+// ErrTooManyConns is told to OnHandshakeError when a listener's MaxConns bites.
+var ErrTooManyConns = errors.New("too many tunnel connections")
+
+// Server accepts tunnels. Its bound on handshakes is shared by all its listeners.
+type Server struct {
+	cfg        ServerConfig
+	handshakes chan struct{} // a token for each handshake that may start
+}
+
+// NewServer starts nothing; Serve does.
+func NewServer(cfg ServerConfig) *Server {
+	cfg = cfg.withDefaults()
+	return &Server{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes)}
+}
+
+// Serve accepts tunnel connections on l until ctx ends. Then it accepts no more, tells its
+// peers to open no more streams (GOAWAY), and returns when the streams that run have ended,
+// or once force is done, which cuts them. It returns nil after an end that ctx asked for.
+// l stays open where it can be told to stop accepting otherwise (it has SetDeadline, as
+// *net.TCPListener does), and is closed where not. Every goroutine has ended on return.
+func (s *Server) Serve(ctx, force context.Context, l net.Listener) error {
+	if d, ok := l.(interface{ SetDeadline(time.Time) error }); ok {
+		_ = d.SetDeadline(time.Time{}) // of an earlier Serve; Accept tells if l is closed
+	}
+	stop := context.AfterFunc(ctx, func() { stopAccepting(l) })
+	defer stop()
+	var work sync.WaitGroup
+	defer work.Wait()
+	slots := make(chan struct{}, s.cfg.MaxConns)
+	for {
+		select {
+		case s.handshakes <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		raw, err := l.Accept()
+		if err != nil {
+			<-s.handshakes
+			if ctx.Err() != nil {
+				return nil
+			}
+			if retry := acceptRetry(err); retry > 0 {
+				s.cfg.Log.Warn("accept tunnel connections", "listener", l.Addr(), "error", err)
+				pause(ctx, retry)
+				continue
+			}
+			return fmt.Errorf("accept tunnel connections on %s: %w", l.Addr(), err)
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			<-s.handshakes
+			_ = raw.Close() // its peer sees that; nothing was promised
+			s.cfg.OnHandshakeError(addrPort(raw.RemoteAddr()), ErrTooManyConns)
+			continue
+		}
+		work.Go(func() {
+			defer func() { <-slots }()
+			s.serveConn(ctx, force, raw)
+		})
+	}
+}
+
+// serveConn owns raw.
+func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
+	conn, err := s.handshake(ctx, raw)
+	<-s.handshakes
+	remote := addrPort(raw.RemoteAddr())
+	if err != nil {
+		if ctx.Err() == nil {
+			s.cfg.OnHandshakeError(remote, NewTLSError(remote, err))
+		}
+		return
+	}
+	if err := s.cfg.Transport.ServeConn(ctx, force, conn, s.cfg.Handler); err != nil {
+		s.cfg.Log.Debug("tunnel connection ended", "remote", remote, "error", err)
+	}
+}
+
+// handshake closes raw when it fails.
+func (s *Server) handshake(ctx context.Context, raw net.Conn) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
+	defer cancel()
+	conn := tls.Server(raw, s.cfg.TLS)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		_ = raw.Close() // the handshake's error is the one to report
+		if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+			err = errors.Join(err, ctx.Err())
+		}
+		return nil, err
+	}
+	if conn.ConnectionState().NegotiatedProtocol != alpn {
+		_ = conn.Close()
+		return nil, errALPN
+	}
+	return conn, nil
+}
+
+// stopAccepting makes Accept return.
+func stopAccepting(l net.Listener) {
+	if d, ok := l.(interface{ SetDeadline(time.Time) error }); ok {
+		if d.SetDeadline(time.Unix(1, 0)) == nil {
+			return
+		}
+	}
+	_ = l.Close() // whoever owns it closes it again
+}
+
+// acceptRetry is how long to wait before the next Accept after err, 0 for never. Running
+// out of descriptors or memory passes; so does a connection that died in the backlog.
+func acceptRetry(err error) time.Duration {
+	var temporary interface{ Temporary() bool }
+	if errors.Is(err, net.ErrClosed) || !errors.As(err, &temporary) || !temporary.Temporary() {
+		return 0
+	}
+	return 50 * time.Millisecond
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
