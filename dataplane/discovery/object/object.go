@@ -1,0 +1,144 @@
+// Package object turns Kubernetes and Istio objects into the vocabulary of package
+// dataplane. It is pure and knows nothing of where objects come from: a source puts them
+// into a Set as they appear and takes them out as they go, and asks the Set for the
+// Contents of the next Snapshot.
+//
+//	JSON ──Decode──► Object ──Put──► Set ──Contents──► dataplane.NewSnapshot
+//	typed ─FromPod…─┘
+package object
+
+import (
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// Kind is a kind of object that the data plane reads.
+type Kind string
+
+// The kinds that a Set holds.
+const (
+	KindNamespace           Kind = "Namespace"
+	KindNode                Kind = "Node"
+	KindPod                 Kind = "Pod"
+	KindService             Kind = "Service"
+	KindEndpointSlice       Kind = "EndpointSlice"
+	KindAuthorizationPolicy Kind = "AuthorizationPolicy"
+	KindPeerAuthentication  Kind = "PeerAuthentication"
+)
+
+// IsPolicy reports whether losing an object of this kind could open what it kept closed.
+func (k Kind) IsPolicy() bool {
+	return k == KindAuthorizationPolicy || k == KindPeerAuthentication
+}
+
+// Key identifies an object in a Set.
+type Key struct {
+	Kind Kind
+	Name dataplane.Name // Namespace is "" for Namespace and Node
+}
+
+func (k Key) String() string {
+	if k.Name.Namespace == "" {
+		return string(k.Kind) + " " + k.Name.Name
+	}
+	return string(k.Kind) + " " + k.Name.String()
+}
+
+// Compare orders keys by kind, namespace and name.
+func (k Key) Compare(other Key) int {
+	for _, pair := range [...][2]string{
+		{string(k.Kind), string(other.Kind)},
+		{k.Name.Namespace, other.Name.Namespace},
+		{k.Name.Name, other.Name.Name},
+	} {
+		if c := strings.Compare(pair[0], pair[1]); c != 0 {
+			return c
+		}
+	}
+	return 0
+}
+
+// Object is one converted object, immutable. Make it with Decode or a From function.
+type Object struct {
+	Key   Key
+	value any // dataplane.Namespace, dataplane.Node, pod, service, endpointSlice, or a policy
+}
+
+// Mesh is what Contents has to know beside the objects.
+type Mesh struct {
+	TrustDomain   string
+	RootNamespace string
+	ClusterDomain string // of service host names; "" is cluster.local
+	Cluster       string // the name of this cluster, "" when it has none
+}
+
+// Set holds the objects of one cluster. The zero Set is empty and ready; it is not safe
+// for concurrent use.
+type Set struct {
+	objects map[Key]any
+}
+
+// Put adds o or replaces the object of the same key, and reports whether that changed
+// anything that the data plane reads.
+func (s *Set) Put(o Object) bool {
+	if old, ok := s.objects[o.Key]; ok && reflect.DeepEqual(old, o.value) {
+		return false
+	}
+	if s.objects == nil {
+		s.objects = make(map[Key]any)
+	}
+	s.objects[o.Key] = o.value
+	return true
+}
+
+// Delete removes the object of that key and reports whether there was one.
+func (s *Set) Delete(k Key) bool {
+	_, ok := s.objects[k]
+	delete(s.objects, k)
+	return ok
+}
+
+// Keys lists the keys of all objects in order.
+func (s *Set) Keys() []Key {
+	return slices.SortedFunc(maps.Keys(s.objects), Key.Compare)
+}
+
+// Conflict is an object that could not be taken as written beside another.
+type Conflict struct {
+	Key   Key
+	Cause string
+}
+
+// Contents converts all that the set holds. The captured map is left to the source. Each
+// call returns fresh slices of shared, immutable parts, as NewSnapshot needs them.
+func (s *Set) Contents(mesh Mesh) (dataplane.Contents, []Conflict) {
+	if mesh.ClusterDomain == "" {
+		mesh.ClusterDomain = "cluster.local"
+	}
+	c := dataplane.Contents{TrustDomain: mesh.TrustDomain, RootNamespace: mesh.RootNamespace}
+	v := newView(s)
+	for _, key := range v.keys {
+		switch value := s.objects[key].(type) {
+		case dataplane.Namespace:
+			c.Namespaces = append(c.Namespaces, value)
+		case dataplane.Node:
+			c.Nodes = append(c.Nodes, value)
+		case pod:
+			w := value.Workload
+			w.UID = v.uids[key.Name]
+			w.Cluster = mesh.Cluster
+			c.Workloads = append(c.Workloads, w)
+		case service:
+			c.Services = append(c.Services, v.service(value, mesh.ClusterDomain))
+		case dataplane.AuthorizationPolicy:
+			c.Authorizations = append(c.Authorizations, value)
+		case dataplane.PeerAuthentication:
+			c.Authentications = append(c.Authentications, value)
+		}
+	}
+	return c, v.conflicts
+}

@@ -1,0 +1,161 @@
+package object
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/raceway-mesh/raceway/certs/spiffe"
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// networkLabel is Istio's label for the network that a pod is on.
+const networkLabel = "topology.istio.io/network"
+
+// podTemplateHashLabel is what a Deployment appends to its ReplicaSets' names.
+const podTemplateHashLabel = "pod-template-hash"
+
+// cronJobRun matches the name of a CronJob's Job: its own and the minutes since 1970 (older
+// releases: the seconds).
+var cronJobRun = regexp.MustCompile(`^(.+)-\d{8,10}$`)
+
+// pod is a Workload and what services need of it.
+type pod struct {
+	dataplane.Workload
+	uidDerived bool
+	ports      map[string]uint16 // named TCP container ports
+}
+
+// FromPod converts a Pod.
+func FromPod(in *corev1.Pod) (Object, error) {
+	name, err := namespacedName(&in.ObjectMeta)
+	if err != nil {
+		return Object{}, err
+	}
+	out := pod{
+		Workload: dataplane.Workload{
+			UID:            string(in.UID),
+			Name:           name,
+			ServiceAccount: serviceAccount(&in.Spec),
+			Node:           in.Spec.NodeName,
+			Labels:         in.Labels,
+			Owner:          owner(&in.ObjectMeta),
+			Phase:          dataplane.Phase(in.Status.Phase),
+			Ready:          podReady(&in.Status),
+			HostNetwork:    in.Spec.HostNetwork,
+			Terminating:    in.DeletionTimestamp != nil,
+			Network:        in.Labels[networkLabel],
+			NetNS:          in.Annotations[dataplane.NetNSAnnotation],
+		},
+		ports: namedPorts(&in.Spec),
+	}
+	if out.Phase == "" {
+		out.Phase = dataplane.PodPending
+	}
+	if out.UID == "" {
+		out.UID, out.uidDerived = derivedUID(name), true
+	} else if err := validUID(out.UID); err != nil {
+		return Object{}, err
+	}
+	// The trust domain is the mesh's; any valid one proves the rest.
+	id := spiffe.ID{TrustDomain: "cluster.local", Namespace: name.Namespace, ServiceAccount: out.ServiceAccount}
+	if err := id.Validate(); err != nil {
+		return Object{}, fmt.Errorf("spec.serviceAccountName: %w", err)
+	}
+	if err := podAddrs(&out.Workload, &in.Status); err != nil {
+		return Object{}, err
+	}
+	return Object{Key: Key{Kind: KindPod, Name: name}, value: out}, nil
+}
+
+func podAddrs(w *dataplane.Workload, status *corev1.PodStatus) error {
+	ips := make([]string, 0, len(status.PodIPs)+1)
+	for _, ip := range status.PodIPs {
+		ips = append(ips, ip.IP)
+	}
+	for _, ip := range append(ips, status.PodIP) {
+		if ip == "" {
+			continue
+		}
+		a, err := parseAddr("status.podIPs", ip)
+		if err != nil {
+			return err
+		}
+		w.Addrs = appendAddr(w.Addrs, a)
+	}
+	return nil
+}
+
+func serviceAccount(spec *corev1.PodSpec) string {
+	switch {
+	case spec.ServiceAccountName != "":
+		return spec.ServiceAccountName
+	case spec.DeprecatedServiceAccount != "":
+		return spec.DeprecatedServiceAccount
+	default:
+		return "default"
+	}
+}
+
+func podReady(status *corev1.PodStatus) bool {
+	for _, c := range status.Conditions {
+		if c.Type == corev1.PodReady {
+			return c.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}
+
+// owner collapses what controllers put between a pod and what people call it.
+func owner(meta *metav1.ObjectMeta) dataplane.Owner {
+	ref := metav1.GetControllerOfNoCopy(meta)
+	if ref == nil {
+		return dataplane.Owner{Kind: "Pod", Name: meta.Name}
+	}
+	switch ref.Kind {
+	case "ReplicaSet":
+		hash := meta.Labels[podTemplateHashLabel]
+		if base, ok := strings.CutSuffix(ref.Name, "-"+hash); ok && hash != "" && base != "" {
+			return dataplane.Owner{Kind: "Deployment", Name: base}
+		}
+	case "Job":
+		if m := cronJobRun.FindStringSubmatch(ref.Name); m != nil {
+			return dataplane.Owner{Kind: "CronJob", Name: m[1]}
+		}
+	}
+	return dataplane.Owner{Kind: ref.Kind, Name: ref.Name}
+}
+
+// namedPorts collects what a service's targetPort can name: ports of containers, and of
+// init containers that go on running beside them. The first of a name counts, as in Kubernetes.
+func namedPorts(spec *corev1.PodSpec) map[string]uint16 {
+	containers := make([]corev1.Container, 0, len(spec.Containers)+len(spec.InitContainers))
+	containers = append(containers, spec.Containers...)
+	for _, c := range spec.InitContainers {
+		if c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
+			containers = append(containers, c)
+		}
+	}
+	var out map[string]uint16
+	for _, c := range containers {
+		for _, p := range c.Ports {
+			port, err := parsePort(p.Name, p.ContainerPort)
+			if p.Name == "" || !isTCP(p.Protocol) || err != nil {
+				continue // a port that cannot be is a target of nothing
+			}
+			if _, taken := out[p.Name]; taken {
+				continue
+			}
+			if out == nil {
+				out = make(map[string]uint16)
+			}
+			out[p.Name] = port
+		}
+	}
+	return out
+}
+
+func isTCP(p corev1.Protocol) bool { return p == "" || p == corev1.ProtocolTCP }

@@ -1,0 +1,207 @@
+package object
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// serviceNameLabel on an EndpointSlice names its service.
+const serviceNameLabel = "kubernetes.io/service-name"
+
+// view indexes a Set for what depends on more than one object.
+type view struct {
+	set       *Set
+	keys      []Key
+	pods      map[string][]pod // by namespace
+	uids      map[dataplane.Name]string
+	slices    map[dataplane.Name][]endpointSlice // by service
+	reserved  map[netip.Addr]bool                // pod and cluster IPs: no external IP may claim one
+	conflicts []Conflict
+}
+
+func newView(s *Set) *view {
+	v := &view{
+		set:      s,
+		keys:     s.Keys(),
+		pods:     make(map[string][]pod),
+		uids:     make(map[dataplane.Name]string),
+		slices:   make(map[dataplane.Name][]endpointSlice),
+		reserved: make(map[netip.Addr]bool),
+	}
+	owners := make(map[string]Key)
+	for _, key := range v.keys {
+		switch value := s.objects[key].(type) {
+		case pod:
+			v.addPod(key, value, owners)
+		case service:
+			for _, a := range value.Addrs {
+				v.reserved[a] = true
+			}
+		case endpointSlice:
+			v.slices[value.service] = append(v.slices[value.service], value)
+		}
+	}
+	return v
+}
+
+// addPod settles the pod's UID. Two pods with one UID (a copied YAML file) would share one
+// status and one capture; the later by name gets a UID of its own, the same on every node.
+func (v *view) addPod(key Key, p pod, owners map[string]Key) {
+	uid := p.UID
+	if other, taken := owners[uid]; taken {
+		uid = derivedUID(key.Name)
+		v.conflicts = append(v.conflicts, Conflict{Key: key, Cause: fmt.Sprintf(
+			"has the UID %s of %s: it goes by %s until it gets its own or none", p.UID, other, uid)})
+	}
+	owners[uid] = key
+	v.uids[key.Name] = uid
+	v.pods[key.Name.Namespace] = append(v.pods[key.Name.Namespace], p)
+	if p.Live() && !p.HostNetwork {
+		for _, a := range p.Addrs {
+			v.reserved[a] = true
+		}
+	}
+}
+
+func (v *view) pod(n dataplane.Name) (pod, bool) {
+	p, ok := v.set.objects[Key{Kind: KindPod, Name: n}].(pod)
+	return p, ok
+}
+
+func (v *view) zone(node string) string {
+	n, _ := v.set.objects[Key{Kind: KindNode, Name: dataplane.Name{Name: node}}].(dataplane.Node)
+	return n.Zone
+}
+
+func (v *view) service(s service, clusterDomain string) dataplane.Service {
+	out := s.Service
+	out.Host = s.Name.Name + "." + s.Name.Namespace + ".svc." + clusterDomain
+	out.Addrs = make([]netip.Addr, 0, len(s.Addrs)+len(s.external))
+	out.Addrs = append(out.Addrs, s.Addrs...)
+	for _, a := range s.external {
+		// Whoever may write a Service could otherwise draw another's traffic to it
+		// (CVE-2020-8554).
+		if v.reserved[a] {
+			v.conflicts = append(v.conflicts, Conflict{
+				Key:   Key{Kind: KindService, Name: s.Name},
+				Cause: fmt.Sprintf("external address %s is a pod's or a service's own: ignored", a),
+			})
+			continue
+		}
+		out.Addrs = append(out.Addrs, a)
+	}
+	switch eps, found := v.slices[s.Name]; {
+	case s.externalName:
+	case found:
+		out.Endpoints = v.mergeSlices(eps)
+	case len(s.Selector) > 0:
+		out.Endpoints = v.selectEndpoints(s)
+	}
+	return out
+}
+
+// mergeSlices combines the slices of one service. An address that moves from one slice to
+// another can be in both for a moment: the ready one counts, and ports add up.
+func (v *view) mergeSlices(list []endpointSlice) []dataplane.Endpoint {
+	var out []dataplane.Endpoint
+	at := make(map[netip.Addr]int)
+	for _, slice := range list {
+		for _, e := range slice.endpoints {
+			ep := v.resolve(e)
+			i, known := at[ep.Addr]
+			if !known {
+				at[ep.Addr] = len(out)
+				out = append(out, ep)
+				continue
+			}
+			out[i] = mergeEndpoints(out[i], ep)
+		}
+	}
+	return out
+}
+
+func mergeEndpoints(a, b dataplane.Endpoint) dataplane.Endpoint {
+	if b.Ready && !a.Ready {
+		a, b = b, a
+	}
+	ports := make(map[string]uint16, len(a.Ports)+len(b.Ports))
+	for name, port := range b.Ports {
+		ports[name] = port
+	}
+	for name, port := range a.Ports {
+		ports[name] = port
+	}
+	a.Ports = ports
+	return a
+}
+
+// resolve finds the pod of a slice's endpoint. A pod whose YAML names no UID is known by
+// its name; one that does must be the very one, or the slice speaks of a predecessor. Whoever
+// may write slices may name any pod for any address, so the address must be the pod's.
+func (v *view) resolve(e sliceEndpoint) dataplane.Endpoint {
+	out := e.Endpoint
+	if e.pod != (dataplane.Name{}) {
+		p, known := v.pod(e.pod)
+		switch {
+		case !known || e.uid != "" && !p.uidDerived && p.UID != e.uid:
+			out.WorkloadUID = e.uid
+		case slices.Contains(p.Addrs, e.Addr):
+			out.WorkloadUID = v.uids[e.pod]
+			if out.Node == "" {
+				out.Node = p.Node
+			}
+		}
+	}
+	if out.Zone == "" {
+		out.Zone = v.zone(out.Node)
+	}
+	return out
+}
+
+// selectEndpoints does what the EndpointSlice controller does, for a hand-written directory
+// without one: every address, of the service's IP families, of every pod that matches.
+func (v *view) selectEndpoints(s service) []dataplane.Endpoint {
+	var out []dataplane.Endpoint
+	for _, p := range v.pods[s.Name.Namespace] {
+		if !p.Live() || !matches(s.Selector, p.Labels) {
+			continue
+		}
+		ports := make(map[string]uint16, len(s.targets))
+		for _, t := range s.targets {
+			if port := t.on(p); port != 0 {
+				ports[t.name] = port
+			}
+		}
+		if len(ports) == 0 && len(s.targets) > 0 {
+			continue // none of its ports has the target's name
+		}
+		for _, a := range p.Addrs {
+			if !s.wants(a) {
+				continue
+			}
+			out = append(out, dataplane.Endpoint{
+				Addr:        a,
+				WorkloadUID: v.uids[p.Name],
+				Node:        p.Node,
+				Zone:        v.zone(p.Node),
+				Ready:       s.PublishNotReady || p.Ready && !p.Terminating,
+				Serving:     p.Ready,
+				Terminating: p.Terminating,
+				Ports:       ports,
+			})
+		}
+	}
+	return out
+}
+
+func matches(selector, labels map[string]string) bool {
+	for k, want := range selector {
+		if got, ok := labels[k]; !ok || got != want {
+			return false
+		}
+	}
+	return true
+}
