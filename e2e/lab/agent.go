@@ -1,0 +1,352 @@
+package lab
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"sigs.k8s.io/yaml"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/admin"
+)
+
+const (
+	caPort      = 15012
+	metricsPort = 15020
+	// startTimeout is for a process to answer after its start: an agent loads its programs
+	// first, and on a small machine built with -race that takes seconds.
+	startTimeout = 30 * time.Second
+	// pollInterval is between two questions of a wait.
+	pollInterval = 20 * time.Millisecond
+)
+
+// writeTokens makes one secret per node for its agent, and the file that tells the CA whose
+// they are.
+func (l *Lab) writeTokens() error {
+	tokens := make(map[string]string, len(l.nodes))
+	for _, n := range l.nodes {
+		var b [24]byte
+		_, _ = rand.Read(b[:]) // never fails, see crypto/rand
+		tokens[n.Name] = hex.EncodeToString(b[:])
+		if err := l.writeAtomically(l.tokenFile(n), []byte(tokens[n.Name]+"\n"), 0o600); err != nil {
+			return err
+		}
+	}
+	content, err := yaml.Marshal(tokens)
+	if err != nil {
+		return fmt.Errorf("write the nodes' tokens: %w", err)
+	}
+	return l.writeAtomically(l.tokensFile(), content, 0o600)
+}
+
+func (l *Lab) tokenFile(n *Node) string { return filepath.Join(l.secretDir(), n.Name+".token") }
+func (l *Lab) tokensFile() string       { return filepath.Join(l.secretDir(), "tokens.yaml") }
+
+// CA is the running certificate authority.
+type CA struct {
+	*Process
+	Addr     netip.AddrPort
+	DataDir  string // its keys; kept over restarts
+	RootFile string // what agents verify it against
+}
+
+// StartCA starts raceway-ca on Control with args after the lab's own, or again after it ended,
+// and waits until it listens.
+func (l *Lab) StartCA(ctx context.Context, args ...string) (*CA, error) {
+	data := filepath.Join(l.secretDir(), "ca")
+	ca := &CA{
+		Addr:     l.control.AddrPort(caPort),
+		DataDir:  data,
+		RootFile: filepath.Join(data, "root-cert.pem"),
+	}
+	cmd := exec.Command(filepath.Join(l.opts.BinDir, "raceway-ca"), append([]string{
+		"--listen", ca.Addr.String(),
+		"--data-dir", ca.DataDir,
+		"--cluster-dir", l.ClusterDir(),
+		"--node-tokens", l.tokensFile(),
+		"--trust-domain", l.opts.TrustDomain,
+		"--tls-name", ca.Addr.Addr().String(),
+	}, args...)...)
+	p, err := l.control.start(cmd, caProcess, "raceway-ca.log")
+	if err != nil {
+		return nil, err
+	}
+	ca.Process = p
+	err = p.ready(ctx, func(ctx context.Context) error {
+		if _, err := os.Stat(ca.RootFile); err != nil {
+			return err
+		}
+		conn, err := l.control.Dial(ctx, "tcp", ca.Addr.String())
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
+	if err != nil {
+		return nil, errors.Join(err, p.Kill())
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ca = ca
+	return ca, nil
+}
+
+// Agent is a running raceway-agent.
+type Agent struct {
+	*Process
+	Node   *Node
+	Socket string // of the admin API
+	BPFDir string // of its pins; they outlive the process
+
+	args []string
+}
+
+// StartAgent starts raceway-agent on n with args after the lab's own, or again after it
+// ended, and waits until its admin socket answers. The CA must have been started once.
+func (l *Lab) StartAgent(ctx context.Context, n *Node, args ...string) (*Agent, error) {
+	l.mu.Lock()
+	ca, running := l.ca, l.agents[n.Name]
+	l.mu.Unlock()
+	if ca == nil {
+		return nil, fmt.Errorf("start raceway-agent on %s: start the CA first, agents need its root", n.Name)
+	}
+	if running != nil && running.Running() {
+		return nil, fmt.Errorf("start raceway-agent on %s: it runs as pid %d", n.Name, running.Pid())
+	}
+	a := &Agent{
+		Node:   n,
+		Socket: filepath.Join(l.dir, n.Name+".sock"),
+		BPFDir: filepath.Join(l.bpfDir(), n.Name),
+		args:   slices.Clone(args),
+	}
+	cmd := exec.Command(filepath.Join(l.opts.BinDir, "raceway-agent"), append([]string{
+		"--node", n.Name,
+		"--cluster-dir", l.ClusterDir(),
+		"--status-dir", l.StatusDir(),
+		"--ca-address", ca.Addr.String(),
+		"--ca-root", ca.RootFile,
+		"--ca-token-file", l.tokenFile(n),
+		"--trust-domain", l.opts.TrustDomain,
+		"--root-namespace", l.opts.RootNamespace,
+		"--socket", a.Socket,
+		"--bpf-dir", a.BPFDir,
+		"--metrics-address", netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), metricsPort).String(),
+	}, args...)...)
+	p, err := n.start(cmd, agentProcess, "raceway-agent-"+n.Name+".log")
+	if err != nil {
+		return nil, err
+	}
+	a.Process = p
+	client := a.Client()
+	defer client.Close()
+	err = p.ready(ctx, func(ctx context.Context) error {
+		_, err := client.Version(ctx)
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, p.Kill())
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.agents[n.Name] = a
+	return a, nil
+}
+
+// StartMesh starts the CA and an agent on every node, all with args.
+func (l *Lab) StartMesh(ctx context.Context, args ...string) error {
+	if _, err := l.StartCA(ctx); err != nil {
+		return err
+	}
+	for _, n := range l.nodes {
+		if _, err := l.StartAgent(ctx, n, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Agent returns the agent that was started last on n, or nil.
+func (l *Lab) Agent(n *Node) *Agent {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.agents[n.Name]
+}
+
+// CA returns the CA that was started last, or nil.
+func (l *Lab) CA() *CA {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ca
+}
+
+// Restart starts the agent again with the same arguments after Kill or Stop.
+func (a *Agent) Restart(ctx context.Context) (*Agent, error) {
+	return a.Host.lab.StartAgent(ctx, a.Node, a.args...)
+}
+
+// Client asks the agent's admin API. The caller closes it.
+func (a *Agent) Client() *admin.Client { return admin.NewClient(a.Socket) }
+
+// Metrics is what the agent's metrics endpoint says, in Prometheus' text format.
+func (a *Agent) Metrics(ctx context.Context) (string, error) {
+	transport := &http.Transport{
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			return a.Host.Dial(ctx, network, address)
+		},
+		DisableKeepAlives: true,
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/metrics", metricsPort), nil)
+	if err != nil {
+		return "", fmt.Errorf("read the metrics of %s: %w", a.Node.Name, err)
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return "", fmt.Errorf("read the metrics of %s: %w", a.Node.Name, err)
+	}
+	body, err := io.ReadAll(resp.Body)
+	err = errors.Join(err, resp.Body.Close())
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(resp.Status)
+	}
+	if err != nil {
+		return "", fmt.Errorf("read the metrics of %s: %w", a.Node.Name, err)
+	}
+	return string(body), nil
+}
+
+// Running reports whether the process has not ended yet.
+func (p *Process) Running() bool {
+	select {
+	case <-p.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// ready waits until probe succeeds. A process that ends first, or does not get ready in
+// time, is an error with the end of its log.
+func (p *Process) ready(ctx context.Context, probe func(context.Context) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("not within %v", startTimeout))
+	defer cancel()
+	for {
+		err := probe(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("start %s: it ended at once (%w)%s", p.command, p.err, p.logTail())
+		case <-ctx.Done():
+			return fmt.Errorf("start %s: it does not answer: %w: %w%s", p.command, context.Cause(ctx), err, p.logTail())
+		case <-time.After(pollInterval):
+		}
+	}
+}
+
+// logTail is the end of the process's log, to go behind an error.
+func (p *Process) logTail() string {
+	const lines = 12
+	content, err := os.ReadFile(p.Log)
+	if err != nil || len(content) == 0 {
+		return ""
+	}
+	all := strings.Split(strings.TrimSpace(string(content)), "\n")
+	return "; its log ends with:\n\t" + strings.Join(all[max(0, len(all)-lines):], "\n\t")
+}
+
+// WaitCapture waits until the agent of each pod says that the pod is in that state. A pod
+// whose capture failed is reported with its agent's reason when ctx ends.
+func (l *Lab) WaitCapture(ctx context.Context, state dataplane.CaptureState, pods ...*Pod) error {
+	for _, p := range pods {
+		agent := l.Agent(p.Node)
+		if agent == nil {
+			return fmt.Errorf("wait for %s: no agent was started on %s", p, p.Node.Name)
+		}
+		client := agent.Client()
+		err := poll(ctx, func(ctx context.Context) error { return captureIs(ctx, client, p, state) })
+		client.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func captureIs(ctx context.Context, client *admin.Client, p *Pod, want dataplane.CaptureState) error {
+	workloads, err := client.Workloads(ctx)
+	if err != nil {
+		return err
+	}
+	for _, w := range workloads {
+		if w.Namespace == p.Name.Namespace && w.Name == p.Name.Name {
+			if w.Capture == want {
+				return nil
+			}
+			return fmt.Errorf("%s is %s (%s), not %s", p, w.Capture, w.Reason, want)
+		}
+	}
+	return fmt.Errorf("%s does not know %s", p.Node.Name, p)
+}
+
+// WaitProtocol waits until every agent that runs reaches each pod by that protocol.
+func (l *Lab) WaitProtocol(ctx context.Context, protocol dataplane.Protocol, pods ...*Pod) error {
+	for _, n := range l.nodes {
+		agent := l.Agent(n)
+		if agent == nil || !agent.Running() {
+			continue
+		}
+		client := agent.Client()
+		err := poll(ctx, func(ctx context.Context) error { return protocolIs(ctx, client, protocol, pods) })
+		client.Close()
+		if err != nil {
+			return fmt.Errorf("as %s sees it: %w", n.Name, err)
+		}
+	}
+	return nil
+}
+
+func protocolIs(ctx context.Context, client *admin.Client, want dataplane.Protocol, pods []*Pod) error {
+	workloads, err := client.Workloads(ctx)
+	if err != nil {
+		return err
+	}
+	seen := make(map[dataplane.Name]dataplane.Protocol, len(workloads))
+	for _, w := range workloads {
+		seen[dataplane.Name{Namespace: w.Namespace, Name: w.Name}] = w.Protocol
+	}
+	for _, p := range pods {
+		if seen[p.Name] != want {
+			return fmt.Errorf("%s is reached by %q, not %s", p, seen[p.Name], want)
+		}
+	}
+	return nil
+}
+
+// poll repeats probe until it succeeds or ctx ends, and then returns its last complaint.
+func poll(ctx context.Context, probe func(context.Context) error) error {
+	for {
+		err := probe(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w (%w)", err, context.Cause(ctx))
+		case <-time.After(pollInterval):
+		}
+	}
+}

@@ -1,0 +1,223 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// netnsDir is where iproute2 looks for named namespaces, so that `ip netns exec` works on ours.
+const netnsDir = "/run/netns"
+
+// space is one named network namespace that this lab made, and its netlink socket.
+type space struct {
+	name   string
+	path   string
+	handle netns.NsHandle
+	inode  uint64
+	nl     *netlink.Handle
+}
+
+// newSpace makes the namespace and brings its loopback up. close removes it.
+func newSpace(name string) (_ *space, err error) {
+	s := &space{name: name, path: filepath.Join(netnsDir, name), handle: netns.None()}
+	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
+		return nil, fmt.Errorf("make %s: %w", netnsDir, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	if err := makeNamed(s.path); err != nil {
+		return nil, fmt.Errorf("make network namespace %s: %w", name, err)
+	}
+	if s.handle, err = netns.GetFromPath(s.path); err != nil {
+		return nil, fmt.Errorf("open network namespace %s: %w", name, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(s.handle), &st); err != nil {
+		return nil, fmt.Errorf("stat network namespace %s: %w", name, err)
+	}
+	s.inode = st.Ino
+	if s.nl, err = netlink.NewHandleAt(s.handle, unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("open netlink in %s: %w", name, err)
+	}
+	if err := s.up("lo"); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// makeNamed binds a new namespace to path, as `ip netns add` does. The thread goes back to
+// its own namespace: exiting it instead would wedge the process when it is the main thread.
+func makeNamed(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
+	if err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	return onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		if err := unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("bind %s: %w", path, err)
+		}
+		return nil
+	})
+}
+
+// onOwnThread runs fn, which may change the thread's network namespace, on a locked thread
+// that is put back afterwards, or given up when that fails.
+func onOwnThread(fn func() error) error {
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		self, err := netns.Get()
+		if err != nil {
+			runtime.UnlockOSThread()
+			result <- fmt.Errorf("open own network namespace: %w", err)
+			return
+		}
+		defer self.Close() //nolint:errcheck // an open namespace fd has nothing to flush
+		err = fn()
+		if back := netns.Set(self); back != nil {
+			// Still locked: the thread ends with this goroutine.
+			result <- errors.Join(err, fmt.Errorf("return to own network namespace: %w", back))
+			return
+		}
+		runtime.UnlockOSThread()
+		result <- err
+	}()
+	return <-result
+}
+
+// do runs fn on a thread in the namespace. Goroutines that fn starts are not in it.
+func (s *space) do(fn func() error) error {
+	return onOwnThread(func() error {
+		if err := netns.Set(s.handle); err != nil {
+			return fmt.Errorf("enter %s: %w", s.name, err)
+		}
+		return fn()
+	})
+}
+
+// close is idempotent. Links of the namespace go with it, once its last process has.
+func (s *space) close() error {
+	var errs []error
+	if s.nl != nil {
+		s.nl.Close()
+		s.nl = nil
+	}
+	if s.handle.IsOpen() {
+		errs = append(errs, s.handle.Close())
+	}
+	return errors.Join(append(errs, removeNamed(s.path))...)
+}
+
+// removeNamed undoes makeNamed; a name that is gone is no error.
+func removeNamed(path string) error {
+	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount %s: %w", path, err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// sysctl writes values by their dotted names, in order. A value whose file does not exist is an error.
+func (s *space) sysctl(pairs ...string) error {
+	return s.do(func() error {
+		for i := 0; i+1 < len(pairs); i += 2 {
+			file := filepath.Join("/proc/sys", strings.ReplaceAll(pairs[i], ".", "/"))
+			if err := os.WriteFile(file, []byte(pairs[i+1]), 0o644); err != nil {
+				return fmt.Errorf("set %s in %s: %w", pairs[i], s.name, err)
+			}
+		}
+		return nil
+	})
+}
+
+func (s *space) link(name string) (netlink.Link, error) {
+	l, err := s.nl.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("find link %s in %s: %w", name, s.name, err)
+	}
+	return l, nil
+}
+
+func (s *space) up(name string) error {
+	l, err := s.link(name)
+	if err != nil {
+		return err
+	}
+	if err := s.nl.LinkSetUp(l); err != nil {
+		return fmt.Errorf("bring up %s in %s: %w", name, s.name, err)
+	}
+	return nil
+}
+
+// join makes a veth pair with one end in each namespace, never one in the caller's.
+func (s *space) join(name string, peer *space, peerName string) error {
+	veth := netlink.NewVeth(netlink.LinkAttrs{Name: name})
+	veth.PeerName = peerName
+	veth.PeerNamespace = netlink.NsFd(peer.handle)
+	if err := s.nl.LinkAdd(veth); err != nil {
+		return fmt.Errorf("join %s in %s with %s in %s: %w", name, s.name, peerName, peer.name, err)
+	}
+	return errors.Join(s.up(name), peer.up(peerName))
+}
+
+// addAddr needs no duplicate address detection: there is nobody to duplicate.
+func (s *space) addAddr(link string, p netip.Prefix) error {
+	l, err := s.link(link)
+	if err != nil {
+		return err
+	}
+	a := &netlink.Addr{IPNet: ipNet(p)}
+	if p.Addr().Is6() {
+		a.Flags = unix.IFA_F_NODAD
+	}
+	if err := s.nl.AddrAdd(l, a); err != nil {
+		return fmt.Errorf("add %s to %s in %s: %w", p, link, s.name, err)
+	}
+	return nil
+}
+
+// addRoute routes dst through link, on-link when via is the zero Addr.
+func (s *space) addRoute(link string, dst netip.Prefix, via netip.Addr) error {
+	l, err := s.link(link)
+	if err != nil {
+		return err
+	}
+	r := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(dst)}
+	if via.IsValid() {
+		r.Gw = via.AsSlice()
+	} else {
+		r.Scope = netlink.SCOPE_LINK
+	}
+	if err := s.nl.RouteAdd(r); err != nil {
+		return fmt.Errorf("route %s via %s in %s: %w", dst, link, s.name, err)
+	}
+	return nil
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// host is the prefix that holds a alone.
+func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
