@@ -1,0 +1,268 @@
+package netns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ListenConfig says what Listen makes.
+type ListenConfig struct {
+	// Addr to bind; an IPv6 address listens for IPv4 as well (dual stack).
+	Addr netip.AddrPort
+	// Transparent sets IP_TRANSPARENT and IPV6_TRANSPARENT: the address need not exist,
+	// and accepted connections may have any local address.
+	Transparent bool
+	// Control, if set, sees the socket before it is bound.
+	Control func(fd int) error
+}
+
+// DialConfig says what Dial connects.
+type DialConfig struct {
+	Remote netip.AddrPort
+	// Local to bind; zero lets the kernel choose, port zero lets it choose the port.
+	Local netip.AddrPort
+	// Transparent allows a Local that is not an address of the namespace.
+	Transparent bool
+	// Device binds the socket to the interface of that name; "" to none.
+	Device string
+	// Mark is SO_MARK; zero sets none.
+	Mark uint32
+	// Control, if set, sees the socket before it is bound.
+	Control func(fd int) error
+	// Pending, if set, sees the socket when its connect has begun but did not complete at
+	// once. An error gives the dial up.
+	Pending func(fd int) error
+}
+
+// backlog is cut down by the kernel to net.core.somaxconn.
+const backlog = 65535
+
+// Listen makes a TCP listener in the namespace. The caller closes it.
+func (n *Namespace) Listen(cfg ListenConfig) (*net.TCPListener, error) {
+	l, err := n.listen(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %v in %s: %w", cfg.Addr, n.path, err)
+	}
+	return l, nil
+}
+
+func (n *Namespace) listen(cfg ListenConfig) (*net.TCPListener, error) {
+	addr := cfg.Addr
+	fd, err := n.socket(addr.Addr())
+	if err != nil {
+		return nil, err
+	}
+	file := os.NewFile(uintptr(fd), "tcp listener")
+	defer file.Close() // FileListener has its own copy
+	if err := setListenOptions(fd, cfg); err != nil {
+		return nil, err
+	}
+	if err := unix.Bind(fd, sockaddr(addr)); err != nil {
+		return nil, os.NewSyscallError("bind", err)
+	}
+	if err := unix.Listen(fd, backlog); err != nil {
+		return nil, os.NewSyscallError("listen", err)
+	}
+	l, err := net.FileListener(file)
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.TCPListener), nil
+}
+
+func setListenOptions(fd int, cfg ListenConfig) error {
+	if err := setInt(fd, "SO_REUSEADDR", unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return err
+	}
+	if cfg.Addr.Addr().Is6() {
+		if err := setInt(fd, "IPV6_V6ONLY", unix.SOL_IPV6, unix.IPV6_V6ONLY, 0); err != nil {
+			return err
+		}
+	}
+	if cfg.Transparent {
+		if err := setTransparent(fd, cfg.Addr.Addr()); err != nil {
+			return err
+		}
+	}
+	if cfg.Control != nil {
+		return cfg.Control(fd)
+	}
+	return nil
+}
+
+// Dial connects from inside the namespace. No thread is held while it waits. The error of
+// a refused or unreachable destination is the system call's, inside a *net.OpError.
+func (n *Namespace) Dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, error) {
+	cfg.Remote = netip.AddrPortFrom(cfg.Remote.Addr().Unmap(), cfg.Remote.Port())
+	cfg.Local = netip.AddrPortFrom(cfg.Local.Addr().Unmap(), cfg.Local.Port())
+	conn, err := n.dial(ctx, cfg)
+	if err != nil {
+		op := &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(cfg.Remote), Err: err}
+		if cfg.Local.Addr().IsValid() {
+			op.Source = net.TCPAddrFromAddrPort(cfg.Local)
+		}
+		return nil, op
+	}
+	return conn, nil
+}
+
+func (n *Namespace) dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	fd, err := n.socket(cfg.Remote.Addr())
+	if err != nil {
+		return nil, err
+	}
+	if err := prepareDial(fd, cfg); err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	// Connecting comes before the poller gets to know the socket: one that has not begun
+	// to connect would report a hang-up.
+	connected, err := startConnect(fd, cfg)
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	file := os.NewFile(uintptr(fd), "tcp connection")
+	defer file.Close() // FileConn has its own copy
+	if !connected {
+		if err := await(ctx, file); err != nil {
+			return nil, err
+		}
+	}
+	conn, err := net.FileConn(file)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.TCPConn), nil
+}
+
+func prepareDial(fd int, cfg DialConfig) error {
+	if cfg.Transparent {
+		if err := setTransparent(fd, cfg.Remote.Addr()); err != nil {
+			return err
+		}
+	}
+	if cfg.Mark != 0 {
+		if err := setInt(fd, "SO_MARK", unix.SOL_SOCKET, unix.SO_MARK, int(cfg.Mark)); err != nil {
+			return err
+		}
+	}
+	if cfg.Device != "" {
+		if err := unix.BindToDevice(fd, cfg.Device); err != nil {
+			return os.NewSyscallError("setsockopt SO_BINDTODEVICE", err)
+		}
+	}
+	if cfg.Control != nil {
+		if err := cfg.Control(fd); err != nil {
+			return err
+		}
+	}
+	if !cfg.Local.Addr().IsValid() {
+		return nil
+	}
+	if cfg.Local.Port() == 0 {
+		// The port is then chosen at connect, unique per destination and not per address:
+		// tens of thousands of connections from one client to one pod are possible.
+		if err := setInt(fd, "IP_BIND_ADDRESS_NO_PORT", unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
+			return err
+		}
+	}
+	return os.NewSyscallError("bind", unix.Bind(fd, sockaddr(cfg.Local)))
+}
+
+func startConnect(fd int, cfg DialConfig) (connected bool, err error) {
+	switch err := unix.Connect(fd, sockaddr(cfg.Remote)); err {
+	case nil, unix.EISCONN:
+		return true, nil
+	case unix.EINPROGRESS, unix.EINTR, unix.EALREADY:
+	default:
+		return false, os.NewSyscallError("connect", err)
+	}
+	if done, err := finished(fd); done || err != nil {
+		return done, err
+	}
+	if cfg.Pending == nil {
+		return false, nil
+	}
+	return false, cfg.Pending(fd)
+}
+
+// finished reports whether a connect that was begun has come to its end, and how.
+func finished(fd int) (bool, error) {
+	code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err != nil {
+		return false, os.NewSyscallError("getsockopt SO_ERROR", err)
+	}
+	if code != 0 {
+		return false, os.NewSyscallError("connect", syscall.Errno(code))
+	}
+	if _, err := unix.Getpeername(fd); err != nil {
+		return false, nil // ENOTCONN: still on its way
+	}
+	return true, nil
+}
+
+// await waits in Go's poller until the socket is connected or ctx ends.
+func await(ctx context.Context, file *os.File) error {
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = file.SetWriteDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var failure error
+	err = raw.Write(func(fd uintptr) bool {
+		done, err := finished(int(fd))
+		failure = err
+		return done || err != nil
+	})
+	if ctx.Err() != nil && err != nil {
+		return ctx.Err()
+	}
+	return errors.Join(failure, err)
+}
+
+func (n *Namespace) socket(addr netip.Addr) (fd int, err error) {
+	family := unix.AF_INET
+	if addr.Is6() {
+		family = unix.AF_INET6
+	}
+	err = n.Do(func() error {
+		// IPPROTO_TCP and never MPTCP: its subflows would not carry what was set on the socket.
+		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		return os.NewSyscallError("socket", err)
+	})
+	return fd, err
+}
+
+func setTransparent(fd int, addr netip.Addr) error {
+	if addr.Is6() {
+		if err := setInt(fd, "IPV6_TRANSPARENT", unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1); err != nil {
+			return err
+		}
+	}
+	return setInt(fd, "IP_TRANSPARENT", unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+}
+
+func setInt(fd int, name string, level, option, value int) error {
+	if err := unix.SetsockoptInt(fd, level, option, value); err != nil {
+		return os.NewSyscallError("setsockopt "+name, err)
+	}
+	return nil
+}
+
+func sockaddr(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
+	}
+	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
+}
