@@ -142,3 +142,15 @@ func (s *Set) Contents(mesh Mesh) (dataplane.Contents, []Conflict) {
 	}
 	return c, v.conflicts
 }
+
+// Invalid says why a policy could not be read as written, "" when it could.
+func (o Object) Invalid() string {
+	switch value := o.value.(type) {
+	case dataplane.AuthorizationPolicy:
+		return value.Invalid
+	case dataplane.PeerAuthentication:
+		return value.Invalid
+	default:
+		return ""
+	}
+}
