@@ -62,3 +62,12 @@ func Invalid(message string) *Error { return &Error{Status: http.StatusBadReques
 func NotReady(message string) *Error {
 	return &Error{Status: http.StatusServiceUnavailable, Message: message}
 }
+
+// Outcomes of a Why.
+const (
+	OutcomeTunnel  = "tunnel"  // through mutually authenticated HBONE
+	OutcomePlain   = "plain"   // in clear, past the data plane or through it
+	OutcomeRefused = "refused" // the source's side ends it: nowhere to go, or no way to go safely
+	OutcomeDenied  = "denied"  // a policy at the destination ends it
+	OutcomeUnknown = "unknown" // it depends on what is still under way
+)

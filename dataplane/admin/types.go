@@ -97,6 +97,9 @@ const (
 	FlowClose  FlowEvent = "close"
 	FlowDenied FlowEvent = "denied"
 	FlowFailed FlowEvent = "failed"
+	// FlowLost is not about a connection: records were lost because their reader is slow,
+	// and Cause says how many.
+	FlowLost FlowEvent = "lost"
 )
 
 // Flow is one record of `raceway flows`.
@@ -111,10 +114,12 @@ type Flow struct {
 
 // Why is the answer of `raceway why SRC DST:PORT`.
 type Why struct {
+	Node        string    `json:"node"`       // of the agent that answers
+	SourceNode  string    `json:"sourceNode"` // whose agent knows most
 	Source      string    `json:"source"`
 	Destination string    `json:"destination"`
 	Steps       []WhyStep `json:"steps"`
-	Outcome     string    `json:"outcome"` // tunnel, plain, refused, denied, unknown
+	Outcome     string    `json:"outcome"` // one of the Outcome constants
 	SourceID    spiffe.ID `json:"sourceIdentity,omitzero"`
 	DestID      spiffe.ID `json:"destinationIdentity,omitzero"`
 	Policy      string    `json:"policy,omitempty"` // the deciding policy and rule

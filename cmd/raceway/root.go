@@ -1,0 +1,84 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// globalFlags are the flags of every verb.
+type globalFlags struct {
+	agents    []string
+	output    format
+	namespace string
+	noHeaders bool
+}
+
+func newRoot(c *cli) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "raceway",
+		Short: "Look into the Raceway data plane of this node",
+		Long: `raceway asks the agents of this node what they capture, carry, allow and refuse, and why.
+
+An agent answers on a unix socket in ` + defaultSocketDir + ` that root alone can open.
+
+Exit codes: 0 done; 1 something is wrong (check); 2 the command line, or a name on it,
+cannot be used; 3 no agent could be asked, or it could not answer.`,
+		Example: `  raceway workloads                    which pods are captured
+  raceway why web db:3306              what becomes of a connection, and why
+  raceway flows -f -n shop             connections as they open, close and are denied
+  raceway check                        prove that capture is in force`,
+		Args:          cobra.ArbitraryArgs, // an unknown verb gets our own error
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			return unknownVerb(cmd, args[0])
+		},
+	}
+	root.SetOut(c.out)
+	root.SetErr(c.errOut)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usagef("%w: run %q for the flags it has", err, cmd.CommandPath()+" -h")
+	})
+	c.addGlobalFlags(root)
+	root.AddCommand(
+		newWorkloads(c), newServices(c), newPolicies(c), newCertificates(c), newConnections(c),
+		newFlows(c), newWhy(c), newCheck(c), newLogLevel(c), newVersion(c),
+	)
+	return root
+}
+
+func (c *cli) addGlobalFlags(root *cobra.Command) {
+	c.flags = globalFlags{output: formatTable}
+	if c.agentEnv != "" {
+		c.flags.agents = strings.Split(c.agentEnv, ",")
+	}
+	f := root.PersistentFlags()
+	f.StringSliceVar(&c.flags.agents, "agent", c.flags.agents, "whom to ask: a node's name, a socket's path, or all; may be repeated (default: the only agent of this machine; env "+agentEnv+")")
+	f.VarP(&c.flags.output, "output", "o", "table, wide, json or yaml")
+	f.StringVarP(&c.flags.namespace, "namespace", "n", "", "only this namespace")
+	f.BoolVar(&c.flags.noHeaders, "no-headers", false, "leave out the header line of tables")
+	registerFlagCompletion(root, "agent", c.completeAgents)
+	registerFlagCompletion(root, "output", cobra.FixedCompletions(formatNames(), cobra.ShellCompDirectiveNoFileComp))
+	registerFlagCompletion(root, "namespace", c.completeNamespaces)
+}
+
+func unknownVerb(root *cobra.Command, verb string) error {
+	hint := ""
+	if close := root.SuggestionsFor(verb); len(close) > 0 {
+		hint = fmt.Sprintf(" did you mean %q?", strings.Join(close, `" or "`))
+	}
+	return usagef("there is no command %q:%s run \"raceway -h\" for the list", verb, hint)
+}
+
+// noArgs is for verbs that take flags only.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return usagef("%s takes no arguments, but there is %q: run %q for examples", cmd.CommandPath(), args[0], cmd.CommandPath()+" -h")
+}
