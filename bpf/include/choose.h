@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Which listener a new connection that arrives in a pod belongs to; for steer and ingress. */
+#pragma once
+
+#include "addr.h"
+#include "config.h"
+
+enum { LOOPBACK_IFINDEX = 1 };
+
+struct arrival {
+	struct addr local;
+	struct addr remote;
+	__u16 local_port; /* host byte order */
+	bool on_loopback;
+};
+
+/*
+ *   on lo,   to a foreign address    redirected by connect     outbound
+ *   on lo,   to the pod              the agent to the app      left alone
+ *   on eth0, from the pod's address  the pod to itself (1)     left alone
+ *   to the pod's tunnel port         from anywhere             tunnel
+ *   on eth0, from outside            if captured               inbound
+ *
+ * (1) For what the pod sends to its own address the kernel names the interface of that
+ * address as the one of arrival, though it comes by loopback.
+ */
+static __always_inline enum listener choose(const struct pod *pod, const struct arrival *a)
+{
+	bool to_pod;
+
+	if (addr_is_loopback(&a->local))
+		return LISTENER_NONE;
+	to_pod = pod_owns(pod, &a->local);
+	if (a->on_loopback && !to_pod)
+		return LISTENER_OUTBOUND;
+	if (to_pod && a->local_port == tunnel_port)
+		return LISTENER_TUNNEL;
+	if (a->on_loopback || pod_owns(pod, &a->remote))
+		return LISTENER_NONE;
+	return pod->flags & POD_INBOUND ? LISTENER_INBOUND : LISTENER_NONE;
+}

@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * connect() of every process on the node. A TCP socket of an enrolled pod gets a mark
+ * that the pod's routing rule sends to its loopback, where steer (or ingress) hands the
+ * SYN to the agent. The destination stays untouched: it is the accepted socket's own
+ * address, and the application's getpeername() is true.
+ *
+ * Fails closed: a socket that cannot be redirected gets EPERM.
+ */
+#pragma once
+
+#include <linux/in.h>
+
+#include "addr.h"
+#include "config.h"
+
+enum {
+	SOL_SOCKET_ = 1,
+	SO_MARK_ = 36,
+	SO_BINDTODEVICE_ = 25,
+	CONNECT_REFUSE = 0,
+	CONNECT_ALLOW = 1,
+};
+
+struct flow {
+	struct addr remote;
+	__u32 protocol;
+};
+
+enum verdict {
+	VERDICT_LEAVE,
+	VERDICT_REDIRECT,
+	VERDICT_REFUSE,
+};
+
+static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const struct flow *f)
+{
+	struct bpf_sock *sk;
+	struct pod *pod;
+	__u64 netns;
+
+	if (f->protocol != IPPROTO_TCP && f->protocol != IPPROTO_MPTCP) {
+		count(CONNECT_NOT_TCP);
+		return VERDICT_LEAVE;
+	}
+	netns = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &netns);
+	if (!pod) {
+		count(CONNECT_NOT_ENROLLED);
+		return VERDICT_LEAVE;
+	}
+	if (!(pod->flags & POD_OUTBOUND)) {
+		count(CONNECT_NOT_CAPTURING);
+		return VERDICT_LEAVE;
+	}
+	sk = ctx->sk;
+	if (!sk) {
+		count(CONNECT_REFUSED_NO_SOCKET);
+		return VERDICT_REFUSE;
+	}
+	if (bpf_sk_storage_get(&own, sk, 0, 0)) {
+		count(CONNECT_OWN);
+		return VERDICT_LEAVE;
+	}
+	if (addr_is_loopback(&f->remote)) {
+		count(CONNECT_LOOPBACK);
+		return VERDICT_LEAVE;
+	}
+	/* Its scope would be lost on the way through loopback. The guard stops it on eth0. */
+	if (addr_is_link_local(&f->remote)) {
+		count(CONNECT_LINK_LOCAL);
+		return VERDICT_LEAVE;
+	}
+	if (pod_owns(pod, &f->remote)) {
+		count(CONNECT_SELF);
+		return VERDICT_LEAVE;
+	}
+	return VERDICT_REDIRECT;
+}
+
+static __always_inline int redirect(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	__u32 mark = redirect_mark;
+	char none[16] = "";
+
+	if (bpf_setsockopt(ctx, SOL_SOCKET_, SO_MARK_, &mark, sizeof(mark))) {
+		count(CONNECT_REFUSED_MARK);
+		return CONNECT_REFUSE;
+	}
+	/* A socket bound to eth0 would route past the rule. The kernel lets only the holder
+	 * of CAP_NET_RAW unbind a socket, so others get an error instead of a bypass. */
+	if (sk && sk->bound_dev_if &&
+	    bpf_setsockopt(ctx, SOL_SOCKET_, SO_BINDTODEVICE_, none, sizeof(none))) {
+		count(CONNECT_REFUSED_UNBIND);
+		return CONNECT_REFUSE;
+	}
+	count(CONNECT_REDIRECTED);
+	return CONNECT_ALLOW;
+}
+
+static __always_inline int apply(struct bpf_sock_addr *ctx, const struct flow *f)
+{
+	switch (decide(ctx, f)) {
+	case VERDICT_REDIRECT:
+		return redirect(ctx);
+	case VERDICT_REFUSE:
+		return CONNECT_REFUSE;
+	default:
+		return CONNECT_ALLOW;
+	}
+}
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct flow f = { .protocol = ctx->protocol };
+
+	addr_set_v4(&f.remote, ctx->user_ip4);
+	return apply(ctx, &f);
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct flow f = { .protocol = ctx->protocol };
+
+	f.remote.word[0] = ctx->user_ip6[0];
+	f.remote.word[1] = ctx->user_ip6[1];
+	f.remote.word[2] = ctx->user_ip6[2];
+	f.remote.word[3] = ctx->user_ip6[3];
+	return apply(ctx, &f);
+}

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * TC ingress on the host's end of a pod's veth: nothing that an enrolled pod says in
+ * clear over TCP gets past it, however it was sent. It trusts no mark. A packet still
+ * carries the socket that sent it here, and the agent's sockets are known by `own`.
+ *
+ * Judged are a SYN that opens a connection and any segment with payload. The rest (ACK,
+ * RST, FIN, SYN-ACK) often comes from request sockets, TIME_WAIT or no socket at all and
+ * tells nobody anything.
+ *
+ * Fails closed: what it cannot judge it drops.
+ */
+#pragma once
+
+#include "config.h"
+#include "packet.h"
+
+/* Addresses that a pod needs before or besides its own: duplicate address detection and
+ * multicast reports come from ::, neighbour discovery from fe80::/10, DHCP from 0.0.0.0. */
+static __always_inline bool source_allowed(const struct pod *pod, const struct packet *p)
+{
+	bool datagram = p->protocol == IPPROTO_UDP;
+
+	if (pod_owns(pod, &p->src))
+		return true;
+	if (addr_is_v4(&p->src))
+		return addr_is_unspecified(&p->src) && (datagram || p->protocol == IPPROTO_IGMP);
+	if (addr_is_unspecified(&p->src))
+		return p->protocol == IPPROTO_ICMPV6;
+	return addr_is_link_local(&p->src) && (datagram || p->protocol == IPPROTO_ICMPV6);
+}
+
+static __always_inline bool is_own(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (!sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	return sk && bpf_sk_storage_get(&own, sk, 0, 0);
+}
+
+static __always_inline bool is_established(__u64 netns, const struct packet *p, const struct segment *s)
+{
+	struct tuple t = {
+		.netns = netns,
+		.local = p->src,
+		.remote = p->dst,
+		.local_port = bpf_ntohs(s->tcp.source),
+		.remote_port = bpf_ntohs(s->tcp.dest),
+	};
+
+	return bpf_map_lookup_elem(&established, &t);
+}
+
+static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns, const struct packet *p)
+{
+	struct segment s = {};
+	bool opens;
+
+	if (p->fragment)
+		return GUARD_DROPPED_FRAGMENT;
+	if (!read_segment(skb, p, &s))
+		return GUARD_DROPPED_MALFORMED;
+	opens = s.tcp.syn && !s.tcp.ack;
+	if (!opens && !s.payload)
+		return GUARD_PASSED_NO_DATA;
+	if (is_own(skb))
+		return GUARD_PASSED_OWN;
+	if (is_established(netns, p, &s))
+		return GUARD_PASSED_ESTABLISHED;
+	return opens ? GUARD_DROPPED_CONNECT : GUARD_DROPPED_PAYLOAD;
+}
+
+static __always_inline enum counter judge_ip(struct __sk_buff *skb, __u64 netns, const struct pod *pod)
+{
+	struct packet p = {};
+
+	if (!read_packet(skb, &p))
+		return GUARD_DROPPED_MALFORMED;
+	if (p.source_route)
+		return GUARD_DROPPED_SOURCE_ROUTE;
+	if (!source_allowed(pod, &p))
+		return GUARD_DROPPED_FOREIGN_SOURCE;
+	switch (p.protocol) {
+	case IPPROTO_TCP:
+		return judge_tcp(skb, netns, &p);
+	case IPPROTO_UDP:
+	case IPPROTO_UDPLITE:
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+	case IPPROTO_IGMP:
+	case IPPROTO_SCTP:
+	case IPPROTO_DCCP:
+		return GUARD_PASSED_NOT_TCP;
+	default: /* tunnels of every kind, AH and ESP, and what nobody knows */
+		return GUARD_DROPPED_PROTOCOL;
+	}
+}
+
+static __always_inline enum counter judge(struct __sk_buff *skb)
+{
+	__u64 netns = self_netns();
+	struct pod *pod = self_pod(netns);
+
+	if (!pod)
+		return GUARD_DROPPED_UNKNOWN_POD;
+	if (skb->vlan_present)
+		return GUARD_DROPPED_VLAN;
+	if (skb->protocol == bpf_htons(ETH_P_ARP))
+		return GUARD_PASSED_ARP;
+	if (!is_ip(skb))
+		return GUARD_DROPPED_ETHERTYPE;
+	return judge_ip(skb, netns, pod);
+}
+
+SEC("tc")
+int guard(struct __sk_buff *skb)
+{
+	enum counter outcome = judge(skb);
+
+	count(outcome);
+	/* UNSPEC lets the programs and filters behind this one have their say. */
+	return outcome <= GUARD_PASSED_ESTABLISHED ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+}

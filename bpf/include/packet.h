@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Reading packets for the TC programs. */
+#pragma once
+
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+
+#include "addr.h"
+
+enum {
+	MAX_EXTENSIONS = 6, /* RFC 8200 section 4.1 lists six kinds before the upper layer */
+	IPV4_FRAGMENT = 0x3fff, /* more fragments, or an offset */
+};
+
+struct packet {
+	struct addr src;
+	struct addr dst;
+	__u32 l4;      /* offset of what follows the IP headers */
+	__u8 protocol; /* what it is */
+	bool fragment;
+	bool source_route; /* a routing header, or TCP with IPv4 options: the destination may change */
+};
+
+struct segment {
+	struct tcphdr tcp;
+	__u32 payload; /* bytes */
+};
+
+static __always_inline bool read_ipv4(struct __sk_buff *skb, struct packet *p)
+{
+	struct iphdr ip;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+		return false;
+	addr_set_v4(&p->src, ip.saddr);
+	addr_set_v4(&p->dst, ip.daddr);
+	p->protocol = ip.protocol;
+	p->source_route = ip.ihl > 5 && ip.protocol == IPPROTO_TCP;
+	p->fragment = ip.frag_off & bpf_htons(IPV4_FRAGMENT);
+	p->l4 = ETH_HLEN + ip.ihl * 4;
+	return true;
+}
+
+/* Walks the extension headers. False when there are more than any honest sender needs. */
+static __always_inline bool read_ipv6(struct __sk_buff *skb, struct packet *p)
+{
+	struct ipv6hdr ip;
+	__u8 next;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 6)
+		return false;
+	__builtin_memcpy(&p->src, &ip.saddr, sizeof(p->src));
+	__builtin_memcpy(&p->dst, &ip.daddr, sizeof(p->dst));
+	p->l4 = ETH_HLEN + sizeof(ip);
+	next = ip.nexthdr;
+#pragma unroll
+	for (int i = 0; i <= MAX_EXTENSIONS; i++) {
+		__u8 head[2]; /* next header, length in 8 bytes without the first 8 */
+
+		switch (next) {
+		case IPPROTO_ROUTING:
+			p->source_route = true;
+			break;
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_FRAGMENT:
+			break;
+		default:
+			p->protocol = next;
+			return true;
+		}
+		if (bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)))
+			return false;
+		if (next == IPPROTO_FRAGMENT) {
+			/* What follows in a later fragment is no header: stop here. Reassembly
+			 * goes by the first fragment's next header (RFC 8200 section 4.5). */
+			p->fragment = true;
+			p->protocol = head[0];
+			return true;
+		}
+		next = head[0];
+		p->l4 += (head[1] + 1) * 8;
+	}
+	return false;
+}
+
+static __always_inline bool read_packet(struct __sk_buff *skb, struct packet *p)
+{
+	return skb->protocol == bpf_htons(ETH_P_IP) ? read_ipv4(skb, p) : read_ipv6(skb, p);
+}
+
+static __always_inline bool is_ip(struct __sk_buff *skb)
+{
+	return skb->protocol == bpf_htons(ETH_P_IP) || skb->protocol == bpf_htons(ETH_P_IPV6);
+}
+
+static __always_inline bool read_segment(struct __sk_buff *skb, const struct packet *p, struct segment *s)
+{
+	__u32 end;
+
+	if (bpf_skb_load_bytes(skb, p->l4, &s->tcp, sizeof(s->tcp)) || s->tcp.doff < 5)
+		return false;
+	end = p->l4 + s->tcp.doff * 4;
+	if (end > skb->len)
+		return false;
+	/* By the length of the frame, not of the IP header: it is never less, and it is right
+	 * for BIG TCP, whose IP length field is zero. */
+	s->payload = skb->len - end;
+	return true;
+}

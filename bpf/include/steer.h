@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * SK_LOOKUP in the pod's network namespace: picks the socket for a SYN (and for the ACK
+ * that brings a SYN cookie back), nothing else. One instance per pod.
+ *
+ * Fails closed: what belongs to a listener that is not there is answered by a reset.
+ */
+#pragma once
+
+#include <linux/in.h>
+
+#include "choose.h"
+
+enum { AF_INET_ = 2, AF_INET6_ = 10 };
+
+SEC("sk_lookup")
+int steer(struct bpf_sk_lookup *ctx)
+{
+	struct listener_key key = { .netns = self_netns() };
+	struct arrival a = {};
+	struct bpf_sock *sk;
+	struct pod *pod;
+	long err;
+
+	if (ctx->protocol != IPPROTO_TCP) {
+		count(STEER_NOT_TCP);
+		return SK_PASS;
+	}
+	pod = self_pod(key.netns);
+	if (!pod) {
+		count(STEER_DROPPED_UNKNOWN_POD);
+		return SK_DROP;
+	}
+	if (ctx->family == AF_INET_) {
+		addr_set_v4(&a.local, ctx->local_ip4);
+		addr_set_v4(&a.remote, ctx->remote_ip4);
+	} else {
+		a.local.word[0] = ctx->local_ip6[0];
+		a.local.word[1] = ctx->local_ip6[1];
+		a.local.word[2] = ctx->local_ip6[2];
+		a.local.word[3] = ctx->local_ip6[3];
+		a.remote.word[0] = ctx->remote_ip6[0];
+		a.remote.word[1] = ctx->remote_ip6[1];
+		a.remote.word[2] = ctx->remote_ip6[2];
+		a.remote.word[3] = ctx->remote_ip6[3];
+	}
+	a.local_port = ctx->local_port;
+	a.on_loopback = ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+
+	key.kind = choose(pod, &a);
+	if (key.kind == LISTENER_NONE) {
+		count(STEER_LEFT);
+		return SK_PASS;
+	}
+	sk = bpf_map_lookup_elem(&listeners, &key);
+	if (!sk) {
+		count(STEER_DROPPED_NO_LISTENER);
+		return SK_DROP;
+	}
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) {
+		count(STEER_DROPPED_ASSIGN);
+		return SK_DROP;
+	}
+	count(STEER_OUTBOUND + key.kind - LISTENER_OUTBOUND);
+	return SK_PASS;
+}
