@@ -24,14 +24,16 @@ import (
 )
 
 const (
-	caPort      = 15012
-	metricsPort = 15020
+	caPort = 15012
 	// startTimeout is for a process to answer after its start: an agent loads its programs
 	// first, and on a small machine built with -race that takes seconds.
 	startTimeout = 30 * time.Second
 	// pollInterval is between two questions of a wait.
 	pollInterval = 20 * time.Millisecond
 )
+
+// metricsAddr is the same on every node: each has a loopback of its own.
+var metricsAddr = netip.MustParseAddrPort("127.0.0.1:15020")
 
 // writeTokens makes one secret per node for its agent, and the file that tells the CA whose
 // they are.
@@ -89,7 +91,7 @@ func (l *Lab) StartCA(ctx context.Context, args ...string) (*CA, error) {
 		if _, err := os.Stat(ca.RootFile); err != nil {
 			return err
 		}
-		conn, err := l.control.Dial(ctx, "tcp", ca.Addr.String())
+		conn, err := l.control.Dial(ctx, ca.Addr)
 		if err != nil {
 			return err
 		}
@@ -143,7 +145,7 @@ func (l *Lab) StartAgent(ctx context.Context, n *Node, args ...string) (*Agent, 
 		"--root-namespace", l.opts.RootNamespace,
 		"--socket", a.Socket,
 		"--bpf-dir", a.BPFDir,
-		"--metrics-address", netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), metricsPort).String(),
+		"--metrics-address", metricsAddr.String(),
 	}, args...)...)
 	p, err := n.start(cmd, agentProcess, "raceway-agent-"+n.Name+".log")
 	if err != nil {
@@ -203,12 +205,12 @@ func (a *Agent) Client() *admin.Client { return admin.NewClient(a.Socket) }
 // Metrics is what the agent's metrics endpoint says, in Prometheus' text format.
 func (a *Agent) Metrics(ctx context.Context) (string, error) {
 	transport := &http.Transport{
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			return a.Host.Dial(ctx, network, address)
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return a.Host.Dial(ctx, metricsAddr)
 		},
 		DisableKeepAlives: true,
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/metrics", metricsPort), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+metricsAddr.String()+"/metrics", nil)
 	if err != nil {
 		return "", fmt.Errorf("read the metrics of %s: %w", a.Node.Name, err)
 	}

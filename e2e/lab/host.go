@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/netip"
 	"os/exec"
+
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
 // Host is one network namespace: a node, a pod, the fabric or control.
@@ -31,50 +33,28 @@ func (h *Host) AddrPort(port uint16) netip.AddrPort { return netip.AddrPortFrom(
 // HostEnd is the name of the node's end of a pod's veth pair, "" for other hosts.
 func (h *Host) HostEnd() string { return h.hostEnd }
 
+// Namespace makes sockets in the namespace with every option that there is. It is the
+// host's: nobody else closes it.
+func (h *Host) Namespace() *netns.Namespace { return h.space.ns }
+
 // Do runs fn on a locked thread in the namespace. A socket that fn makes stays in the
 // namespace; a goroutine that fn starts is not in it.
-func (h *Host) Do(fn func() error) error { return h.space.do(fn) }
+func (h *Host) Do(fn func() error) error { return h.space.ns.Do(fn) }
 
-// Dial connects from the namespace to an address (there is no DNS). The thread that is in
-// the namespace waits for the connection; ctx bounds it.
-func (h *Host) Dial(ctx context.Context, network, address string) (net.Conn, error) {
-	if _, err := netip.ParseAddrPort(address); err != nil {
-		return nil, fmt.Errorf("dial from %s: %w", h.Name, err)
-	}
-	var conn net.Conn
-	err := h.space.do(func() (err error) {
-		// An address that needs no look-up, in one family, is dialled on the calling thread.
-		conn, err = new(net.Dialer).DialContext(ctx, network, address)
-		return err
-	})
-	return conn, err
+// Dial connects from the namespace.
+func (h *Host) Dial(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
+	return h.space.ns.Dial(ctx, netns.DialConfig{Remote: remote})
 }
 
-// DialFrom is Dial with a source address that the namespace may not have (IP_TRANSPARENT
-// and the like are up to control, which gets the socket before it is bound).
-func (h *Host) DialFrom(ctx context.Context, d net.Dialer, network, address string) (net.Conn, error) {
-	var conn net.Conn
-	err := h.space.do(func() (err error) {
-		conn, err = d.DialContext(ctx, network, address)
-		return err
-	})
-	return conn, err
-}
-
-// Listen listens in the namespace.
-func (h *Host) Listen(ctx context.Context, network, address string) (net.Listener, error) {
-	var listener net.Listener
-	err := h.space.do(func() (err error) {
-		listener, err = new(net.ListenConfig).Listen(ctx, network, address)
-		return err
-	})
-	return listener, err
+// Listen listens on a port of all the host's addresses, IPv4 and IPv6.
+func (h *Host) Listen(port uint16) (*net.TCPListener, error) {
+	return h.space.ns.Listen(netns.ListenConfig{Addr: netip.AddrPortFrom(netip.IPv6Unspecified(), port)})
 }
 
 // ListenPacket opens a packet socket, such as UDP's, in the namespace.
 func (h *Host) ListenPacket(ctx context.Context, network, address string) (net.PacketConn, error) {
 	var conn net.PacketConn
-	err := h.space.do(func() (err error) {
+	err := h.Do(func() (err error) {
 		conn, err = new(net.ListenConfig).ListenPacket(ctx, network, address)
 		return err
 	})

@@ -164,11 +164,17 @@ func New(ctx context.Context, opts Options) (_ *Lab, err error) {
 
 // makeDir refuses a name that is in use: Close would end the other lab.
 func (l *Lab) makeDir() (err error) {
-	if err := os.MkdirAll(runDir, 0o755); err != nil {
-		return fmt.Errorf("make %s: %w", runDir, err)
-	}
-	if err := os.Mkdir(l.dir, 0o755); err != nil {
-		return fmt.Errorf("make the lab's directory: %w", err)
+	for {
+		if err := os.MkdirAll(runDir, 0o755); err != nil {
+			return fmt.Errorf("make %s: %w", runDir, err)
+		}
+		err := os.Mkdir(l.dir, 0o755)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrNotExist) { // or else the last other lab has just gone
+			return fmt.Errorf("make the lab's directory: %w", err)
+		}
 	}
 	defer func() {
 		if err != nil {
@@ -246,6 +252,7 @@ func (l *Lab) close() error {
 	for _, kind := range []processKind{applicationProcess, agentProcess, caProcess} {
 		errs = append(errs, l.endAll(processes, kind))
 	}
+	errs = append(errs, killStrays(inodesOf(spaces)))
 	for _, c := range captures {
 		errs = append(errs, c.Close())
 	}
@@ -272,9 +279,8 @@ func (l *Lab) endAll(processes []*Process, kind processKind) error {
 }
 
 // removeDir removes a lab's directory with the bpffs in it, and the directory of all labs
-// and of named namespaces when this was the last.
+// when this was the last. That of named namespaces stays, as `ip netns` leaves it.
 func removeDir(dir string) error {
-	var errs []error
 	bpf := filepath.Join(dir, "bpf")
 	for {
 		err := unix.Unmount(bpf, unix.MNT_DETACH)
@@ -286,14 +292,13 @@ func removeDir(dir string) error {
 			return fmt.Errorf("unmount %s: %w", bpf, err)
 		}
 	}
-	errs = append(errs, os.RemoveAll(dir))
-	for _, shared := range []string{runDir, netnsDir} {
-		err := os.Remove(shared)
-		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
-			errs = append(errs, err)
-		}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove the lab's directory: %w", err)
 	}
-	return errors.Join(errs...)
+	if err := os.Remove(runDir); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		return fmt.Errorf("remove the labs' directory: %w", err)
+	}
+	return nil
 }
 
 // track hands a resource to Close, or refuses it when Close has begun.

@@ -3,6 +3,7 @@ package lab
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -96,12 +97,11 @@ func (l *Lab) plug(p *Pod) (err error) {
 	return p.Node.plugPod(l.opts.families(), p.Host)
 }
 
-// RemovePod ends the pod's processes, withdraws its YAML and removes its namespace.
+// RemovePod withdraws the pod's YAML, ends its processes and removes its namespace.
 func (l *Lab) RemovePod(p *Pod) error {
 	l.mu.Lock()
 	l.pods = slices.DeleteFunc(l.pods, func(o *Pod) bool { return o == p })
 	err := l.writeServicesLocked()
-	processes := slices.Clone(l.processes)
 	l.mu.Unlock()
 	if err != nil {
 		return err
@@ -109,14 +109,7 @@ func (l *Lab) RemovePod(p *Pod) error {
 	if err := l.DeleteFile(p.file()); err != nil || p.HostNetwork {
 		return err
 	}
-	for _, process := range processes {
-		if process.Host == p.Host {
-			if err := process.Kill(); err != nil {
-				return err
-			}
-		}
-	}
-	return l.forget(p.space)
+	return l.unplug(p)
 }
 
 // VanishPod removes the pod's namespace and leaves its YAML, as when a node loses a pod
@@ -125,14 +118,22 @@ func (l *Lab) VanishPod(p *Pod) error {
 	if p.HostNetwork {
 		return fmt.Errorf("vanish %s: it is in its node's namespace", p)
 	}
-	return l.forget(p.space)
+	return l.unplug(p)
 }
 
-func (l *Lab) forget(s *space) error {
+// unplug ends what runs in the pod, and the pod's namespace.
+func (l *Lab) unplug(p *Pod) error {
 	l.mu.Lock()
-	l.spaces = slices.DeleteFunc(l.spaces, func(o *space) bool { return o == s })
+	processes := slices.Clone(l.processes)
+	l.spaces = slices.DeleteFunc(l.spaces, func(o *space) bool { return o == p.space })
 	l.mu.Unlock()
-	return s.close()
+	var errs []error
+	for _, process := range processes {
+		if process.Host == p.Host {
+			errs = append(errs, process.Kill())
+		}
+	}
+	return errors.Join(append(errs, p.space.close())...)
 }
 
 // Pods lists the pods in the order of their making.

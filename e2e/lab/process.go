@@ -7,13 +7,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -83,49 +81,27 @@ func (h *Host) start(cmd *exec.Cmd, kind processKind, log string) (*Process, err
 	return p, nil
 }
 
-// launch starts cmd and waits for it on one thread: the parent-death signal is sent when the
-// thread that forked ends (prctl(2)), so this thread must outlive the child.
+// launch starts cmd and waits for it on one thread in the namespace. The parent-death signal
+// is sent when the thread that forked ends (prctl(2)), so this thread must outlive the child.
 func (p *Process) launch(cmd *exec.Cmd) error {
-	started := make(chan error)
+	started := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread()
-		if err := p.fork(cmd); err != nil {
-			// The thread may be in the wrong namespace; it ends with this goroutine.
-			close(p.done)
-			started <- err
-			return
+		defer close(p.done)
+		err := p.Host.Do(func() error {
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+			p.pid = cmd.Process.Pid
+			p.started, _, _ = startTime(p.pid) // 0 when it has ended already
+			started <- nil
+			p.err = cmd.Wait()
+			return nil
+		})
+		if err != nil {
+			started <- err // the buffer takes what comes after a start, when nobody reads it
 		}
-		close(started)
-		p.err = cmd.Wait()
-		close(p.done)
-		runtime.UnlockOSThread()
 	}()
 	return <-started
-}
-
-// fork starts cmd in the namespace and puts the thread back into its own.
-func (p *Process) fork(cmd *exec.Cmd) error {
-	self, err := netns.Get()
-	if err != nil {
-		return fmt.Errorf("open own network namespace: %w", err)
-	}
-	defer self.Close() //nolint:errcheck // an open namespace fd has nothing to flush
-	if err := netns.Set(p.Host.space.handle); err != nil {
-		return fmt.Errorf("enter %s: %w", p.Host.space.name, err)
-	}
-	err = cmd.Start()
-	if back := netns.Set(self); back != nil {
-		err = errors.Join(err, fmt.Errorf("return to own network namespace: %w", back))
-		if cmd.Process != nil {
-			err = errors.Join(err, cmd.Process.Kill(), cmd.Wait())
-		}
-	}
-	if err != nil {
-		return err
-	}
-	p.pid = cmd.Process.Pid
-	p.started, _, _ = startTime(p.pid) // 0 when it has ended already
-	return nil
 }
 
 // Pid is the process's id, also after its end.

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // owner is the content of a lab's owner.json: what another process needs to end the lab.
@@ -54,30 +55,34 @@ func (l *Lab) writeOwner() error {
 // mounts, pins and files. After Close it is empty.
 func (l *Lab) Leftovers() []string {
 	l.mu.Lock()
-	processes := slices.Clone(l.processes)
+	processes, spaces := slices.Clone(l.processes), slices.Clone(l.spaces)
+	closed := l.closed
 	l.mu.Unlock()
-	var found []string
+	found := leftovers(l.opts.Name)
 	for _, p := range processes {
-		if started, running, err := startTime(p.pid); err == nil && running && started == p.started {
+		if (ownProcess{Pid: p.pid, Started: p.started}).running() {
 			found = append(found, fmt.Sprintf("process %d (%s)", p.pid, p.command))
 		}
 	}
-	return append(found, leftovers(l.opts.Name, l.spaceInodes())...)
+	if !closed { // then the namespaces are held, and no others can have their inodes
+		for _, stray := range straysIn(inodesOf(spaces)) {
+			found = append(found, fmt.Sprintf("process %d (%s)", stray.Pid, stray.Command))
+		}
+	}
+	slices.Sort(found)
+	return slices.Compact(found)
 }
 
-func (l *Lab) spaceInodes() map[uint64]string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	inodes := make(map[uint64]string, len(l.spaces))
-	for _, s := range l.spaces {
-		inodes[s.inode] = s.name
+func inodesOf(spaces []*space) map[uint64]bool {
+	inodes := make(map[uint64]bool, len(spaces))
+	for _, s := range spaces {
+		inodes[s.inode] = true
 	}
 	return inodes
 }
 
-// leftovers looks for everything that bears the lab's name, and for processes in its
-// namespaces, which may be nobody's children by now.
-func leftovers(name string, inodes map[uint64]string) []string {
+// leftovers looks for everything that bears the lab's name.
+func leftovers(name string) []string {
 	var found []string
 	dir := filepath.Join(runDir, name)
 	for _, s := range spacesOf(name) {
@@ -99,10 +104,6 @@ func leftovers(name string, inodes map[uint64]string) []string {
 	if _, err := os.Lstat(dir); err == nil {
 		found = append(found, "directory "+dir)
 	}
-	for pid, s := range processesIn(inodes) {
-		found = append(found, fmt.Sprintf("process %d in %s", pid, s))
-	}
-	slices.Sort(found)
 	return found
 }
 
@@ -140,11 +141,13 @@ func mountsUnder(prefixes ...string) []string {
 	return found
 }
 
-// pinsIn lists the objects pinned below a directory of a bpffs.
+// pinsIn lists the objects pinned below a bpffs, but for the two iterators that a kernel
+// with BPF_PRELOAD puts into every new one.
 func pinsIn(dir string) []string {
+	preloaded := []string{filepath.Join(dir, "maps.debug"), filepath.Join(dir, "progs.debug")}
 	var found []string
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() {
+		if err == nil && !d.IsDir() && !slices.Contains(preloaded, path) {
 			found = append(found, path)
 		}
 		return err
@@ -159,27 +162,62 @@ func pinsIn(dir string) []string {
 // agent, and go with the lab.
 func (l *Lab) Pins() []string { return pinsIn(l.bpfDir()) }
 
-// processesIn finds processes by the inode of their network namespace.
-func processesIn(inodes map[uint64]string) map[int]string {
-	found := make(map[int]string)
+// straysIn finds processes by the inode of their network namespace: descendants of what the
+// lab started that left their group. The namespaces must be held open, inodes are reused.
+func straysIn(inodes map[uint64]bool) []ownProcess {
 	entries, err := os.ReadDir("/proc")
 	if err != nil || len(inodes) == 0 {
-		return found
+		return nil
 	}
+	var found []ownProcess
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue // not a process
+		if err != nil || pid == os.Getpid() {
+			continue // not a process, or our main thread on a visit
 		}
 		info, err := os.Stat(filepath.Join("/proc", e.Name(), "ns/net"))
 		if err != nil {
 			continue // it ended
 		}
-		if st, ok := info.Sys().(*syscall.Stat_t); ok && inodes[st.Ino] != "" {
-			found[pid] = inodes[st.Ino]
+		st, ok := info.Sys().(*syscall.Stat_t)
+		if !ok || !inodes[st.Ino] {
+			continue
 		}
+		started, running, err := startTime(pid)
+		if err != nil || !running {
+			continue
+		}
+		command, err := os.ReadFile(filepath.Join("/proc", e.Name(), "comm"))
+		if err != nil {
+			continue
+		}
+		found = append(found, ownProcess{Pid: pid, Started: started, Command: strings.TrimSpace(string(command))})
 	}
 	return found
+}
+
+// killTimeout is for killed processes to be gone.
+const killTimeout = 5 * time.Second
+
+// killStrays kills what is left in the namespaces and waits until it is gone.
+func killStrays(inodes map[uint64]bool) error {
+	deadline := time.Now().Add(killTimeout)
+	for {
+		strays := straysIn(inodes)
+		if len(strays) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("end what runs in the lab: %d processes go on after SIGKILL, among them %d (%s)",
+				len(strays), strays[0].Pid, strays[0].Command)
+		}
+		for _, s := range strays {
+			if err := syscall.Kill(s.Pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+				return fmt.Errorf("end %s (pid %d): %w", s.Command, s.Pid, err)
+			}
+		}
+		time.Sleep(pollInterval)
+	}
 }
 
 // Known lists the labs on this machine by name, and says of each whether the process that
@@ -245,7 +283,7 @@ func Remove(name string) ([]string, error) {
 	if o.running() {
 		return nil, fmt.Errorf("remove lab %s: the process that made it still runs (pid %d): end that", name, o.Pid)
 	}
-	found := leftovers(name, nil)
+	found := leftovers(name)
 	var errs []error
 	for _, p := range slices.Backward(o.Processes) {
 		if p.running() {
@@ -253,6 +291,14 @@ func Remove(name string) ([]string, error) {
 			errs = append(errs, syscall.Kill(-p.Pid, syscall.SIGKILL))
 		}
 	}
+	inodes := make(map[uint64]bool)
+	for _, s := range spacesOf(name) {
+		var st syscall.Stat_t
+		if err := syscall.Stat(filepath.Join(netnsDir, s), &st); err == nil {
+			inodes[st.Ino] = true
+		}
+	}
+	errs = append(errs, killStrays(inodes))
 	for _, s := range spacesOf(name) {
 		errs = append(errs, removeNamed(filepath.Join(netnsDir, s)))
 	}

@@ -7,12 +7,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
+	vnetns "github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
 // netnsDir is where iproute2 looks for named namespaces, so that `ip netns exec` works on ours.
@@ -20,16 +21,16 @@ const netnsDir = "/run/netns"
 
 // space is one named network namespace that this lab made, and its netlink socket.
 type space struct {
-	name   string
-	path   string
-	handle netns.NsHandle
-	inode  uint64
-	nl     *netlink.Handle
+	name  string
+	path  string
+	ns    *netns.Namespace
+	inode uint64
+	nl    *netlink.Handle
 }
 
 // newSpace makes the namespace and brings its loopback up. close removes it.
 func newSpace(name string) (_ *space, err error) {
-	s := &space{name: name, path: filepath.Join(netnsDir, name), handle: netns.None()}
+	s := &space{name: name, path: filepath.Join(netnsDir, name)}
 	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return nil, fmt.Errorf("make %s: %w", netnsDir, err)
 	}
@@ -41,26 +42,26 @@ func newSpace(name string) (_ *space, err error) {
 	if err := makeNamed(s.path); err != nil {
 		return nil, fmt.Errorf("make network namespace %s: %w", name, err)
 	}
-	if s.handle, err = netns.GetFromPath(s.path); err != nil {
-		return nil, fmt.Errorf("open network namespace %s: %w", name, err)
+	if s.ns, err = netns.Open(s.path); err != nil {
+		return nil, err
 	}
 	var st unix.Stat_t
-	if err := unix.Fstat(int(s.handle), &st); err != nil {
+	if err := unix.Stat(s.path, &st); err != nil {
 		return nil, fmt.Errorf("stat network namespace %s: %w", name, err)
 	}
 	s.inode = st.Ino
-	if s.nl, err = netlink.NewHandleAt(s.handle, unix.NETLINK_ROUTE); err != nil {
+	err = s.ns.WithFD(func(fd int) (err error) {
+		s.nl, err = netlink.NewHandleAt(vnetns.NsHandle(fd), unix.NETLINK_ROUTE)
+		return err
+	})
+	if err != nil {
 		return nil, fmt.Errorf("open netlink in %s: %w", name, err)
 	}
-	if err := s.up("lo"); err != nil {
-		return nil, err
-	}
-	return s, nil
+	return s, s.up("lo")
 }
 
-// makeNamed binds a new namespace to path, as `ip netns add` does. The thread goes back to
-// its own namespace: exiting it instead would wedge the process when it is the main thread.
-func makeNamed(path string) error {
+// makeNamed binds a new namespace to path, as `ip netns add` does.
+func makeNamed(path string) (err error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
 	if err != nil {
 		return err
@@ -68,7 +69,13 @@ func makeNamed(path string) error {
 	if err := f.Close(); err != nil {
 		return err
 	}
-	return onOwnThread(func() error {
+	home, err := netns.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, home.Close()) }()
+	// Do brings the thread home from wherever it has gone.
+	return home.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("unshare: %w", err)
 		}
@@ -79,41 +86,6 @@ func makeNamed(path string) error {
 	})
 }
 
-// onOwnThread runs fn, which may change the thread's network namespace, on a locked thread
-// that is put back afterwards, or given up when that fails.
-func onOwnThread(fn func() error) error {
-	result := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		self, err := netns.Get()
-		if err != nil {
-			runtime.UnlockOSThread()
-			result <- fmt.Errorf("open own network namespace: %w", err)
-			return
-		}
-		defer self.Close() //nolint:errcheck // an open namespace fd has nothing to flush
-		err = fn()
-		if back := netns.Set(self); back != nil {
-			// Still locked: the thread ends with this goroutine.
-			result <- errors.Join(err, fmt.Errorf("return to own network namespace: %w", back))
-			return
-		}
-		runtime.UnlockOSThread()
-		result <- err
-	}()
-	return <-result
-}
-
-// do runs fn on a thread in the namespace. Goroutines that fn starts are not in it.
-func (s *space) do(fn func() error) error {
-	return onOwnThread(func() error {
-		if err := netns.Set(s.handle); err != nil {
-			return fmt.Errorf("enter %s: %w", s.name, err)
-		}
-		return fn()
-	})
-}
-
 // close is idempotent. Links of the namespace go with it, once its last process has.
 func (s *space) close() error {
 	var errs []error
@@ -121,8 +93,8 @@ func (s *space) close() error {
 		s.nl.Close()
 		s.nl = nil
 	}
-	if s.handle.IsOpen() {
-		errs = append(errs, s.handle.Close())
+	if s.ns != nil {
+		errs = append(errs, s.ns.Close())
 	}
 	return errors.Join(append(errs, removeNamed(s.path))...)
 }
@@ -140,7 +112,7 @@ func removeNamed(path string) error {
 
 // sysctl writes values by their dotted names, in order. A value whose file does not exist is an error.
 func (s *space) sysctl(pairs ...string) error {
-	return s.do(func() error {
+	return s.ns.Do(func() error {
 		for i := 0; i+1 < len(pairs); i += 2 {
 			file := filepath.Join("/proc/sys", strings.ReplaceAll(pairs[i], ".", "/"))
 			if err := os.WriteFile(file, []byte(pairs[i+1]), 0o644); err != nil {
@@ -172,10 +144,13 @@ func (s *space) up(name string) error {
 
 // join makes a veth pair with one end in each namespace, never one in the caller's.
 func (s *space) join(name string, peer *space, peerName string) error {
-	veth := netlink.NewVeth(netlink.LinkAttrs{Name: name})
-	veth.PeerName = peerName
-	veth.PeerNamespace = netlink.NsFd(peer.handle)
-	if err := s.nl.LinkAdd(veth); err != nil {
+	err := peer.ns.WithFD(func(fd int) error {
+		veth := netlink.NewVeth(netlink.LinkAttrs{Name: name})
+		veth.PeerName = peerName
+		veth.PeerNamespace = netlink.NsFd(fd)
+		return s.nl.LinkAdd(veth)
+	})
+	if err != nil {
 		return fmt.Errorf("join %s in %s with %s in %s: %w", name, s.name, peerName, peer.name, err)
 	}
 	return errors.Join(s.up(name), peer.up(peerName))

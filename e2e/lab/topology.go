@@ -2,8 +2,10 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"strconv"
 )
 
@@ -113,13 +115,25 @@ func (l *Lab) newHost(name string) (*Host, error) {
 		return nil, fmt.Errorf("%w, and so %s goes: %w", err, s.name, s.close())
 	}
 	h := &Host{Name: name, lab: l, space: s}
-	return h, s.sysctl(endpoint...)
+	return h, errors.Join(s.sysctl(endpoint...), s.congestion("cubic", "reno"))
 }
 
-// endpoint are the sysctls of every namespace, set before it has a link. Some distributions
-// choose BBR, which needs pacing timers on every local hop and hides what is measured.
+// congestion sets the first choice that is permitted. A machine may default to BBR, whose
+// pacing on every local hop hides what is measured; both choices here go without. Linux
+// refuses one that net.ipv4.tcp_allowed_congestion_control lacks in any but the first
+// namespace, whose list is not ours to change; reno is on it everywhere.
+func (s *space) congestion(choices ...string) error {
+	var err error
+	for _, c := range choices {
+		if err = s.sysctl("net.ipv4.tcp_congestion_control", c); !errors.Is(err, os.ErrPermission) && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return err
+}
+
+// endpoint are the sysctls of every namespace, set before it has a link.
 var endpoint = []string{
-	"net.ipv4.tcp_congestion_control", "cubic",
 	"net.ipv6.conf.default.accept_dad", "0",
 	"net.ipv6.conf.default.accept_ra", "0",
 }

@@ -1,0 +1,37 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+)
+
+const module = "github.com/raceway-mesh/raceway"
+
+// BuildOptions says how to build.
+type BuildOptions struct {
+	Dir  string // where the binaries go; required
+	Race bool   // with the race detector: an agent that races then ends with a report in its log
+}
+
+// Build builds commands of this module, such as raceway-agent, with the go command. It works
+// inside a clone of the repository only.
+func Build(ctx context.Context, opts BuildOptions, commands ...string) error {
+	if opts.Dir == "" {
+		return errors.New("build: no directory to build into")
+	}
+	args := []string{"build", "-o", opts.Dir + "/"}
+	if opts.Race {
+		args = append(args, "-race")
+	}
+	for _, c := range commands {
+		args = append(args, module+"/cmd/"+c)
+	}
+	output, err := exec.CommandContext(ctx, "go", args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("build %s: %w\n%s", strings.Join(commands, ", "), err, output)
+	}
+	return nil
+}
