@@ -60,7 +60,9 @@ func (d *driver) loop(ctx context.Context) error {
 	for {
 		snapshot, changed := d.cfg.Store.Load()
 		now := time.Now()
-		d.desire(snapshot)
+		if d.desire(snapshot) {
+			d.report(now) // a pod that is no longer captured must not be said to be while it is released
+		}
 		wake := d.advance(ctx, now)
 		d.report(now)
 		if d.releasing && len(d.pods) == 0 && d.publication.known {
@@ -111,15 +113,16 @@ func (d *driver) join() {
 	d.report(time.Now())
 }
 
-// desire takes in a snapshot: which pods are wanted, and which exist no more.
-func (d *driver) desire(s *dataplane.Snapshot) {
+// desire takes in a snapshot: which pods are wanted, and which exist no more. It reports
+// whether that is news.
+func (d *driver) desire(s *dataplane.Snapshot) bool {
 	if s == nil {
 		// Run decides nothing before the first complete snapshot; ReleaseAll need not know.
 		d.decided = d.decided || d.releasing
-		return
+		return false
 	}
 	if s == d.seen {
-		return
+		return false
 	}
 	d.seen, d.decided = s, true
 	wanted := make(map[string]*dataplane.Workload)
@@ -147,6 +150,7 @@ func (d *driver) desire(s *dataplane.Snapshot) {
 			p.publish = p.publish || is && p.resumed
 		}
 	}
+	return true
 }
 
 // advance starts every step that can start, and returns when to look again; zero when only
@@ -189,6 +193,9 @@ func (d *driver) look(p *pod, now time.Time) time.Time {
 	switch next.do {
 	case rest:
 		return next.at
+	case poll:
+		p.counted(d.cfg.Target.Live(p.uid), now, &d.cfg)
+		return d.look(p, now)
 	case publish, unpublish:
 		p.publish = next.do == publish
 	case forget:
@@ -205,7 +212,7 @@ func (d *driver) look(p *pod, now time.Time) time.Time {
 }
 
 func isCall(do step) bool {
-	return do != rest && do != publish && do != unpublish && do != forget
+	return do != rest && do != publish && do != unpublish && do != poll && do != forget
 }
 
 func (d *driver) start(ctx context.Context, p *pod, do step, now time.Time) {
@@ -241,7 +248,7 @@ func perform(ctx context.Context, t Target, do step, uid string, w *dataplane.Wo
 		return t.ReleaseOutbound(ctx, uid)
 	case remove:
 		return t.Remove(ctx, uid)
-	case rest, publish, unpublish, forget:
+	case rest, publish, unpublish, poll, forget:
 	}
 	return fmt.Errorf("%s is no call", do)
 }

@@ -32,13 +32,14 @@ const (
 	releaseInbound
 	unpublish
 	releaseOutbound
+	poll // count the pod's live connections
 	remove
 	forget // nothing is in force and nothing is wanted
 )
 
 var steps = [...]string{
 	"rest", "prepare", "publish", "capture outbound", "capture inbound", "guard",
-	"unguard", "release inbound", "unpublish", "release outbound", "remove", "forget",
+	"unguard", "release inbound", "unpublish", "release outbound", "poll", "remove", "forget",
 }
 
 func (s step) String() string { return steps[s] }
@@ -74,6 +75,7 @@ type pod struct {
 	outboundAt    time.Time
 	outboundOffAt time.Time
 	nextPoll      time.Time
+	drained       bool // no connection was live when they were counted last
 
 	// What is under way.
 	running   *call
@@ -198,17 +200,19 @@ func (p *pod) drain(now time.Time, cfg *Config) plan {
 		return plan{}
 	}
 	const why = "new connections are plain, earlier ones go on through the agent until they end"
-	if now.Before(p.nextPoll) {
-		return plan{at: p.nextPoll, why: why}
-	}
-	if cfg.Target.Live(p.uid) == 0 {
+	switch {
+	case !now.Before(p.nextPoll):
+		return plan{do: poll, why: why}
+	case p.drained:
 		return plan{}
 	}
+	return plan{at: earliest(p.nextPoll, deadline), why: why}
+}
+
+// counted takes in how many connections are live.
+func (p *pod) counted(live int, now time.Time, cfg *Config) {
+	p.drained = live == 0
 	p.nextPoll = now.Add(cfg.DrainPoll)
-	if deadline.Before(p.nextPoll) {
-		p.nextPoll = deadline
-	}
-	return plan{at: p.nextPoll, why: why}
 }
 
 // begin notes what becomes uncertain while a step is under way.
@@ -224,7 +228,7 @@ func (p *pod) begin(do step) {
 		}
 	case unguard, releaseInbound, releaseOutbound, remove:
 		p.resumed = false
-	case captureOutbound, captureInbound, guard, rest, publish, unpublish, forget:
+	case captureOutbound, captureInbound, guard, rest, publish, unpublish, poll, forget:
 	}
 }
 
@@ -237,10 +241,10 @@ func (p *pod) done(do step, now time.Time) {
 			p.outboundAt = now
 		}
 	case releaseOutbound:
-		p.outbound, p.outboundOffAt = off, now
+		p.outbound, p.outboundOffAt, p.drained = off, now, false
 	case remove:
 		p.prepared, p.outbound, p.inbound, p.guard = off, off, off, off
-		p.netns, p.addrs = "", nil
+		p.netns, p.addrs, p.drained = "", nil, false
 		p.publishedAt, p.unpublishedAt, p.outboundAt, p.outboundOffAt = time.Time{}, time.Time{}, time.Time{}, time.Time{}
 	case prepare:
 		p.prepared = on
@@ -252,7 +256,7 @@ func (p *pod) done(do step, now time.Time) {
 		p.guard = off
 	case releaseInbound:
 		p.inbound = off
-	case rest, publish, unpublish, forget:
+	case rest, publish, unpublish, poll, forget:
 	}
 }
 
@@ -267,7 +271,7 @@ func (p *pod) fact(do step) *fact {
 		return &p.inbound
 	case guard, unguard:
 		return &p.guard
-	case rest, publish, unpublish, forget:
+	case rest, publish, unpublish, poll, forget:
 	}
 	return nil
 }

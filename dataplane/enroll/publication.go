@@ -78,7 +78,7 @@ func (d *driver) published(err error, now time.Time) {
 		case in && p.published != on:
 			p.published, p.publishedAt = on, now
 		case !in && p.published != off:
-			p.published, p.unpublishedAt = off, now
+			p.published, p.unpublishedAt, p.drained = off, now, false
 		}
 	}
 }

@@ -1,0 +1,576 @@
+package enroll
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// cluster is what the test's snapshots are made of.
+type cluster struct {
+	store dataplane.Store
+	pods  map[string]dataplane.Workload
+	on    map[string]bool // enrolled, by UID
+}
+
+func newCluster(pods ...dataplane.Workload) *cluster {
+	c := &cluster{pods: make(map[string]dataplane.Workload), on: make(map[string]bool)}
+	for _, p := range pods {
+		c.pods[p.UID] = p
+		c.on[p.UID] = true
+	}
+	return c
+}
+
+func workload(uid string) dataplane.Workload {
+	last := 0
+	for _, c := range uid {
+		last = last*31 + int(c)
+	}
+	return dataplane.Workload{
+		UID: uid, Name: dataplane.Name{Namespace: "shop", Name: uid}, Node: "n1", Phase: dataplane.PodRunning,
+		NetNS: "/run/netns/" + uid, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(last >> 8), byte(last)})},
+	}
+}
+
+func (c *cluster) publish() {
+	contents := dataplane.Contents{TrustDomain: "cluster.local", Namespaces: []dataplane.Namespace{{Name: "shop"}}}
+	for uid, p := range c.pods {
+		p.Labels = map[string]string{dataplane.ModeLabel: dataplane.ModeNone}
+		if c.on[uid] {
+			p.Labels[dataplane.ModeLabel] = dataplane.ModeAmbient
+		}
+		contents.Workloads = append(contents.Workloads, p)
+	}
+	c.store.Publish(dataplane.NewSnapshot(contents))
+}
+
+func (c *cluster) set(uid string, enrolled bool) {
+	c.on[uid] = enrolled
+	c.publish()
+}
+
+// rig is a Reconciler that runs on a fake target in a synctest bubble.
+type rig struct {
+	*testing.T
+	*cluster
+	fake *fakeTarget
+	r    *Reconciler
+	stop func() error
+}
+
+func newRig(t *testing.T, c *cluster, change func(*Config)) *rig {
+	fake := newFake(t)
+	cfg := Config{Node: "n1", Store: &c.store, Target: fake, RequireNetNS: true}
+	if change != nil {
+		change(&cfg)
+	}
+	r, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fake.cfg, fake.status = r.cfg, r.Status
+	return &rig{T: t, cluster: c, fake: fake, r: r}
+}
+
+func (g *rig) run() {
+	g.Helper()
+	ctx, cancel := context.WithCancel(g.Context())
+	done := make(chan error, 1)
+	go func() { done <- g.r.Run(ctx) }()
+	g.stop = func() error { cancel(); return <-done }
+}
+
+func (g *rig) halt() {
+	g.Helper()
+	if err := g.stop(); err != nil {
+		g.Errorf("Run: %v", err)
+	}
+}
+
+func (g *rig) expectLog(want ...string) {
+	g.Helper()
+	synctest.Wait()
+	g.fake.mu.Lock()
+	defer g.fake.mu.Unlock()
+	if !slices.Equal(g.fake.log, want) {
+		g.Errorf("calls:\n  %s\nwant:\n  %s", strings.Join(g.fake.log, "\n  "), strings.Join(want, "\n  "))
+	}
+	g.fake.log = nil
+}
+
+func (g *rig) expectState(uid string, state dataplane.CaptureState, reason string) {
+	g.Helper()
+	synctest.Wait()
+	got, ok := g.r.Status()[uid]
+	if !ok && state == dataplane.CaptureNone {
+		return
+	}
+	if got.State != state || !strings.Contains(got.Reason, reason) {
+		g.Errorf("%s is %v (%s), want %v (…%s…)", uid, got.State, got.Reason, state, reason)
+	}
+}
+
+func bubble(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	synctest.Test(t, f)
+}
+
+func TestEnrolmentAndReleaseKeepTheOrder(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.run()
+		g.expectLog()
+		g.publish()
+		g.expectLog("0s publish []", "0s prepare a", "0s publish [a]")
+		g.expectState("a", dataplane.CapturePending, "peers to learn")
+		time.Sleep(time.Second)
+		g.expectLog("250ms capture-outbound a", "500ms capture-inbound a", "500ms guard a")
+		g.expectState("a", dataplane.CaptureInForce, "")
+
+		g.set("a", false)
+		g.expectState("a", dataplane.CaptureReleasing, "no more tunnels")
+		time.Sleep(10 * time.Second)
+		g.expectLog("1s unguard a", "1s release-inbound a", "1s publish []", "1.25s release-outbound a", "3.25s remove a")
+		g.expectState("a", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestNothingHappensBeforeTheFirstSnapshot(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(), func(c *Config) { c.Adopted = []Adopted{{UID: "a", Published: true}} })
+		g.run()
+		time.Sleep(time.Hour)
+		g.expectLog()
+		g.expectState("a", dataplane.CapturePending, "waiting for the state of the cluster")
+		g.halt()
+	})
+}
+
+func TestReleaseWaitsForLiveConnections(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.fake.pods["a"].live = 3
+		g.set("a", false)
+		time.Sleep(10 * time.Minute)
+		g.expectState("a", dataplane.CaptureReleasing, "go on through the agent")
+		synctest.Wait()
+		g.fake.mu.Lock()
+		g.fake.pods["a"].live = 0
+		g.fake.mu.Unlock()
+		time.Sleep(2 * time.Second)
+		g.expectState("a", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestReleaseWaitsNoLongerThanMaxDrain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), func(c *Config) { c.MaxDrain = time.Minute })
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.fake.pods["a"].live = 1
+		g.set("a", false)
+		time.Sleep(60 * time.Second)
+		g.expectState("a", dataplane.CaptureReleasing, "go on through the agent")
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestReenrolledWhileDrainingGoesForwardFromThere(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.set("a", false)
+		time.Sleep(100 * time.Millisecond) // unpublished, outbound still on
+		g.fake.log = nil
+		g.set("a", true)
+		time.Sleep(time.Second)
+		g.expectLog("1.1s publish [a]", "1.35s capture-inbound a", "1.35s guard a")
+
+		g.fake.pods["a"].live = 1
+		g.set("a", false)
+		time.Sleep(time.Minute) // draining
+		g.fake.log = nil
+		g.set("a", true)
+		g.expectState("a", dataplane.CapturePending, "")
+		time.Sleep(time.Second)
+		g.expectLog("1m2.1s publish [a]", "1m2.35s capture-outbound a", "1m2.6s capture-inbound a", "1m2.6s guard a")
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.halt()
+	})
+}
+
+func TestDeletedPodIsRemovedWithoutPauses(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.fake.log = nil
+		g.fake.pods["a"].gone, g.fake.pods["a"].live = true, 5
+		delete(g.pods, "a")
+		g.publish()
+		g.expectLog("1s unguard a", "1s release-inbound a", "1s publish []", "1s release-outbound a", "1s remove a")
+		g.expectState("a", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestNamespaceThatVanishesReleasesItsPods(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.store.Publish(dataplane.NewSnapshot(dataplane.Contents{Workloads: []dataplane.Workload{workload("a")}}))
+		g.expectState("a", dataplane.CaptureReleasing, "")
+		time.Sleep(time.Minute)
+		g.expectState("a", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestPodRecreatedInPlaceWaitsForTheOldOne(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("old")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		removing := make(chan struct{})
+		g.fake.hook = func(_ context.Context, call, uid string) error {
+			if call == "remove" {
+				<-removing
+			}
+			return nil
+		}
+		g.fake.pods["old"].gone = true
+		delete(g.pods, "old")
+		reborn := workload("new")
+		reborn.NetNS = "/run/netns/old"
+		g.pods["new"], g.on["new"] = reborn, true
+		g.publish()
+		g.expectState("new", dataplane.CapturePending, "still in use for pod old")
+		close(removing)
+		time.Sleep(time.Second)
+		g.expectState("new", dataplane.CaptureInForce, "")
+		g.expectState("old", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestTwoPodsNeverShareANamespace(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		second := workload("b")
+		second.NetNS = "/run/netns/a"
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		synctest.Wait()
+		g.pods["b"], g.on["b"] = second, true
+		g.publish()
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.expectState("b", dataplane.CapturePending, "still in use for pod a")
+		g.halt()
+	})
+}
+
+func TestAdoptedRemainsLeaveTheNamespaceFirst(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		const shared = "/run/netns/a"
+		g := newRig(t, newCluster(workload("a")), func(c *Config) {
+			c.Adopted = []Adopted{{UID: "a", NetNS: shared}, {UID: "dead", NetNS: shared}}
+		})
+		g.fake.pods["dead"] = &fakePod{netns: shared, prepared: true, outbound: true}
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.expectState("dead", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestPodWithoutNamespaceFailsWithTheAnnotationsName(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		nameless := workload("a")
+		nameless.NetNS = ""
+		g := newRig(t, newCluster(nameless, workload("b")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureFailed, dataplane.NetNSAnnotation)
+		g.expectState("b", dataplane.CaptureInForce, "")
+		named := workload("a")
+		g.pods["a"] = named
+		g.publish()
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.pods["a"] = nameless
+		g.publish()
+		time.Sleep(time.Minute)
+		g.expectState("a", dataplane.CaptureFailed, dataplane.NetNSAnnotation)
+		delete(g.pods, "a")
+		g.publish()
+		g.expectState("a", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestFailingStepIsRetriedWithGrowingDelay(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		failing := true
+		var attempts []time.Time
+		g.fake.hook = func(_ context.Context, call, uid string) error {
+			if call != "capture-outbound" || !failing {
+				return nil
+			}
+			attempts = append(attempts, time.Now())
+			return errors.New("attach connect4: not permitted")
+		}
+		g.publish()
+		g.run()
+		time.Sleep(5 * time.Minute)
+		g.expectState("a", dataplane.CaptureFailed, "capture outbound: attach connect4: not permitted")
+		synctest.Wait()
+		for i := 2; i < 8; i++ {
+			before, after := attempts[i-1].Sub(attempts[i-2]), attempts[i].Sub(attempts[i-1])
+			if after < before/2 || after > 4*before {
+				t.Errorf("delay %d is %v after %v", i, after, before)
+			}
+		}
+		last := len(attempts) - 1
+		if d := attempts[last].Sub(attempts[last-1]); d < 15*time.Second || d > 30*time.Second {
+			t.Errorf("the last delay is %v, want half to all of 30s", d)
+		}
+		failing = false
+		time.Sleep(31 * time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.halt()
+	})
+}
+
+func TestHangingPodDelaysNoOther(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a"), workload("b")), func(c *Config) { c.Concurrency = 1 })
+		release := make(chan struct{})
+		g.fake.hook = func(_ context.Context, call, uid string) error {
+			if call == "prepare" && uid == "a" {
+				<-release // deaf to its context
+			}
+			return nil
+		}
+		g.publish()
+		g.run()
+		time.Sleep(17 * time.Second)
+		g.expectState("a", dataplane.CaptureFailed, "prepare: has not returned within 15s")
+		g.expectState("b", dataplane.CaptureInForce, "")
+		close(release)
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.halt()
+	})
+}
+
+func TestFailedPublicationIsRetried(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		failing := true
+		g.fake.hook = func(_ context.Context, call, _ string) error {
+			if call == "publish" && failing {
+				return errors.New("disk full")
+			}
+			return nil
+		}
+		g.publish()
+		g.run()
+		time.Sleep(time.Minute)
+		g.expectState("a", dataplane.CaptureFailed, "publish the captured pods: disk full")
+		failing = false
+		time.Sleep(time.Minute)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.halt()
+	})
+}
+
+func TestAdoptedPodsStayPublishedOrAreRemoved(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		unwanted := workload("b")
+		g := newRig(t, newCluster(workload("a"), unwanted), func(c *Config) {
+			c.Adopted = []Adopted{
+				{UID: "a", NetNS: "/run/netns/a", Published: true},
+				{UID: "b", NetNS: "/run/netns/b", Published: true},
+				{UID: "dead", NetNS: "/run/netns/dead", Published: true},
+			}
+		})
+		for _, a := range g.r.cfg.Adopted {
+			g.fake.pods[a.UID] = &fakePod{netns: a.NetNS, prepared: true, outbound: true, inbound: true, guard: true}
+			g.fake.published = append(g.fake.published, a.UID)
+		}
+		g.on["b"] = false
+		g.publish()
+		g.run()
+		synctest.Wait()
+		slices.Sort(g.fake.log)
+		g.expectLog("0s capture-inbound a", "0s capture-outbound a", "0s guard a", "0s prepare a", "0s publish [a]", "0s remove b", "0s remove dead")
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.expectState("b", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestStopLeavesEverythingInForce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.fake.log = nil
+		g.halt()
+		g.expectLog()
+		g.expectState("a", dataplane.CaptureInForce, "")
+
+		if err := g.r.ReleaseAll(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		g.expectLog("1s unguard a", "1s release-inbound a", "1s publish []", "1.25s release-outbound a", "3.25s remove a")
+		g.expectState("a", dataplane.CaptureNone, "")
+
+		g.run() // and it can be enrolled again
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		if err := g.r.ReleaseAll(t.Context()); !errors.Is(err, errDriving) {
+			t.Errorf("ReleaseAll beside Run: %v", err)
+		}
+		g.halt()
+	})
+}
+
+func TestReleaseAllNamesWhatIsLeft(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.halt()
+		g.fake.hook = func(_ context.Context, call, _ string) error {
+			if call == "unguard" {
+				return errors.New("busy")
+			}
+			return nil
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		err := g.r.ReleaseAll(ctx)
+		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "1 are left (a)") {
+			t.Errorf("ReleaseAll: %v", err)
+		}
+		g.expectState("a", dataplane.CaptureFailed, "unguard: busy")
+	})
+}
+
+func TestConfigComplaintsAreJoined(t *testing.T) {
+	_, err := New(Config{Settle: -1, Concurrency: -1})
+	for _, want := range []string{"node", "store", "target", "settle", "concurrency"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("New: %v, want it to name %s", err, want)
+		}
+	}
+}
+
+// TestRandomFlipsKeepTheOrder flips, deletes, recreates and moves pods while calls fail and
+// hang at random. The fake target checks the order at every call.
+func TestRandomFlipsKeepTheOrder(t *testing.T) {
+	const flips = 1000
+	for seed := range uint64(3) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			bubble(t, func(t *testing.T) { flipAtRandom(t, rand.New(rand.NewPCG(seed, 7)), flips) })
+		})
+	}
+}
+
+func flipAtRandom(t *testing.T, rng *rand.Rand, flips int) {
+	c := newCluster()
+	g := newRig(t, c, func(cfg *Config) { cfg.MaxDrain = 20 * time.Second; cfg.Concurrency = 3 })
+	failing := true
+	g.fake.chaos(rand.New(rand.NewPCG(rng.Uint64(), 1)), func() bool { return failing })
+	slots := make([]string, 8) // UID of the pod in each network namespace
+	births := 0
+	g.run()
+	for range flips {
+		slot := rng.IntN(len(slots))
+		g.fake.mu.Lock()
+		p := g.fake.podLocked(slots[slot])
+		if p.live = rng.IntN(p.live + 1); p.outbound {
+			p.live = rng.IntN(3)
+		}
+		switch uid := slots[slot]; {
+		case uid == "" || rng.IntN(5) == 0: // a new pod in the same place
+			p.gone = true
+			delete(c.pods, uid)
+			births++
+			w := workload(fmt.Sprintf("p%d", births))
+			w.NetNS = fmt.Sprintf("/run/netns/slot%d", slot)
+			slots[slot], c.pods[w.UID], c.on[w.UID] = w.UID, w, true
+		case rng.IntN(8) == 0: // its namespace is another
+			p.moved = true
+			w := c.pods[uid]
+			w.NetNS += "x"
+			c.pods[uid] = w
+		case rng.IntN(8) == 0: // its addresses are others
+			w := c.pods[uid]
+			w.Addrs = []netip.Addr{w.Addrs[0].Next()}
+			c.pods[uid] = w
+		default:
+			c.on[uid] = !c.on[uid]
+		}
+		g.fake.mu.Unlock()
+		c.publish()
+		time.Sleep(time.Duration(rng.IntN(1500)) * time.Millisecond)
+	}
+	failing = false
+	time.Sleep(10 * time.Minute)
+	synctest.Wait()
+	status := g.r.Status()
+	for uid := range c.pods {
+		if c.on[uid] {
+			g.expectState(uid, dataplane.CaptureInForce, "")
+			delete(status, uid)
+		}
+	}
+	if len(status) > 0 {
+		t.Errorf("left over: %v", status)
+	}
+	g.fake.mu.Lock()
+	for uid, p := range g.fake.pods {
+		if !c.on[uid] && (p.prepared || p.outbound || p.inbound || p.guard) {
+			t.Errorf("%s is still in force: %+v", uid, *p)
+		}
+	}
+	g.fake.mu.Unlock()
+	g.halt()
+}
