@@ -186,3 +186,20 @@ func isTimeout(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) ||
 		errors.Is(err, syscall.ETIMEDOUT) || errors.As(err, &t) && t.Timeout()
 }
+
+// ResetError is a stream that the peer ended with RST_STREAM, or that broke the protocol.
+type ResetError struct {
+	Code   uint32 // RFC 9113 section 7
+	Name   string // of Code
+	Remote bool   // whether the peer did it
+}
+
+func (e *ResetError) Error() string {
+	if e.Remote {
+		return "stream reset by peer: " + e.Name
+	}
+	return "stream reset: " + e.Name
+}
+
+// ErrPeerSilent ends a connection whose peer did not answer a PING in time.
+var ErrPeerSilent = errors.New("peer did not answer the keepalive PING in time")

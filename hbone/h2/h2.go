@@ -1,0 +1,51 @@
+// Package h2 carries HBONE streams over HTTP/2 (RFC 9113). Framing and HPACK are
+// golang.org/x/net/http2's; streams, flow control and the connection's life are its own,
+// because that package's Server cannot end the response while the request goes on, sends
+// one GOAWAY where a graceful drain needs two, and its Transport holds a buffer of up to
+// 512 KiB for every open stream.
+//
+//	            ┌──────────── conn ────────────┐
+//	Read  ◄── chunks ◄── readLoop ◄── TLS ◄── peer      DATA, and what control asks for
+//	Write ──► frame ─► │ wmu ├──► TLS ──► peer          DATA straight from the caller
+//	           control ─► writeLoop ┘                   all else, in the order it was queued
+//
+// A connection has two goroutines, readLoop and writeLoop. Neither ever waits for a
+// stream's reader: a peer may send what the window allows, and no more.
+package h2
+
+import (
+	"context"
+	"crypto/tls"
+	"time"
+
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// Client makes client sessions. The zero value has HBONE's values.
+type Client struct {
+	// PingInterval is how often the peer is asked for a sign of life, PingTimeout how
+	// long it may keep silent thereafter. 0 means 10 and 20 seconds.
+	PingInterval, PingTimeout time.Duration
+	// StreamWindow and ConnWindow bound what a peer may send unread, in bytes.
+	// 0 means 4 MiB and 16 MiB.
+	StreamWindow, ConnWindow int32
+}
+
+// Server serves connections. The zero value has HBONE's values.
+type Server struct {
+	// PingInterval, PingTimeout, StreamWindow and ConnWindow are as in Client.
+	PingInterval, PingTimeout time.Duration
+	StreamWindow, ConnWindow  int32
+	// MaxStreams bounds the streams of one connection. 0 means 200.
+	MaxStreams uint32
+}
+
+var (
+	_ hbone.ClientTransport = Client{}
+	_ hbone.ServerTransport = Server{}
+)
+
+// NewSession makes a session of conn, which it owns.
+func (c Client) NewSession(_ context.Context, conn *tls.Conn) (hbone.Session, error) {
+	return newSession(c, conn), nil
+}

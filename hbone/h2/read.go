@@ -1,0 +1,323 @@
+package h2
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+
+	"golang.org/x/net/http2"
+
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// readLoop takes in frames until the connection ends; an http2.ConnectionError is one that
+// the peer is to be told.
+func (c *conn) readLoop() error {
+	if c.server != nil {
+		if err := c.readPreface(); err != nil {
+			return err
+		}
+	}
+	for {
+		header, err := c.framer.ReadFrameHeader()
+		if err != nil {
+			return frameError(err)
+		}
+		if !c.sawSettings && header.Type != http2.FrameSettings {
+			return http2.ConnectionError(http2.ErrCodeProtocol)
+		}
+		if header.Type == http2.FrameData {
+			if err := c.readData(header); err != nil {
+				return err
+			}
+			continue
+		}
+		if header.Length > maxControlFrame {
+			return http2.ConnectionError(http2.ErrCodeFrameSize)
+		}
+		if err := c.readFrame(header); err != nil {
+			return err
+		}
+	}
+}
+
+func frameError(err error) error {
+	if errors.Is(err, http2.ErrFrameTooLarge) {
+		return http2.ConnectionError(http2.ErrCodeFrameSize)
+	}
+	return err
+}
+
+// readFrame reads and acts on any frame but DATA.
+func (c *conn) readFrame(header http2.FrameHeader) error {
+	frame, err := c.framer.ReadFrameForHeader(header)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var se http2.StreamError
+	switch {
+	case errors.As(err, &se):
+		return c.streamErrorLocked(header, se)
+	case err != nil:
+		return frameError(err)
+	}
+	switch f := frame.(type) {
+	case *http2.SettingsFrame:
+		return c.settingsLocked(f)
+	case *http2.MetaHeadersFrame:
+		if c.server != nil {
+			return c.requestLocked(f)
+		}
+		return c.responseLocked(f)
+	case *http2.RSTStreamFrame:
+		return c.resetLocked(f)
+	case *http2.WindowUpdateFrame:
+		return c.windowLocked(f)
+	case *http2.PingFrame:
+		c.pingLocked(f)
+	case *http2.GoAwayFrame:
+		c.goAwayLocked(f)
+	case *http2.PriorityFrame:
+		if f.StreamDep == f.StreamID {
+			c.pushLocked(control{kind: controlReset, stream: f.StreamID, code: http2.ErrCodeProtocol, reply: true})
+		}
+	case *http2.PushPromiseFrame:
+		return http2.ConnectionError(http2.ErrCodeProtocol)
+	}
+	return nil
+}
+
+// streamErrorLocked answers a frame that breaks the rules for its stream only.
+func (c *conn) streamErrorLocked(header http2.FrameHeader, se http2.StreamError) error {
+	if s := c.streams[se.StreamID]; s != nil {
+		s.resetLocked(se.Code)
+		return nil
+	}
+	if c.server != nil && header.Type == http2.FrameHeaders && se.StreamID > c.seenID {
+		c.seenID = se.StreamID
+		if !c.server.final {
+			c.lastID = se.StreamID
+		}
+	}
+	if c.isIdleLocked(se.StreamID) {
+		return http2.ConnectionError(http2.ErrCodeProtocol)
+	}
+	c.pushLocked(control{kind: controlReset, stream: se.StreamID, code: se.Code, reply: true})
+	return nil
+}
+
+// isIdleLocked reports whether a stream was never opened. Only clients open any, with odd
+// numbers.
+func (c *conn) isIdleLocked(id uint32) bool { return id%2 == 0 || id > c.seenID }
+
+func (c *conn) settingsLocked(f *http2.SettingsFrame) error {
+	if f.IsAck() {
+		return nil
+	}
+	c.sawSettings = true
+	if f.NumSettings() > 100 {
+		return http2.ConnectionError(http2.ErrCodeEnhanceYourCalm)
+	}
+	if err := f.ForeachSetting(c.settingLocked); err != nil {
+		return err
+	}
+	c.pushLocked(control{kind: controlSettingsAck, reply: true})
+	return nil
+}
+
+func (c *conn) settingLocked(s http2.Setting) error {
+	if err := s.Valid(); err != nil {
+		return err
+	}
+	switch s.ID {
+	case http2.SettingInitialWindowSize:
+		change := int64(s.Val) - c.peer.initialWindow
+		c.peer.initialWindow = int64(s.Val)
+		for _, st := range c.streams {
+			if st.sendWindow += change; st.sendWindow > maxWindow {
+				return http2.ConnectionError(http2.ErrCodeFlowControl)
+			}
+			st.writable.Broadcast()
+		}
+	case http2.SettingMaxFrameSize:
+		c.peer.maxFrame = int(s.Val)
+	case http2.SettingMaxConcurrentStreams:
+		c.peer.maxStreams = s.Val
+	case http2.SettingMaxHeaderListSize:
+		c.peer.maxHeaderList = uint64(s.Val)
+	case http2.SettingHeaderTableSize:
+		// Applied where the encoder is, in order with the header blocks.
+		c.pushLocked(control{kind: controlTableSize, n: s.Val, reply: true})
+	}
+	return nil
+}
+
+func (c *conn) pingLocked(f *http2.PingFrame) {
+	switch {
+	case !f.IsAck():
+		c.pushLocked(control{kind: controlPingAck, ping: f.Data, reply: true})
+	case c.server != nil && f.Data == drainPing:
+		c.finalGoAwayLocked()
+	}
+}
+
+func (c *conn) windowLocked(f *http2.WindowUpdateFrame) error {
+	if f.StreamID == 0 {
+		if c.sendWindow += int64(f.Increment); c.sendWindow > maxWindow {
+			return http2.ConnectionError(http2.ErrCodeFlowControl)
+		}
+		c.wakeBlockedLocked()
+		return nil
+	}
+	s := c.streams[f.StreamID]
+	if s == nil {
+		if c.isIdleLocked(f.StreamID) {
+			return http2.ConnectionError(http2.ErrCodeProtocol)
+		}
+		return nil
+	}
+	if s.sendWindow += int64(f.Increment); s.sendWindow > maxWindow {
+		s.resetLocked(http2.ErrCodeFlowControl)
+		return nil
+	}
+	s.writable.Broadcast()
+	return nil
+}
+
+func (c *conn) resetLocked(f *http2.RSTStreamFrame) error {
+	s := c.streams[f.StreamID]
+	if s == nil {
+		if c.isIdleLocked(f.StreamID) {
+			return http2.ConnectionError(http2.ErrCodeProtocol)
+		}
+		return nil
+	}
+	var err error = &hbone.ResetError{Code: uint32(f.ErrCode), Name: f.ErrCode.String(), Remote: true}
+	if c.client != nil && f.ErrCode == http2.ErrCodeRefusedStream && s.response == nil {
+		err = refused(err)
+	}
+	unanswered := c.server != nil && !s.answered
+	s.failLocked(err)
+	if unanswered {
+		return c.server.nuisance(c.values.maxStreams)
+	}
+	return nil
+}
+
+// readData takes in a DATA frame's payload without holding a lock, straight into chunks.
+func (c *conn) readData(header http2.FrameHeader) error {
+	size, padding := int(header.Length), 0
+	if header.StreamID == 0 {
+		return http2.ConnectionError(http2.ErrCodeProtocol)
+	}
+	if header.Flags.Has(http2.FlagDataPadded) {
+		if size == 0 {
+			return http2.ConnectionError(http2.ErrCodeFrameSize)
+		}
+		length, err := c.br.ReadByte()
+		if err != nil {
+			return err
+		}
+		if padding = int(length); padding >= size {
+			return http2.ConnectionError(http2.ErrCodeProtocol)
+		}
+		size -= 1 + padding
+	}
+	s, err := c.admitData(header)
+	if err != nil {
+		return err
+	}
+	if s == nil {
+		_, err := c.br.Discard(size + padding)
+		return err
+	}
+	for left := size; left > 0; {
+		ch := getChunk()
+		n, err := io.ReadFull(c.br, ch.data[:min(left, chunkSize)])
+		if err != nil {
+			return err
+		}
+		ch.w, left = n, left-n
+		c.arrived(s, ch)
+	}
+	if _, err := c.br.Discard(padding); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.consumedLocked(s, int(header.Length)-size)
+	if header.Flags.Has(http2.FlagDataEndStream) && s.err == nil && !s.closed {
+		s.endedLocked()
+	}
+	return nil
+}
+
+// admitData charges a DATA frame to the windows and returns the stream that takes it, nil
+// when none does.
+func (c *conn) admitData(header http2.FrameHeader) (*stream, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.recvWindow -= int64(header.Length); c.recvWindow < 0 {
+		return nil, http2.ConnectionError(http2.ErrCodeFlowControl)
+	}
+	s := c.streams[header.StreamID]
+	switch {
+	case s == nil && c.isIdleLocked(header.StreamID):
+		return nil, http2.ConnectionError(http2.ErrCodeProtocol)
+	case s == nil:
+		if !c.wasResetLocked(header.StreamID) {
+			c.pushLocked(control{kind: controlReset, stream: header.StreamID, code: http2.ErrCodeStreamClosed, reply: true})
+		}
+	case s.recvEnd:
+		s.resetLocked(http2.ErrCodeStreamClosed)
+	case c.client != nil && s.response == nil: // before the answer to CONNECT
+		s.resetLocked(http2.ErrCodeProtocol)
+	default:
+		if s.recvWindow -= int64(header.Length); s.recvWindow >= 0 {
+			return s, nil
+		}
+		s.resetLocked(http2.ErrCodeFlowControl)
+	}
+	c.consumedLocked(nil, int(header.Length))
+	return nil, nil
+}
+
+// arrived hands a chunk to s, unless its user has closed it in the meantime.
+func (c *conn) arrived(s *stream, ch *chunk) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.closed {
+		c.consumedLocked(nil, ch.len())
+		chunks.Put(ch)
+		return
+	}
+	s.in.push(ch)
+	s.readable.Signal()
+}
+
+// wasResetLocked reports whether we reset a stream lately: its peer may not know yet.
+func (c *conn) wasResetLocked(id uint32) bool {
+	for _, r := range c.resets {
+		if r == id {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *conn) goAwayLocked(f *http2.GoAwayFrame) {
+	if c.server != nil {
+		// It opens no more streams, and closes when those that run have ended.
+		return
+	}
+	c.draining = true
+	for id, s := range c.streams {
+		if id > f.LastStreamID {
+			s.failLocked(refused(errGoAway(f)))
+		}
+	}
+	c.settleLocked()
+}
+
+// drainPing marks the PING of a drain: its answer proves that the peer has seen the GOAWAY
+// before it.
+var drainPing = [8]byte(binary.BigEndian.AppendUint64(nil, 0x6472_6169_6e69_6e67)) // "draining"

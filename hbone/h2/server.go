@@ -1,0 +1,277 @@
+package h2
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// serverState is what only a server's connection has, guarded by conn.mu.
+type serverState struct {
+	info  *hbone.Conn
+	force context.Context // parent of every stream's context, for the life of run
+	serve func(*hbone.ServerRequest)
+	work  sync.WaitGroup // handlers
+
+	handlers  int
+	nuisances int // streams refused, or reset by the peer before their answer
+	final     bool
+	linger    *time.Timer
+}
+
+// ServeConn serves t until it ends, or ctx does and it has drained, or force is done.
+func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*hbone.ServerRequest)) error {
+	c := newConn(t, values{
+		pingInterval: s.PingInterval, pingTimeout: s.PingTimeout,
+		streamWindow: s.StreamWindow, connWindow: s.ConnWindow,
+		maxStreams: s.MaxStreams, maxHeaderList: hbone.MaxHeaderList,
+	}.withDefaults())
+	c.server = &serverState{info: hbone.NewConn(t), force: force, serve: serve}
+	c.hello("", http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: c.values.maxStreams})
+	stopDrain := context.AfterFunc(ctx, c.drain)
+	defer stopDrain()
+	stopForce := context.AfterFunc(force, func() { c.shut(errForced, http2.ErrCodeNo) })
+	defer stopForce()
+	err := c.run()
+	c.server.work.Wait()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.server.linger != nil {
+		c.server.linger.Stop()
+	}
+	return err
+}
+
+func (c *conn) readPreface() error {
+	raw := c.tls.NetConn()
+	if err := raw.SetReadDeadline(time.Now().Add(prefaceTimeout)); err != nil {
+		return err
+	}
+	preface := make([]byte, len(http2.ClientPreface))
+	if _, err := io.ReadFull(c.br, preface); err != nil {
+		return err
+	}
+	if !bytes.Equal(preface, []byte(http2.ClientPreface)) {
+		return http2.ConnectionError(http2.ErrCodeProtocol)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil { // its end set a deadline of its own
+		return nil
+	}
+	return raw.SetReadDeadline(time.Time{})
+}
+
+// drain starts the graceful end: a GOAWAY that excludes nothing and a PING. Streams that
+// the peer opened before it saw them are served; once the PING is answered there are no
+// more, and the final GOAWAY names the last.
+func (c *conn) drain() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.draining {
+		return
+	}
+	c.draining = true
+	c.pushLocked(control{kind: controlGoAway, n: maxStreamID, code: http2.ErrCodeNo})
+	c.pushLocked(control{kind: controlPing, ping: drainPing})
+}
+
+func (c *conn) finalGoAwayLocked() {
+	if !c.draining || c.server.final {
+		return
+	}
+	c.server.final = true
+	c.pushLocked(control{kind: controlGoAway, n: c.lastID, code: http2.ErrCodeNo})
+	c.settleLocked()
+}
+
+// nuisance counts what a peer makes us do for nothing; a peer that does little else is cut
+// off, as CVE-2023-44487 taught.
+func (st *serverState) nuisance(maxStreams uint32) error {
+	if st.nuisances++; st.nuisances > 10*int(maxStreams) {
+		return http2.ConnectionError(http2.ErrCodeEnhanceYourCalm)
+	}
+	return nil
+}
+
+// requestLocked takes in a request's header.
+func (c *conn) requestLocked(f *http2.MetaHeadersFrame) error {
+	id := f.StreamID
+	if s := c.streams[id]; s != nil {
+		if s.recvEnd {
+			s.resetLocked(http2.ErrCodeStreamClosed)
+		} else { // on a connected stream there is only DATA (RFC 9113 section 8.5)
+			s.resetLocked(http2.ErrCodeProtocol)
+		}
+		return nil
+	}
+	if id%2 == 0 {
+		return http2.ConnectionError(http2.ErrCodeProtocol)
+	}
+	if id <= c.seenID {
+		if c.wasResetLocked(id) {
+			return nil
+		}
+		return http2.ConnectionError(http2.ErrCodeStreamClosed)
+	}
+	c.seenID = id
+	if c.server.final || c.err != nil {
+		return nil // the final GOAWAY told that it is not processed
+	}
+	c.lastID = id
+	switch {
+	case f.HasPriority() && f.Priority.StreamDep == id, !f.Truncated && malformed(f):
+		c.rejectLocked(f, http2.ErrCodeProtocol)
+	case len(c.streams) >= int(c.values.maxStreams), c.server.handlers >= 2*int(c.values.maxStreams):
+		c.rejectLocked(f, http2.ErrCodeRefusedStream)
+		return c.server.nuisance(c.values.maxStreams)
+	case f.Truncated:
+		c.answerLocked(f, 431)
+	case f.PseudoValue("method") != "CONNECT":
+		c.answerLocked(f, 400)
+	default:
+		c.connectLocked(f)
+	}
+	return nil
+}
+
+// rejectLocked resets a request that gets no stream.
+func (c *conn) rejectLocked(f *http2.MetaHeadersFrame, code http2.ErrCode) {
+	c.newStreamLocked(f.StreamID).resetLocked(code)
+}
+
+// answerLocked answers a request that gets no handler.
+func (c *conn) answerLocked(f *http2.MetaHeadersFrame, status int) {
+	s := c.newStreamLocked(f.StreamID)
+	s.recvEnd = f.StreamEnded()
+	s.rejectLocked(status, true)
+}
+
+// malformed is RFC 9113 section 8.1.1 as far as the Framer does not judge: the pseudo-header
+// fields of section 8.3.1 and 8.5, and the fields of section 8.2.2.
+func malformed(f *http2.MetaHeadersFrame) bool {
+	var path, scheme, authority, protocol, method int
+	for _, field := range f.PseudoFields() {
+		switch field.Name {
+		case ":method":
+			method++
+		case ":path":
+			path++
+			if field.Value == "" {
+				return true
+			}
+		case ":scheme":
+			scheme++
+		case ":authority":
+			authority++
+		default: // :protocol needs a setting that we do not send (RFC 8441 section 3)
+			protocol++
+		}
+	}
+	for _, field := range f.RegularFields() {
+		switch field.Name {
+		case "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade":
+			return true
+		case "te":
+			if field.Value != "trailers" {
+				return true
+			}
+		}
+	}
+	if protocol > 0 || method != 1 || authority > 1 {
+		return true
+	}
+	if f.PseudoValue("method") == "CONNECT" {
+		return path > 0 || scheme > 0
+	}
+	return path != 1 || scheme != 1
+}
+
+// connectLocked starts the handler of a CONNECT.
+func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
+	authority, err := hbone.ParseAuthority(f.PseudoValue("authority"))
+	if err != nil {
+		c.answerLocked(f, 400)
+		return
+	}
+	s := c.newStreamLocked(f.StreamID)
+	s.recvEnd = f.StreamEnded()
+	ctx, cancel := context.WithCancel(c.server.force)
+	s.cancel = cancel
+	r := &hbone.ServerRequest{
+		Target:  authority.AddrPort(),
+		Conn:    c.server.info,
+		Context: ctx,
+		Accept:  s.accept,
+		Reject:  s.reject,
+	}
+	r.Authority = authority.String()
+	for _, field := range f.RegularFields() {
+		r.SetField(field.Name, field.Value)
+	}
+	c.server.handlers++
+	c.server.work.Go(func() {
+		defer cancel()
+		c.server.serve(r)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		code := http2.ErrCodeCancel
+		if !s.answered {
+			code = http2.ErrCodeInternal
+		}
+		s.closeLocked(code)
+		c.server.handlers--
+		c.settleLocked()
+	})
+}
+
+var errAnswered = errors.New("request was answered before")
+
+func (s *stream) accept(response hbone.Response) (hbone.Stream, error) {
+	fields := []hpack.HeaderField{{Name: ":status", Value: "200"}}
+	response.Fields(func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case s.answered:
+		return nil, errAnswered
+	case s.err != nil:
+		return nil, s.err
+	case s.closed:
+		return nil, net.ErrClosed
+	}
+	s.answered = true
+	c.server.nuisances = max(0, c.server.nuisances-1)
+	c.pushLocked(control{kind: controlHeaders, stream: s.id, fields: fields})
+	return s, nil
+}
+
+func (s *stream) reject(status int) {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	s.rejectLocked(status, false)
+}
+
+// rejectLocked answers with status and ends the stream; NO_ERROR asks the peer to send no
+// more (RFC 9113 section 8.1).
+func (s *stream) rejectLocked(status int, reply bool) {
+	if s.answered || s.err != nil || s.closed {
+		return
+	}
+	s.answered, s.sentEnd = true, true
+	s.conn.pushLocked(control{kind: controlHeaders, stream: s.id, end: true, reply: reply,
+		fields: []hpack.HeaderField{{Name: ":status", Value: strconv.Itoa(status)}}})
+	s.closeLocked(http2.ErrCodeNo)
+}

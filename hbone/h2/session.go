@@ -1,0 +1,204 @@
+package h2
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// clientState is what only a client's connection has, guarded by conn.mu.
+type clientState struct {
+	reserved int
+}
+
+// session is a hbone.Session.
+type session struct{ *conn }
+
+func newSession(cfg Client, t *tls.Conn) *session {
+	c := newConn(t, values{
+		pingInterval: cfg.PingInterval, pingTimeout: cfg.PingTimeout,
+		streamWindow: cfg.StreamWindow, connWindow: cfg.ConnWindow,
+		maxHeaderList: hbone.MaxResponseHeaderList,
+	}.withDefaults())
+	c.client = &clientState{}
+	c.hello(http2.ClientPreface, http2.Setting{ID: http2.SettingEnablePush, Val: 0})
+	go func() {
+		// What ended it reaches whoever has a stream; a session without one just ends.
+		_ = c.run()
+	}()
+	return &session{c}
+}
+
+var (
+	errFull     = errors.New("session carries all the streams that it may")
+	errNoIDs    = errors.New("session has used up its stream numbers")
+	errNoAnswer = errors.New("tunnel connection lost before the answer")
+)
+
+// errGoAway is why a stream that a GOAWAY excludes was not processed.
+func errGoAway(f *http2.GoAwayFrame) error {
+	return fmt.Errorf("peer sent GOAWAY %s %s", f.ErrCode, strconv.QuoteToASCII(string(f.DebugData()[:min(len(f.DebugData()), 128)])))
+}
+
+// Open sends CONNECT. A stream is refused when the session cannot take it, when the peer
+// says that it did not process it, and when the connection dies before the answer: CONNECT
+// has no body until then, so nothing is lost by another try.
+func (s *session) Open(ctx context.Context, r *hbone.Request) (hbone.Stream, *hbone.Response, error) {
+	st, err := s.request(ctx, r)
+	if err != nil {
+		return nil, nil, err
+	}
+	select {
+	case <-st.settled:
+	case <-ctx.Done():
+		_ = st.Close() // never fails
+		return nil, nil, ctx.Err()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case st.response != nil: // an end that came behind it is for the stream's user
+		return st, st.response, nil
+	case st.status != 0:
+		return nil, nil, &hbone.StatusError{Status: st.status}
+	case s.err != nil && errors.Is(st.err, s.err):
+		return nil, nil, refused(fmt.Errorf("%w: %w", errNoAnswer, s.err))
+	default:
+		return nil, nil, st.err
+	}
+}
+
+// request uses up the reservation and queues CONNECT.
+func (s *session) request(ctx context.Context, r *hbone.Request) (*stream, error) {
+	// RFC 9113 section 8.5: no :scheme and no :path.
+	fields := []hpack.HeaderField{{Name: ":method", Value: "CONNECT"}, {Name: ":authority", Value: r.Authority}}
+	r.Fields(func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.client.reserved = max(0, s.client.reserved-1)
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case s.conn.err != nil:
+		return nil, refused(s.conn.err)
+	case s.draining:
+		return nil, refused(errDrained)
+	case s.lastID >= maxStreamID-1:
+		return nil, refused(errNoIDs)
+	case len(s.streams) >= int(s.peer.maxStreams):
+		return nil, refused(errFull)
+	}
+	if size := listSize(fields); size > s.peer.maxHeaderList {
+		return nil, fmt.Errorf("request headers of %d bytes are more than the peer takes (%d)", size, s.peer.maxHeaderList)
+	}
+	if s.lastID == 0 {
+		s.lastID = 1
+	} else {
+		s.lastID += 2
+	}
+	s.seenID = s.lastID
+	st := s.newStreamLocked(s.lastID)
+	st.settled = make(chan struct{})
+	s.pushLocked(control{kind: controlHeaders, stream: st.id, fields: fields})
+	return st, nil
+}
+
+// listSize is a header list's size as RFC 9113 section 6.5.2 counts.
+func listSize(fields []hpack.HeaderField) uint64 {
+	var size uint64
+	for _, f := range fields {
+		size += uint64(f.Size())
+	}
+	return size
+}
+
+// responseLocked takes in the answer to CONNECT.
+func (c *conn) responseLocked(f *http2.MetaHeadersFrame) error {
+	s := c.streams[f.StreamID]
+	if s == nil {
+		if c.isIdleLocked(f.StreamID) {
+			return http2.ConnectionError(http2.ErrCodeProtocol)
+		}
+		return nil
+	}
+	status, err := strconv.Atoi(f.PseudoValue("status"))
+	switch {
+	case s.response != nil, f.Truncated, err != nil, status < 100, status > 999:
+		// On a connected stream there is only DATA (RFC 9113 section 8.5).
+		s.resetLocked(http2.ErrCodeProtocol)
+	case status < 200:
+		if f.StreamEnded() {
+			s.resetLocked(http2.ErrCodeProtocol)
+		}
+	case status != 200:
+		s.status = status
+		s.recvEnd = f.StreamEnded()
+		s.closeLocked(http2.ErrCodeCancel)
+	default:
+		s.response = &hbone.Response{}
+		for _, field := range f.RegularFields() {
+			s.response.SetField(field.Name, field.Value)
+		}
+		s.settleLocked()
+		if f.StreamEnded() {
+			s.endedLocked()
+		}
+	}
+	return nil
+}
+
+// Reserve sets a place aside.
+func (s *session) Reserve() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.capacityLocked() == 0 {
+		return false
+	}
+	s.client.reserved++
+	return true
+}
+
+// Release gives a reservation back.
+func (s *session) Release() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.client.reserved = max(0, s.client.reserved-1)
+}
+
+// Capacity is how many more streams it takes.
+func (s *session) Capacity() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.capacityLocked()
+}
+
+func (s *session) capacityLocked() int {
+	if s.conn.err != nil || s.draining || s.lastID >= maxStreamID-1 {
+		return 0
+	}
+	return max(0, int(s.peer.maxStreams)-len(s.streams)-s.client.reserved)
+}
+
+// Streams is how many it carries.
+func (s *session) Streams() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.streams)
+}
+
+// Done is closed when the connection has ended.
+func (s *session) Done() <-chan struct{} { return s.done }
+
+// Close ends it at once.
+func (s *session) Close() error {
+	s.shut(errConnClosed, http2.ErrCodeNo)
+	return nil
+}

@@ -1,0 +1,194 @@
+package h2
+
+import (
+	"bytes"
+	"encoding/binary"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// writeBufferSize is how much is gathered before it goes to the network.
+const writeBufferSize = 64 << 10
+
+// frameHeader is the size of one (RFC 9113 section 4.1).
+const frameHeader = 9
+
+// headerEncoder is HPACK's state for what we send; it belongs to the holder of wmu.
+type headerEncoder struct {
+	buf bytes.Buffer
+	enc *hpack.Encoder
+}
+
+func (e *headerEncoder) init() { e.enc = hpack.NewEncoder(&e.buf) }
+
+// outgoing gathers what is written under wmu.
+type outgoing struct{ c *conn }
+
+func (o outgoing) Write(p []byte) (int, error) {
+	o.c.gather(p)
+	return len(p), nil
+}
+
+// gather copies p to the outgoing buffer, which goes to the network whenever it is full.
+// Its error is kept in the connection.
+func (c *conn) gather(p []byte) {
+	for len(p) > 0 {
+		if c.out == nil {
+			c.out = writeBuffers.Get().(*[]byte)
+		}
+		n := min(len(p), cap(*c.out)-len(*c.out))
+		*c.out = append(*c.out, p[:n]...)
+		if p = p[n:]; len(*c.out) == cap(*c.out) {
+			c.flush()
+		}
+	}
+}
+
+// flush sends what was gathered.
+func (c *conn) flush() {
+	if c.out == nil {
+		return
+	}
+	_, err := c.tls.Write(*c.out)
+	*c.out = (*c.out)[:0]
+	writeBuffers.Put(c.out)
+	c.out = nil
+	if err != nil {
+		c.shut(lost(err), http2.ErrCodeNo)
+	}
+}
+
+// lock takes wmu and writes what control holds; unlock flushes unless another writer comes
+// right behind, who then will.
+func (c *conn) lock() {
+	c.writers.Add(1)
+	c.wmu.Lock()
+	c.writeControl()
+}
+
+func (c *conn) unlock() {
+	if c.writers.Add(-1) == 0 {
+		c.flush()
+	}
+	c.wmu.Unlock()
+}
+
+// writeLoop writes control when nobody else does, and closes the connection at its end.
+func (c *conn) writeLoop() {
+	for {
+		select {
+		case <-c.wake:
+			c.lock()
+			c.unlock()
+		case <-c.dying:
+			c.lock()
+			c.flush() // even if a writer comes right behind: it would be too late
+			c.unlock()
+			c.mu.Lock()
+			graceful := c.graceful
+			c.mu.Unlock()
+			if graceful && c.tls.CloseWrite() == nil {
+				// Closing now could turn what the peer still sends into a TCP reset that
+				// overtakes our last frames. readLoop goes on until the peer closes, or
+				// until the deadline that shut has set.
+				return
+			}
+			_ = c.tls.NetConn().Close()
+			return
+		}
+	}
+}
+
+// pushLocked queues a control frame. A peer that asks for many and reads none is cut off.
+func (c *conn) pushLocked(f control) {
+	if c.err != nil {
+		return
+	}
+	if f.reply {
+		if c.replies++; c.replies > maxReplies {
+			c.replies = 0
+			c.shutLocked(http2.ConnectionError(http2.ErrCodeEnhanceYourCalm), http2.ErrCodeEnhanceYourCalm)
+			return
+		}
+	}
+	c.control = append(c.control, f)
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// writeControl writes what control holds. The Framer's errors are those of outgoing, which
+// has none, or of arguments that are ours.
+func (c *conn) writeControl() {
+	c.mu.Lock()
+	frames := c.control
+	c.control, c.replies = nil, 0
+	maxFrame := c.peer.maxFrame
+	c.mu.Unlock()
+	for i := range frames {
+		f := &frames[i]
+		switch f.kind {
+		case controlHeaders:
+			c.writeHeaders(f, maxFrame)
+		case controlEnd:
+			_ = c.framer.WriteData(f.stream, true, nil)
+		case controlReset:
+			_ = c.framer.WriteRSTStream(f.stream, f.code)
+		case controlWindow:
+			_ = c.framer.WriteWindowUpdate(f.stream, f.n)
+		case controlPing, controlPingAck:
+			_ = c.framer.WritePing(f.kind == controlPingAck, f.ping)
+		case controlSettingsAck:
+			_ = c.framer.WriteSettingsAck()
+		case controlTableSize:
+			c.encoder.enc.SetMaxDynamicTableSize(f.n)
+		case controlGoAway:
+			_ = c.framer.WriteGoAway(f.n, f.code, nil)
+		}
+	}
+}
+
+func (c *conn) writeHeaders(f *control, maxFrame int) {
+	c.encoder.buf.Reset()
+	for _, field := range f.fields {
+		_ = c.encoder.enc.WriteField(field) // to a bytes.Buffer
+	}
+	block := c.encoder.buf.Bytes()
+	first := true
+	for first || len(block) > 0 {
+		n := min(len(block), maxFrame)
+		part := block[:n]
+		block = block[n:]
+		if first {
+			_ = c.framer.WriteHeaders(http2.HeadersFrameParam{
+				StreamID: f.stream, BlockFragment: part, EndStream: f.end, EndHeaders: len(block) == 0})
+		} else {
+			_ = c.framer.WriteContinuation(f.stream, len(block) == 0, part)
+		}
+		first = false
+	}
+}
+
+// writeData sends p, for which window was taken, as one DATA frame of s.
+func (c *conn) writeData(s *stream, p []byte) error {
+	c.lock()
+	defer c.unlock()
+	c.mu.Lock()
+	err := s.writeErrLocked()
+	if err != nil { // it ended since: no frame may follow the one that ended it
+		c.sendWindow += int64(len(p))
+		c.wakeBlockedLocked()
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	var header [frameHeader]byte
+	binary.BigEndian.PutUint32(header[:], uint32(len(p))<<8|uint32(http2.FrameData))
+	binary.BigEndian.PutUint32(header[5:], s.id)
+	c.gather(header[:])
+	c.gather(p)
+	return nil
+}
