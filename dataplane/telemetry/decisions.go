@@ -1,0 +1,113 @@
+package telemetry
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// Decision is what one policy decided about one connection.
+type Decision struct {
+	// Kind and Policy name what decided; both zero means that no policy restricts the workload.
+	Kind    string // AuthorizationPolicy or PeerAuthentication
+	Policy  dataplane.Name
+	Allowed bool
+	DryRun  bool
+}
+
+// PolicyCount is how often a policy allowed and denied, dry runs included.
+type PolicyCount struct{ Allowed, Denied uint64 }
+
+type policyKey struct {
+	kind   string
+	name   dataplane.Name
+	dryRun bool
+}
+
+type policySeries struct {
+	PolicyCount
+	used time.Time
+}
+
+// Decided counts a decision.
+func (t *Telemetry) Decided(d Decision) {
+	m := t.metrics
+	key := policyKey{kind: d.Kind, name: d.Policy, dryRun: d.DryRun}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.policies[key]
+	if s == nil {
+		s = &policySeries{}
+		m.policies[key] = s
+	}
+	s.used = time.Now()
+	outcome := "allow"
+	if d.Allowed {
+		s.Allowed++
+	} else {
+		s.Denied++
+		outcome = "deny"
+	}
+	m.decisions.WithLabelValues(key.values(outcome)...).Inc()
+}
+
+func (k policyKey) values(outcome string) []string {
+	kind, namespace, name := k.kind, k.name.Namespace, k.name.Name
+	if kind == "" {
+		kind, namespace, name = "none", "none", "none"
+	}
+	return []string{kind, namespace, name, outcome, strconv.FormatBool(k.dryRun)}
+}
+
+// PolicyCounts is what the policy of that kind and name decided since the start, in force
+// and in dry runs.
+func (t *Telemetry) PolicyCounts(kind string, name dataplane.Name) PolicyCount {
+	t.metrics.mu.Lock()
+	defer t.metrics.mu.Unlock()
+	var sum PolicyCount
+	for _, dryRun := range []bool{false, true} {
+		if s := t.metrics.policies[policyKey{kind: kind, name: name, dryRun: dryRun}]; s != nil {
+			sum.Allowed += s.Allowed
+			sum.Denied += s.Denied
+		}
+	}
+	return sum
+}
+
+func (m *metrics) sweepPoliciesLocked(now time.Time, s *dataplane.Snapshot) {
+	type policy struct {
+		kind string
+		name dataplane.Name
+	}
+	exists := map[policy]bool{{}: true}
+	for _, p := range s.AuthorizationPolicies() {
+		exists[policy{"AuthorizationPolicy", p.Name}] = true
+	}
+	for _, p := range s.PeerAuthentications() {
+		exists[policy{"PeerAuthentication", p.Name}] = true
+	}
+	for key, series := range m.policies {
+		if exists[policy{key.kind, key.name}] || now.Sub(series.used) < m.cfg.StaleAfter {
+			continue
+		}
+		delete(m.policies, key)
+		m.decisions.DeleteLabelValues(key.values("allow")...)
+		m.decisions.DeleteLabelValues(key.values("deny")...)
+	}
+}
+
+// HandshakeFailed counts a TLS handshake that failed. cause is a short stable word.
+func (t *Telemetry) HandshakeFailed(d Direction, cause string) {
+	t.metrics.handshakes.WithLabelValues(string(d), cause).Inc()
+}
+
+// LimitReached counts that a limit bit. limit is a short stable word.
+func (t *Telemetry) LimitReached(limit string) { t.metrics.limits.WithLabelValues(limit).Inc() }
+
+// Limit returns the counter behind LimitReached for one limit, for a path that counts often.
+func (t *Telemetry) Limit(limit string) prometheus.Counter {
+	return t.metrics.limits.WithLabelValues(limit)
+}

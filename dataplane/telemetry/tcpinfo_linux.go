@@ -1,0 +1,28 @@
+package telemetry
+
+import (
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// tcpFacts is what of TCP_INFO is reported.
+type tcpFacts struct {
+	rttMicros   uint32 // smoothed
+	retransmits uint32 // segments, since the socket connected
+}
+
+// tcpInfo is false for a socket that is closed or not TCP.
+func tcpInfo(c syscall.Conn) (facts tcpFacts, ok bool) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return tcpFacts{}, false
+	}
+	err = raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err == nil {
+			facts, ok = tcpFacts{rttMicros: info.Rtt, retransmits: info.Total_retrans}, true
+		}
+	})
+	return facts, ok && err == nil
+}
