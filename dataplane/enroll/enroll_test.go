@@ -305,11 +305,54 @@ func TestAdoptedRemainsLeaveTheNamespaceFirst(t *testing.T) {
 			c.Adopted = []Adopted{{UID: "a", NetNS: shared}, {UID: "dead", NetNS: shared}}
 		})
 		g.fake.pods["dead"] = &fakePod{netns: shared, prepared: true, outbound: true}
+		g.fake.hook = func(context.Context, string, string) error {
+			time.Sleep(10 * time.Millisecond)
+			return nil
+		}
 		g.publish()
 		g.run()
 		time.Sleep(time.Second)
 		g.expectState("a", dataplane.CaptureInForce, "")
 		g.expectState("dead", dataplane.CaptureNone, "")
+		g.halt()
+	})
+}
+
+func TestPodInAnotherNamespaceIsPreparedAnewAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.fake.log = nil
+		g.fake.pods["a"].moved, g.fake.pods["a"].live = true, 1
+		w := g.pods["a"]
+		w.NetNS = "/run/netns/other"
+		g.pods["a"] = w
+		g.publish()
+		g.expectLog("1s unguard a", "1s release-inbound a", "1s publish []", "1s release-outbound a", "1s remove a", "1s prepare a", "1s publish [a]")
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.halt()
+	})
+}
+
+func TestPodThatTurnsRoundDoesNotWaitForItsRetry(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.fake.hook = func(_ context.Context, call, _ string) error {
+			if call == "prepare" {
+				return errors.New("no certificate")
+			}
+			return nil
+		}
+		g.publish()
+		g.run()
+		time.Sleep(time.Minute + 500*time.Millisecond) // the next attempt is seconds away
+		g.fake.log = nil
+		g.set("a", false)
+		g.expectLog("1m0.5s remove a")
+		g.expectState("a", dataplane.CaptureNone, "")
 		g.halt()
 	})
 }
