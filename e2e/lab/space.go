@@ -34,14 +34,14 @@ func newSpace(name string) (_ *space, err error) {
 	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return nil, fmt.Errorf("make %s: %w", netnsDir, err)
 	}
+	if err := makeNamed(s.path); err != nil {
+		return nil, fmt.Errorf("make network namespace %s: %w", name, err)
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
 		}
 	}()
-	if err := makeNamed(s.path); err != nil {
-		return nil, fmt.Errorf("make network namespace %s: %w", name, err)
-	}
 	if s.ns, err = netns.Open(s.path); err != nil {
 		return nil, err
 	}
@@ -60,12 +60,18 @@ func newSpace(name string) (_ *space, err error) {
 	return s, s.up("lo")
 }
 
-// makeNamed binds a new namespace to path, as `ip netns add` does.
+// makeNamed binds a new namespace to path, as `ip netns add` does. A path that is taken is an
+// error and stays as it is.
 func makeNamed(path string) (err error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
 	if err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, removeNamed(path))
+		}
+	}()
 	if err := f.Close(); err != nil {
 		return err
 	}
