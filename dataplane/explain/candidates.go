@@ -37,7 +37,7 @@ func (q *Question) candidates(namespace, name string, services bool) []string {
 	var all []candidate
 	add := func(ns, n, text string) {
 		d := distance(name, n)
-		if ns != namespace && namespace != "" {
+		if d < far-1 && ns != namespace && namespace != "" {
 			d++
 		}
 		if !slices.ContainsFunc(all, func(c candidate) bool { return c.text == text }) {
@@ -51,7 +51,7 @@ func (q *Question) candidates(namespace, name string, services bool) []string {
 		}
 		add(w.Name.Namespace, w.Name.Name, w.Name.String())
 		if w.Owner.Name != "" && w.Owner.Name != w.Name.Name {
-			add(w.Name.Namespace, w.Owner.Name, w.Name.Namespace+"/"+strings.ToLower(w.Owner.Kind)+"/"+w.Owner.Name)
+			add(w.Name.Namespace, w.Owner.Name, ownerName(w))
 		}
 	}
 	if services {
@@ -63,6 +63,9 @@ func (q *Question) candidates(namespace, name string, services bool) []string {
 	slices.SortStableFunc(all, func(a, b candidate) int {
 		return cmp.Or(cmp.Compare(a.distance, b.distance), cmp.Compare(a.text, b.text))
 	})
+	if near := slices.IndexFunc(all, func(c candidate) bool { return c.distance >= far }); near > 0 {
+		all = all[:near] // what resembles nothing is listed only when nothing resembles
+	}
 	var texts []string
 	for _, c := range all[:min(len(all), maxCandidates)] {
 		texts = append(texts, c.text)
@@ -70,29 +73,46 @@ func (q *Question) candidates(namespace, name string, services bool) []string {
 	return texts
 }
 
-// distance is how many edits (Levenshtein) make b of a; a part of the other is close.
+// far is the distance of names that do not resemble each other.
+const far = 4
+
+// distance is how many edits (insert, delete, replace, swap neighbours) make b of a, at most
+// far. A part of the other is close.
 func distance(a, b string) int {
-	switch {
+	switch longer := max(len(a), len(b)); {
 	case a == b:
 		return 0
 	case a != "" && b != "" && (strings.Contains(b, a) || strings.Contains(a, b)):
 		return 1
+	case longer-min(len(a), len(b)) >= far:
+		return far
 	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
+	before, last, row := []int(nil), []int(nil), ascending(len(b)+1)
 	for i := range len(a) {
-		diagonal := row[0]
+		before, last, row = last, row, make([]int, len(b)+1)
 		row[0] = i + 1
 		for j := range len(b) {
-			substitute := diagonal
+			replace := last[j]
 			if a[i] != b[j] {
-				substitute++
+				replace++
 			}
-			diagonal = row[j+1]
-			row[j+1] = min(substitute, row[j]+1, row[j+1]+1)
+			row[j+1] = min(replace, row[j]+1, last[j+1]+1)
+			if i > 0 && j > 0 && a[i] == b[j-1] && a[i-1] == b[j] {
+				row[j+1] = min(row[j+1], before[j-1]+1)
+			}
 		}
 	}
-	return row[len(b)]
+	// Of a short name more than half must be right.
+	if d := row[len(b)]; 2*d <= max(len(a), len(b)) {
+		return min(d, far)
+	}
+	return far
+}
+
+func ascending(n int) []int {
+	s := make([]int, n)
+	for i := range s {
+		s[i] = i
+	}
+	return s
 }

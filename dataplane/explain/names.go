@@ -41,12 +41,18 @@ const (
 	kindService = "Service"
 )
 
+// maxReference is namespace/kind/name at their longest: 63, 253 and a kind's.
+const maxReference = 63 + 1 + 20 + 1 + 253
+
 // reference is a name as typed: kind and namespace may be absent.
 type reference struct {
 	namespace, kind, name string
 }
 
 func parseReference(s string) (reference, error) {
+	if len(s) > maxReference {
+		return reference{}, admin.Invalid(fmt.Sprintf("a name of %d bytes is longer than any that Kubernetes has", len(s)))
+	}
 	part := strings.Split(s, "/")
 	if slices.Contains(part, "") {
 		return reference{}, admin.Invalid(fmt.Sprintf("%q is not a name, namespace/name, kind/name or namespace/kind/name", s))
@@ -111,15 +117,22 @@ func (q *Question) pod(ref reference, typed string) (*dataplane.Workload, error)
 			owned = append(owned, w)
 		}
 	}
-	found := named
-	if len(found) == 0 {
-		found = owned
+	found, describe := named, func(w *dataplane.Workload) string { return w.Name.String() }
+	if len(named) == 0 {
+		found, describe = owned, ownerName
 	}
 	if len(found) == 0 {
 		return nil, nil
 	}
-	if err := ambiguous(found, typed); err != nil {
-		return nil, err
+	// Several pods of one name in one namespace are a pod and its successor.
+	var names []string
+	for _, w := range found {
+		if name := describe(w); !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	if len(names) > 1 {
+		return nil, &admin.Error{Status: http.StatusConflict, Message: typed + " is ambiguous", Candidates: names}
 	}
 	w := q.best(found)
 	if !w.Live() {
@@ -128,23 +141,9 @@ func (q *Question) pod(ref reference, typed string) (*dataplane.Workload, error)
 	return w, nil
 }
 
-// ambiguous refuses pods of more than one owner or namespace. Several pods of one name in
-// one namespace are a pod and its successor.
-func ambiguous(found []*dataplane.Workload, typed string) error {
-	var names []string
-	for _, w := range found {
-		name := w.Name.String()
-		if w.Owner.Name != "" && w.Name.Name != typed && !strings.HasSuffix(typed, "/"+w.Name.Name) {
-			name = w.Name.Namespace + "/" + strings.ToLower(w.Owner.Kind) + "/" + w.Owner.Name
-		}
-		if !slices.Contains(names, name) {
-			names = append(names, name)
-		}
-	}
-	if len(names) == 1 {
-		return nil
-	}
-	return &admin.Error{Status: http.StatusConflict, Message: typed + " is ambiguous", Candidates: names}
+// ownerName is the form that names w's owner on a command line.
+func ownerName(w *dataplane.Workload) string {
+	return w.Name.Namespace + "/" + strings.ToLower(w.Owner.Kind) + "/" + w.Owner.Name
 }
 
 // best prefers a pod that has traffic, is not on its way out, and runs on the answering
@@ -250,14 +249,15 @@ func portNumber(s string, service *dataplane.Service) (uint16, error) {
 
 // lookUp finds the service or the pod that host names, seen from the source's namespace.
 func (q *Question) lookUp(d *destination, host string, src *dataplane.Workload) error {
-	ref := reference{name: host}
-	if strings.Contains(host, "/") {
-		var err error
-		if ref, err = parseReference(host); err != nil {
-			return err
+	ref, err := parseReference(host)
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(host, "/") {
+		d.service = q.serviceByDNS(host, src.Name.Namespace)
+		if d.service != nil {
+			return nil
 		}
-	} else if d.service = q.serviceByDNS(host, src.Name.Namespace); d.service != nil {
-		return nil
 	}
 	ref.namespace = cmp.Or(ref.namespace, src.Name.Namespace)
 	if ref.kind == "" || ref.kind == kindService {
@@ -266,7 +266,6 @@ func (q *Question) lookUp(d *destination, host string, src *dataplane.Workload) 
 		}
 	}
 	if ref.kind != kindService {
-		var err error
 		if d.workload, err = q.pod(ref, host); err != nil || d.workload != nil {
 			return err
 		}
@@ -322,6 +321,12 @@ func (d *destination) dial(src *dataplane.Workload) {
 	d.addr = netip.AddrPortFrom(chosen, d.port)
 }
 
+// hasPort is about a service's port.
+func (d *destination) hasPort() bool {
+	_, ok := d.service.Port(d.port)
+	return ok
+}
+
 // describe says what the name stands for.
 func (d *destination) describe(s *dataplane.Snapshot) {
 	switch {
@@ -339,11 +344,13 @@ func (d *destination) describe(s *dataplane.Snapshot) {
 		if d.headless {
 			d.detail = "headless, its name stands for its endpoints; " + d.detail
 		}
-		if _, ok := d.service.Port(d.port); !ok {
+		if !d.hasPort() {
 			d.detail += fmt.Sprintf("; it has no port %d, but %s", d.port, ports(d.service))
 		}
 	case d.workload != nil:
 		d.detail = "on node " + d.workload.Node
+	case d.addr.Addr().IsLoopback():
+		d.detail = "the pod's own loopback"
 	case s.InPodCIDR(d.addr.Addr()):
 		d.detail = "an address of the pod network that no known pod has"
 	default:

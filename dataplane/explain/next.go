@@ -71,6 +71,8 @@ func (e *explanation) nextRefused(p *path) string {
 	switch {
 	case p.tunnel():
 		return "raceway certificates"
+	case e.dst.service != nil && !e.dst.hasPort():
+		return fmt.Sprintf("kubectl -n %s get service %s -o yaml", e.dst.service.Name.Namespace, e.dst.service.Name.Name)
 	case e.dst.service != nil:
 		return fmt.Sprintf("kubectl -n %s get endpointslices -l kubernetes.io/service-name=%s", e.dst.service.Name.Namespace, e.dst.service.Name.Name)
 	}
