@@ -1,0 +1,102 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/bpf"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
+)
+
+// DialTunnel connects from the pod to the tunnel port of another workload.
+func (p *Pod) DialTunnel(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
+	return p.dialOut(ctx, remote)
+}
+
+// DialDirect connects from the pod to a destination in clear, past the capture.
+func (p *Pod) DialDirect(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
+	return p.dialOut(ctx, remote)
+}
+
+func (p *Pod) dialOut(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
+	return p.ns.Dial(ctx, netns.DialConfig{
+		Remote:  remote,
+		Control: p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE),
+	})
+}
+
+// attempts bounds how often DialApp tries another source port.
+const attempts = 8
+
+var errCollision = errors.New("the source port belongs to a connection of the client itself")
+
+// DialApp connects to the application at one of the pod's addresses from the address of
+// the client, which is what the application then sees. The source port is the kernel's choice.
+//
+// A client whose plaintext connection was captured has a socket here already, with the
+// client's port. Should the kernel choose that port for us, our SYN would meet that socket
+// and never the application; it is found out, and another port is tried.
+func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
+	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
+	app = netip.AddrPortFrom(app.Addr().Unmap(), app.Port())
+	p.mu.Lock()
+	known := slices.Contains(p.rec.Addrs, app.Addr())
+	p.mu.Unlock()
+	if !known {
+		return nil, fmt.Errorf("dial the application at %v: %v is not an address of the pod", app, app.Addr())
+	}
+	var err error
+	for range attempts {
+		var conn *net.TCPConn
+		conn, err = p.ns.Dial(ctx, netns.DialConfig{
+			Remote:      app,
+			Local:       netip.AddrPortFrom(client.Addr(), 0),
+			Transparent: true,
+			Device:      loopback,
+			Mark:        markApp,
+			Control:     p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE),
+			Pending:     p.checkCollision(client.Addr(), app),
+		})
+		if !errors.Is(err, errCollision) {
+			return conn, err
+		}
+	}
+	return nil, err
+}
+
+// checkCollision looks at a dial that did not complete at once, which over loopback is
+// rare: is there a socket in the pod whose peer has our source address and port, other than
+// the one that our SYN just made?
+func (p *Pod) checkCollision(client netip.Addr, app netip.AddrPort) func(fd int) error {
+	return func(fd int) error {
+		sa, err := unix.Getsockname(fd)
+		if err != nil {
+			return fmt.Errorf("getsockname: %w", err)
+		}
+		source := &net.TCPAddr{IP: client.AsSlice()}
+		switch sa := sa.(type) {
+		case *unix.SockaddrInet4:
+			source.Port = sa.Port
+		case *unix.SockaddrInet6:
+			source.Port = sa.Port
+		}
+		return p.ns.Do(func() error {
+			s, err := netlink.SocketGet(net.TCPAddrFromAddrPort(app), source)
+			if err != nil {
+				return nil // none, or no inet_diag: the dial goes on, and its context bounds it
+			}
+			// Without a connection the lookup ends at the application's listener.
+			if s.State == tcpListen || s.State == tcpSynRecv || s.State == tcpNewSynRecv {
+				return nil
+			}
+			return errCollision
+		})
+	}
+}

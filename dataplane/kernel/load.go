@@ -1,0 +1,345 @@
+package kernel
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+
+	"github.com/raceway-mesh/raceway/bpf"
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// The pins of an agent:
+//
+//	<Dir>/layout-<hash>/{pods,listeners,own,established,counters}   maps
+//	<Dir>/layout-<hash>/{connect4,connect6}                         links
+//	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard}            links
+//	<Dir>/new/                                                      a load that is under way
+const (
+	layoutPrefix = "layout-"
+	newDir       = "new"
+	podsDir      = "pods"
+
+	mapCounters = "counters"
+	mapRodata   = ".rodata"
+
+	progSteer   = "steer"
+	progIngress = "ingress"
+	progGuard   = "guard"
+	progDump    = "dump"
+)
+
+const maxAddrs = len(bpf.RacewayPod{}.Addrs)
+
+// loaded is what every pod of the agent shares.
+type loaded struct {
+	spec  *ebpf.CollectionSpec
+	maps  bpf.RacewayMaps
+	coll  *ebpf.Collection // owns the maps
+	dump  *link.Iter
+	hooks string // directory with the links of the connect hooks
+}
+
+type hook struct {
+	name   string
+	attach ebpf.AttachType
+}
+
+func connectHooks() []hook {
+	return []hook{{"connect4", ebpf.AttachCGroupInet4Connect}, {"connect6", ebpf.AttachCGroupInet6Connect}}
+}
+
+// load adopts the maps of our layout in dir, or makes them; either way the programs are
+// this agent's own. records are the pods that must stay captured throughout.
+func load(dir string, cfg Config, records map[string]*record) (_ *loaded, err error) {
+	// Only kernels before 5.11 account BPF memory to this limit.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		cfg.Log.Debug("cannot lift RLIMIT_MEMLOCK", "cause", err)
+	}
+	l, err := newLoaded()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.close())
+		}
+	}()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	// A load that died half-way attached nothing that the pins below do not hold.
+	if err := os.RemoveAll(filepath.Join(dir, newDir)); err != nil {
+		return nil, fmt.Errorf("clear an unfinished load: %w", err)
+	}
+	l.hooks = filepath.Join(dir, layoutPrefix+bpf.Layout())
+	if _, err := os.Stat(l.hooks); err == nil {
+		cfg.Log.Info("adopting the data plane of an earlier agent", "pins", l.hooks)
+		if err := l.adopt(cfg); err != nil {
+			return nil, fmt.Errorf("adopt %s: %w", l.hooks, err)
+		}
+	} else if err := l.install(filepath.Join(dir, newDir), cfg, records); err != nil {
+		return nil, err
+	}
+	if err := removeOtherLayouts(dir); err != nil {
+		return nil, fmt.Errorf("remove the data plane of an older layout: %w", err)
+	}
+	return l, nil
+}
+
+func newLoaded() (*loaded, error) {
+	spec, err := bpf.LoadRaceway()
+	if err != nil {
+		return nil, fmt.Errorf("read the BPF object: %w", err)
+	}
+	for name, value := range map[string]any{
+		"redirect_mark": uint32(markRedirect),
+		"tunnel_port":   uint16(dataplane.PortTunnel),
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return &loaded{spec: spec}, nil
+}
+
+// build makes or opens the maps in path and loads the programs that all pods share.
+func (l *loaded) build(path string) error {
+	spec := l.spec.Copy()
+	for _, perPod := range []string{progSteer, progIngress, progGuard} {
+		delete(spec.Programs, perPod)
+	}
+	for name, m := range spec.Maps {
+		if name != mapRodata {
+			m.Pinning = ebpf.PinByName
+		}
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: path}})
+	if err != nil {
+		return fmt.Errorf("load BPF programs (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON): %w", err)
+	}
+	l.coll = coll
+	l.maps = bpf.RacewayMaps{
+		Counters:    coll.Maps["counters"],
+		Established: coll.Maps["established"],
+		Listeners:   coll.Maps["listeners"],
+		Own:         coll.Maps["own"],
+		Pods:        coll.Maps["pods"],
+	}
+	l.dump, err = link.AttachIter(link.IterOptions{Program: coll.Programs[progDump]})
+	if err != nil {
+		return fmt.Errorf("attach iter/tcp: %w", err)
+	}
+	return nil
+}
+
+// install is one transaction: maps and hooks come into being below fresh, which is renamed
+// once they are complete. Before that a failure undoes itself, and a crash leaves nothing
+// that the next load does not clear.
+func (l *loaded) install(fresh string, cfg Config, records map[string]*record) (err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(fresh))
+		}
+	}()
+	if err := os.Mkdir(fresh, 0o700); err != nil {
+		return err
+	}
+	if err := l.build(fresh); err != nil {
+		return err
+	}
+	// Pods captured under another layout must not speak in clear between its end and
+	// their OpenPod.
+	for _, r := range records {
+		if err := l.maps.Pods.Put(r.Cookie, podValue(r)); err != nil {
+			return fmt.Errorf("carry pod %s over: %w", r.UID, err)
+		}
+	}
+	for _, h := range connectHooks() {
+		if err := l.attachHook(h, filepath.Join(fresh, h.name), cfg); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(fresh, l.hooks); err != nil {
+		return fmt.Errorf("put the pins in place: %w", err)
+	}
+	return nil
+}
+
+func (l *loaded) attachHook(h hook, pin string, cfg Config) error {
+	root, release, err := cgroupRoot(cfg.CgroupRoot)
+	if err != nil {
+		return fmt.Errorf("find the cgroup v2 root: %w", err)
+	}
+	lnk, err := link.AttachCgroup(link.CgroupOptions{Path: root, Attach: h.attach, Program: l.coll.Programs[h.name]})
+	if err := errors.Join(err, release()); err != nil {
+		return fmt.Errorf("attach %s to cgroup %s: %w", h.name, root, err)
+	}
+	defer lnk.Close()
+	if err := lnk.Pin(pin); err != nil {
+		return fmt.Errorf("pin %s: %w", h.name, err)
+	}
+	return nil
+}
+
+// adopt takes the pinned maps over and puts this agent's programs behind the pinned links.
+// If one link cannot be updated, those before it get their old program back.
+func (l *loaded) adopt(cfg Config) (err error) {
+	if err := l.build(l.hooks); err != nil {
+		return err
+	}
+	var undo []func() error
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, u := range slices.Backward(undo) {
+			err = errors.Join(err, u())
+		}
+	}()
+	for _, h := range connectHooks() {
+		pin := filepath.Join(l.hooks, h.name)
+		u, err := replaceProgram(pin, l.coll.Programs[h.name])
+		if errors.Is(err, os.ErrNotExist) {
+			err = l.attachHook(h, pin, cfg)
+			u = func() error { return os.Remove(pin) }
+		}
+		if err != nil {
+			return fmt.Errorf("update %s: %w", h.name, err)
+		}
+		undo = append(undo, u)
+	}
+	return nil
+}
+
+// replaceProgram updates the link pinned at pin, and returns what brings the old program back.
+func replaceProgram(pin string, prog *ebpf.Program) (undo func() error, err error) {
+	lnk, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer lnk.Close()
+	info, err := lnk.Info()
+	if err != nil {
+		return nil, err
+	}
+	id := info.Program
+	if err := lnk.Update(prog); err != nil {
+		return nil, err
+	}
+	return func() error {
+		old, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			return fmt.Errorf("bring back program %d: %w", id, err)
+		}
+		defer old.Close()
+		_, err = replaceProgram(pin, old)
+		return err
+	}, nil
+}
+
+func removeOtherLayouts(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), layoutPrefix) && e.Name() != layoutPrefix+bpf.Layout() {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// instance loads a per-pod program for the namespace with that cookie.
+func (l *loaded) instance(name string, cookie uint64) (*ebpf.Program, error) {
+	spec := l.spec.Programs[name].Copy()
+	patched := false
+	for i := range spec.Instructions {
+		ins := &spec.Instructions[i]
+		if ins.IsConstantLoad(asm.DWord) && ins.Constant == bpf.NetNSPlaceholder {
+			ins.Constant = int64(cookie)
+			patched = true
+		}
+	}
+	if !patched {
+		return nil, fmt.Errorf("program %s has no place for the namespace's cookie", name)
+	}
+	for name, m := range l.coll.Maps {
+		err := spec.Instructions.AssociateMap(name, m)
+		if err != nil && !errors.Is(err, asm.ErrUnreferencedSymbol) {
+			return nil, err
+		}
+	}
+	prog, err := ebpf.NewProgram(spec)
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", name, err)
+	}
+	return prog, nil
+}
+
+func (l *loaded) close() error {
+	var err error
+	if l.dump != nil {
+		err = l.dump.Close()
+	}
+	if l.coll != nil {
+		l.coll.Close()
+	}
+	return err
+}
+
+func podValue(r *record) bpf.RacewayPod {
+	v := bpf.RacewayPod{AddrCount: uint32(len(r.Addrs))}
+	if r.Outbound {
+		v.Flags |= bpf.RacewayPodFlagPOD_OUTBOUND
+	}
+	if r.Inbound {
+		v.Flags |= bpf.RacewayPodFlagPOD_INBOUND
+	}
+	for i, a := range r.Addrs {
+		v.Addrs[i] = toAddr(a)
+	}
+	return v
+}
+
+// toAddr writes IPv4 as ::ffff:a.b.c.d, the programs' one form of address.
+func toAddr(a netip.Addr) bpf.RacewayAddr {
+	var v bpf.RacewayAddr
+	b := a.As16()
+	for i := range v.Word {
+		v.Word[i] = binary.NativeEndian.Uint32(b[i*4:])
+	}
+	return v
+}
+
+func fromAddr(v bpf.RacewayAddr) netip.Addr {
+	var b [16]byte
+	for i, w := range v.Word {
+		binary.NativeEndian.PutUint32(b[i*4:], w)
+	}
+	return netip.AddrFrom16(b).Unmap()
+}
+
+// readConnections parses what the dump program writes.
+func readConnections(data []byte) ([]bpf.RacewayConnection, error) {
+	size := binary.Size(bpf.RacewayConnection{})
+	if len(data)%size != 0 {
+		return nil, fmt.Errorf("iter/tcp wrote %d bytes, which are no whole records of %d", len(data), size)
+	}
+	connections := make([]bpf.RacewayConnection, len(data)/size)
+	err := binary.Read(bytes.NewReader(data), binary.NativeEndian, connections)
+	return connections, err
+}

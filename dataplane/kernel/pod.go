@@ -1,0 +1,346 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+
+	"github.com/raceway-mesh/raceway/bpf"
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
+)
+
+// Pod is one pod of the node, prepared for capture. Its methods are safe for concurrent
+// use; each may be called again when what it brings about is already so.
+type Pod struct {
+	d   *Datapath
+	log *slog.Logger
+	uid string
+	ns  *netns.Namespace
+
+	outbound, inbound, tunnel *net.TCPListener
+
+	mu     sync.Mutex
+	closed bool
+	rec    *record
+	older  map[bpf.RacewayTuple]struct{} // what the established map holds of this pod
+}
+
+// OpenPod prepares a pod: listeners, routing rule and routes, sysctls, and the program that
+// steers its tunnel port. Nothing is captured yet, unless an earlier agent left the pod in
+// force; then it stays so, with the new listeners.
+func (d *Datapath) OpenPod(cfg PodConfig) (*Pod, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("open pod %s: %w", cfg.UID, err)
+	}
+	ns, err := netns.Open(cfg.NetNS)
+	if err != nil {
+		return nil, fmt.Errorf("open pod %s: %w", cfg.UID, err)
+	}
+	p := &Pod{d: d, uid: cfg.UID, ns: ns, log: d.log.With("uid", cfg.UID)}
+	if err := d.claim(p); err != nil {
+		return nil, errors.Join(fmt.Errorf("open pod %s: %w", cfg.UID, err), ns.Close())
+	}
+	if err := p.open(cfg); err != nil {
+		return nil, fmt.Errorf("open pod %s: %w", cfg.UID, err)
+	}
+	return p, nil
+}
+
+// claim registers p, and releases what an earlier agent left of the same pod in another
+// namespace, or of another pod in this one.
+func (d *Datapath) claim(p *Pod) error {
+	d.mu.Lock()
+	if d.closed {
+		d.mu.Unlock()
+		return os.ErrClosed
+	}
+	if d.pods[p.uid] != nil {
+		d.mu.Unlock()
+		return errors.New("it is open already")
+	}
+	for _, other := range d.pods {
+		if other.ns.Cookie() == p.ns.Cookie() {
+			d.mu.Unlock()
+			return fmt.Errorf("its network namespace %s is that of pod %s", p.ns.Path(), other.uid)
+		}
+	}
+	var stale []string
+	for uid, r := range d.records {
+		if (uid == p.uid) != (r.Cookie == p.ns.Cookie()) {
+			stale = append(stale, uid)
+		}
+	}
+	d.mu.Unlock()
+	for _, uid := range stale {
+		if err := d.RemoveAdopted(uid); err != nil {
+			return err
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.pods[p.uid] != nil {
+		return errors.New("it is being opened already")
+	}
+	d.pods[p.uid] = p
+	return nil
+}
+
+func (p *Pod) open(cfg PodConfig) error {
+	p.d.mu.Lock()
+	rec, adopted := p.d.records[p.uid]
+	p.d.mu.Unlock()
+	if !adopted {
+		rec = &record{UID: p.uid, Cookie: p.ns.Cookie()}
+	}
+	oldLayout := adopted && rec.Layout != bpf.Layout()
+	rec.NetNS = cfg.NetNS
+	rec.Addrs = unmapped(cfg.Addrs)
+	p.rec = rec
+	err := p.prepare(oldLayout)
+	switch {
+	case err == nil:
+		return nil
+	case adopted: // whatever is in force stays: closed, not open
+		return errors.Join(err, p.Close())
+	default:
+		return errors.Join(err, p.Remove())
+	}
+}
+
+func unmapped(addrs []netip.Addr) []netip.Addr {
+	out := make([]netip.Addr, len(addrs))
+	for i, a := range addrs {
+		out[i] = a.Unmap()
+	}
+	return out
+}
+
+func (p *Pod) prepare(oldLayout bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := p.d
+	d.mu.Lock()
+	d.records[p.uid] = p.rec
+	d.mu.Unlock()
+	if err := p.setUpRouting(); err != nil {
+		return err
+	}
+	if err := d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)); err != nil {
+		return fmt.Errorf("enter the pod: %w", err)
+	}
+	if err := p.listen(); err != nil {
+		return err
+	}
+	if err := p.attachInbound(); err != nil {
+		return err
+	}
+	if err := p.loadOlder(); err != nil {
+		return err
+	}
+	if err := p.renewGuard(oldLayout); err != nil {
+		return err
+	}
+	p.rec.Layout = bpf.Layout()
+	return d.ledger.save(p.rec)
+}
+
+// UID is the pod's.
+func (p *Pod) UID() string { return p.uid }
+
+// Outbound accepts what the pod's applications connect to: LocalAddr of a connection is
+// the original destination, RemoteAddr the application.
+func (p *Pod) Outbound() *net.TCPListener { return p.outbound }
+
+// Inbound accepts plaintext from outside: LocalAddr is the application's address,
+// RemoteAddr the client.
+func (p *Pod) Inbound() *net.TCPListener { return p.inbound }
+
+// Tunnel accepts what is sent to the pod's port 15008.
+func (p *Pod) Tunnel() *net.TCPListener { return p.tunnel }
+
+// The listeners are bound to addresses that nobody can connect to, so steer is the only
+// way in: an application cannot reach one directly and make the agent connect to itself.
+// RFC 6666 discards 100::/64, RFC 5737 reserves 192.0.2.0/24.
+func listenAddrs() []netip.Addr {
+	return []netip.Addr{netip.MustParseAddr("100::1"), netip.MustParseAddr("192.0.2.1")}
+}
+
+func (p *Pod) listen() error {
+	for _, l := range []struct {
+		listener **net.TCPListener
+		port     uint16
+		kind     bpf.RacewayListener
+	}{
+		{&p.outbound, dataplane.PortOutbound, bpf.RacewayListenerLISTENER_OUTBOUND},
+		{&p.inbound, dataplane.PortInbound, bpf.RacewayListenerLISTENER_INBOUND},
+		{&p.tunnel, dataplane.PortTunnel, bpf.RacewayListenerLISTENER_TUNNEL},
+	} {
+		listener, err := p.listenOn(l.port, l.kind)
+		if err != nil {
+			return err
+		}
+		*l.listener = listener
+		if err := p.register(listener, l.kind); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// listenOn prefers IPv6, which takes IPv4 as well, and the usual port, which tells people
+// that look at `ss` what it is. Neither matters to steer, so an application that holds the
+// port, and a kernel without IPv6, are no obstacle.
+func (p *Pod) listenOn(port uint16, kind bpf.RacewayListener) (*net.TCPListener, error) {
+	var errs []error
+	for _, addr := range listenAddrs() {
+		for _, port := range []uint16{port, 0} {
+			l, err := p.ns.Listen(netns.ListenConfig{
+				Addr:        netip.AddrPortFrom(addr, port),
+				Transparent: true,
+				Control:     p.d.claimSocket(kind),
+			})
+			if err == nil {
+				return l, nil
+			}
+			errs = append(errs, err)
+		}
+	}
+	return nil, errors.Join(errs...)
+}
+
+func (p *Pod) register(l *net.TCPListener, kind bpf.RacewayListener) error {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	key := bpf.RacewayListenerKey{Netns: p.rec.Cookie, Kind: kind}
+	var putErr error
+	err = raw.Control(func(fd uintptr) { putErr = p.d.loaded.maps.Listeners.Put(key, uint64(fd)) })
+	if err := errors.Join(err, putErr); err != nil {
+		return fmt.Errorf("register listener %d: %w", kind, err)
+	}
+	return nil
+}
+
+// claimSocket returns what makes a socket known as the agent's.
+func (d *Datapath) claimSocket(role bpf.RacewayListener) func(fd int) error {
+	return func(fd int) error {
+		if err := d.loaded.maps.Own.Put(uint32(fd), bpf.RacewayOwner{Role: role}); err != nil {
+			return fmt.Errorf("mark a socket as the agent's: %w", err)
+		}
+		return nil
+	}
+}
+
+// CaptureOutbound redirects what the pod connects to from now on.
+func (p *Pod) CaptureOutbound() error {
+	return p.setFlags("capture outbound", func(r *record) { r.Outbound = true })
+}
+
+// ReleaseOutbound lets new connections of the pod go out directly.
+func (p *Pod) ReleaseOutbound() error {
+	return p.setFlags("release outbound", func(r *record) { r.Outbound = false })
+}
+
+// CaptureInbound redirects plaintext connections from outside from now on.
+func (p *Pod) CaptureInbound() error {
+	return p.setFlags("capture inbound", func(r *record) { r.Inbound = true })
+}
+
+// ReleaseInbound lets plaintext connections from outside reach the application directly.
+func (p *Pod) ReleaseInbound() error {
+	return p.setFlags("release inbound", func(r *record) { r.Inbound = false })
+}
+
+func (p *Pod) setFlags(deed string, change func(*record)) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return fmt.Errorf("%s of pod %s: %w", deed, p.uid, os.ErrClosed)
+	}
+	before := *p.rec
+	change(p.rec)
+	if err := p.d.ledger.save(p.rec); err != nil {
+		*p.rec = before
+		return fmt.Errorf("%s of pod %s: %w", deed, p.uid, err)
+	}
+	if err := p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)); err != nil {
+		*p.rec = before
+		return fmt.Errorf("%s of pod %s: %w", deed, p.uid, errors.Join(err, p.d.ledger.save(p.rec)))
+	}
+	return nil
+}
+
+// Close closes the pod's descriptors and leaves everything in force, so that captured
+// connections are refused. It is idempotent.
+func (p *Pod) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.closeLocked()
+}
+
+func (p *Pod) closeLocked() error {
+	if p.closed {
+		return nil
+	}
+	p.closed = true
+	var errs []error
+	for _, l := range []*net.TCPListener{p.outbound, p.inbound, p.tunnel} {
+		if l == nil {
+			continue
+		}
+		// The proxy may have closed it to stop accepting.
+		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	errs = append(errs, p.ns.Close())
+	p.d.mu.Lock()
+	delete(p.d.pods, p.uid)
+	p.d.mu.Unlock()
+	return errors.Join(errs...)
+}
+
+// Remove undoes everything that was done for the pod, and closes it. When a step fails the
+// others are still taken, and the pod can be removed again with RemoveAdopted.
+func (p *Pod) Remove() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return fmt.Errorf("remove pod %s: %w", p.uid, os.ErrClosed)
+	}
+	err := p.d.release(p.rec, p.ns)
+	if err := errors.Join(err, p.closeLocked()); err != nil {
+		return fmt.Errorf("remove pod %s: %w", p.uid, err)
+	}
+	return nil
+}
+
+// release undoes what r says. ns is nil when the namespace is gone; what was in it went
+// with it.
+func (d *Datapath) release(r *record, ns *netns.Namespace) error {
+	errs := []error{
+		d.detachGuard(r),
+		d.detachInbound(r, ns),
+		os.RemoveAll(d.podDir(r)),
+		ignoreMissing(d.loaded.maps.Pods.Delete(r.Cookie)),
+		d.forgetOlder(r.Cookie),
+	}
+	if ns != nil {
+		errs = append(errs, tearDownRouting(r, ns))
+	}
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	d.mu.Lock()
+	delete(d.records, r.UID)
+	d.mu.Unlock()
+	return d.ledger.forget(r)
+}

@@ -1,0 +1,87 @@
+package kernel
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+)
+
+// record is what must be known to release a pod, or to take it over, when the agent that
+// enrolled it is gone. It is written before the deed that it speaks of: it may say too
+// much, never too little.
+type record struct {
+	UID    string       `json:"uid"`
+	NetNS  string       `json:"netns"`
+	Cookie uint64       `json:"cookie"`
+	Addrs  []netip.Addr `json:"addrs"`
+	// Layout of the maps that the pod's programs use.
+	Layout   string `json:"layout"`
+	Outbound bool   `json:"outbound"`
+	Inbound  bool   `json:"inbound"`
+	// HostIfindex is the guarded interface in the host's namespace; 0 if there is none.
+	HostIfindex int `json:"hostIfindex,omitempty"`
+	// Ifindex is the pod's own interface, when TC redirects inbound connections there.
+	Ifindex int `json:"ifindex,omitempty"`
+	// Qdiscs lists the attachment points that got their clsact qdisc from us.
+	Qdiscs []string `json:"qdiscs,omitempty"`
+	// Sysctls holds the values that were there before, by path below /proc/sys.
+	Sysctls map[string]string `json:"sysctls,omitempty"`
+}
+
+// ledger keeps the records in files.
+type ledger struct{ dir string }
+
+func (l ledger) path(r *record) string {
+	return filepath.Join(l.dir, cookieName(r.Cookie)+".json")
+}
+
+func cookieName(cookie uint64) string { return strconv.FormatUint(cookie, 10) }
+
+func (l ledger) load() (map[string]*record, error) {
+	records := make(map[string]*record)
+	paths, err := filepath.Glob(filepath.Join(l.dir, "*.json"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		r := new(record)
+		if err := json.Unmarshal(data, r); err != nil {
+			return nil, fmt.Errorf("pod record %s (delete it to forget the pod): %w", path, err)
+		}
+		records[r.UID] = r
+	}
+	return records, nil
+}
+
+// save replaces the record's file in one step.
+func (l ledger) save(r *record) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	path := l.path(r)
+	fresh := path + ".new"
+	if err := os.WriteFile(fresh, data, 0o600); err != nil {
+		return fmt.Errorf("record pod %s: %w", r.UID, err)
+	}
+	if err := os.Rename(fresh, path); err != nil {
+		return fmt.Errorf("record pod %s: %w", r.UID, err)
+	}
+	return nil
+}
+
+func (l ledger) forget(r *record) error {
+	if err := os.Remove(l.path(r)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("forget pod %s: %w", r.UID, err)
+	}
+	return nil
+}

@@ -1,0 +1,273 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/bpf"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
+)
+
+const (
+	loopback        = "lo"
+	loopbackIfindex = 1 // in every network namespace
+)
+
+// sysctls are needed for DialApp: its replies find their way back only if the accepted
+// socket inherits the mark of its SYN (tcp_fwmark_accept) and if resets, which come from
+// no socket, carry the mark of what they answer (fwmark_reflect).
+func sysctls(addrs []netip.Addr) []string {
+	names := []string{"net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect"}
+	if _, ok := firstOf(addrs, unix.AF_INET6); ok {
+		names = append(names, "net/ipv6/fwmark_reflect")
+	}
+	return names
+}
+
+func sysctlPath(name string) string { return filepath.Join("/proc/sys", name) }
+
+func readSysctl(name string) (string, error) {
+	data, err := os.ReadFile(sysctlPath(name))
+	return strings.TrimSpace(string(data)), err
+}
+
+// firstOf returns the first address of a family, which is what the pod's unbound sockets
+// get as their source.
+func firstOf(addrs []netip.Addr, family int) (netip.Addr, bool) {
+	for _, a := range addrs {
+		if familyOf(a) == family {
+			return a, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+func rule(family int) *netlink.Rule {
+	mask := uint32(markMask)
+	r := netlink.NewRule()
+	r.Family = family
+	r.Priority = rulePriority
+	r.Table = routeTable
+	r.Mark = markRedirect
+	r.Mask = &mask
+	return r
+}
+
+// route delivers everything locally. Its source is the pod's address: without one, a
+// socket that is not bound would take the destination's.
+func route(family int, src netip.Addr) *netlink.Route {
+	bits := 32
+	if family == unix.AF_INET6 {
+		bits = 128
+	}
+	r := &netlink.Route{
+		LinkIndex: loopbackIfindex,
+		Table:     routeTable,
+		Type:      unix.RTN_LOCAL,
+		Scope:     netlink.SCOPE_HOST,
+		Dst:       &net.IPNet{IP: make(net.IP, bits/8), Mask: net.CIDRMask(0, bits)},
+	}
+	if src.IsValid() {
+		r.Src = src.AsSlice()
+	}
+	return r
+}
+
+// setUpRouting notes the previous sysctls in the record before it changes any.
+func (p *Pod) setUpRouting() error {
+	return p.ns.Do(func() error {
+		if p.rec.Sysctls == nil {
+			p.rec.Sysctls = make(map[string]string)
+		}
+		for _, name := range sysctls(p.rec.Addrs) {
+			if _, known := p.rec.Sysctls[name]; known {
+				continue
+			}
+			value, err := readSysctl(name)
+			if err != nil {
+				return fmt.Errorf("read sysctl %s: %w", name, err)
+			}
+			p.rec.Sysctls[name] = value
+		}
+		if err := p.d.ledger.save(p.rec); err != nil {
+			return err
+		}
+		for _, name := range sysctls(p.rec.Addrs) {
+			if err := os.WriteFile(sysctlPath(name), []byte("1"), 0o644); err != nil {
+				return fmt.Errorf("set sysctl %s: %w", name, err)
+			}
+		}
+		for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+			if err := addRouting(family, p.rec.Addrs); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func addRouting(family int, addrs []netip.Addr) error {
+	src, ok := firstOf(addrs, family)
+	if !ok {
+		return nil
+	}
+	if err := netlink.RouteReplace(route(family, src)); err != nil {
+		return fmt.Errorf("add route local default dev lo table %d src %v: %w", routeTable, src, err)
+	}
+	if err := netlink.RuleAdd(rule(family)); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("add rule fwmark %#x/%#x lookup %d: %w", markRedirect, uint32(markMask), routeTable, err)
+	}
+	return nil
+}
+
+func tearDownRouting(r *record, ns *netns.Namespace) error {
+	return ns.Do(func() error {
+		var errs []error
+		for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+			if _, ok := firstOf(r.Addrs, family); !ok {
+				continue
+			}
+			if err := ignoreMissing(netlink.RuleDel(rule(family))); err != nil {
+				errs = append(errs, fmt.Errorf("delete rule lookup %d: %w", routeTable, err))
+			}
+			if err := ignoreMissing(netlink.RouteDel(route(family, netip.Addr{}))); err != nil {
+				errs = append(errs, fmt.Errorf("delete route table %d: %w", routeTable, err))
+			}
+		}
+		for name, value := range r.Sysctls {
+			if err := os.WriteFile(sysctlPath(name), []byte(value), 0o644); err != nil {
+				errs = append(errs, fmt.Errorf("restore sysctl %s: %w", name, err))
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// ignoreMissing drops the errors that say that what was to be removed is not there.
+func ignoreMissing(err error) error {
+	for _, gone := range []error{unix.ENOENT, unix.ESRCH, unix.ENODEV, unix.EADDRNOTAVAIL} {
+		if errors.Is(err, gone) {
+			return nil
+		}
+	}
+	return err
+}
+
+// podInterface finds the interface that carries the pod's address, in the current
+// namespace; or else the one of the default route, for pods with their address on lo.
+func podInterface(addrs []netip.Addr) (netlink.Link, error) {
+	for _, want := range addrs {
+		family := netlink.FAMILY_V4
+		if want.Is6() {
+			family = netlink.FAMILY_V6
+		}
+		present, err := netlink.AddrList(nil, family)
+		if err != nil {
+			return nil, fmt.Errorf("list addresses: %w", err)
+		}
+		for _, a := range present {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Unmap() == want && a.LinkIndex != loopbackIfindex {
+				return netlink.LinkByIndex(a.LinkIndex)
+			}
+		}
+	}
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		if r.Dst == nil || r.Dst.IP.IsUnspecified() {
+			return netlink.LinkByIndex(r.LinkIndex)
+		}
+	}
+	return nil, fmt.Errorf("no interface of the pod has %v, and it has no default route: is its network set up?", addrs)
+}
+
+// hostEnd finds the host's end of the pod's veth pair.
+func (p *Pod) hostEnd() (ifindex int, err error) {
+	var inside netlink.Link
+	err = p.ns.Do(func() (err error) {
+		inside, err = podInterface(p.rec.Addrs)
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("find the pod's interface: %w", err)
+	}
+	attrs := inside.Attrs()
+	if inside.Type() != "veth" || attrs.ParentIndex == 0 {
+		return 0, fmt.Errorf("the pod's interface %s is a %s and not one end of a veth pair: this network plugin has no place for the guard", attrs.Name, inside.Type())
+	}
+	err = p.d.host.Do(func() error {
+		host, err := netlink.LinkByIndex(attrs.ParentIndex)
+		if err != nil {
+			return err
+		}
+		if host.Type() != "veth" || host.Attrs().ParentIndex != attrs.Index {
+			return fmt.Errorf("interface %d is the %s %s", attrs.ParentIndex, host.Type(), host.Attrs().Name)
+		}
+		return p.leadsHere(host)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("the peer of the pod's interface %s is not in the agent's network namespace %s (run the agent in the host's network): %w", attrs.Name, p.d.host.Path(), err)
+	}
+	return attrs.ParentIndex, nil
+}
+
+// leadsHere makes sure that the peer of host, which is known by an interface number only,
+// is in the pod's namespace and not in another that uses the same numbers.
+func (p *Pod) leadsHere(host netlink.Link) error {
+	return p.ns.WithFD(func(fd int) error {
+		id, err := netlink.GetNetNsIdByFd(fd)
+		if err != nil {
+			return fmt.Errorf("ask for the pod's namespace id: %w", err)
+		}
+		if peer := host.Attrs().NetNsID; id != peer {
+			return fmt.Errorf("%s leads to namespace %d, the pod is %d", host.Attrs().Name, peer, id)
+		}
+		return nil
+	})
+}
+
+func (d *Datapath) forgetOlder(cookie uint64) error {
+	older, err := d.olderOf(cookie)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for t := range older {
+		errs = append(errs, ignoreMissing(d.loaded.maps.Established.Delete(t)))
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Datapath) olderOf(cookie uint64) (map[bpf.RacewayTuple]struct{}, error) {
+	older := make(map[bpf.RacewayTuple]struct{})
+	var key bpf.RacewayTuple
+	var value uint32
+	entries := d.loaded.maps.Established.Iterate()
+	for entries.Next(&key, &value) {
+		if key.Netns == cookie {
+			older[key] = struct{}{}
+		}
+	}
+	if err := entries.Err(); err != nil {
+		return nil, fmt.Errorf("read connections older than enrolment: %w", err)
+	}
+	return older, nil
+}
