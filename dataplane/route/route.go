@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 )
@@ -160,23 +161,14 @@ func decideAddress(s *dataplane.Snapshot, target netip.AddrPort) Decision {
 func nodeAt(s *dataplane.Snapshot, a netip.Addr) *dataplane.Node {
 	nodes := s.Nodes()
 	for i := range nodes {
-		for _, own := range nodes[i].Addrs {
-			if own == a {
-				return &nodes[i]
-			}
+		if slices.Contains(nodes[i].Addrs, a) {
+			return &nodes[i]
 		}
 	}
 	return nil
 }
 
-func (f Flow) tried(target netip.AddrPort) bool {
-	for _, t := range f.Exclude {
-		if t == target {
-			return true
-		}
-	}
-	return false
-}
+func (f Flow) tried(target netip.AddrPort) bool { return slices.Contains(f.Exclude, target) }
 
 func (f Flow) network() string {
 	if f.Source == nil {

@@ -3,6 +3,7 @@ package route
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 )
@@ -152,9 +153,14 @@ func zoneOf(s *dataplane.Snapshot, node string) string {
 	return ""
 }
 
+// keep returns all itself when every candidate is wanted, which is the common case.
 func keep(all []candidate, want func(candidate) bool) []candidate {
-	kept := make([]candidate, 0, len(all))
-	for _, c := range all {
+	first := slices.IndexFunc(all, func(c candidate) bool { return !want(c) })
+	if first < 0 {
+		return all
+	}
+	kept := append(make([]candidate, 0, len(all)-1), all[:first]...)
+	for _, c := range all[first+1:] {
 		if want(c) {
 			kept = append(kept, c)
 		}
