@@ -185,4 +185,3 @@ func syncDir(dir string) (err error) {
 	defer func() { err = errors.Join(err, d.Close()) }()
 	return d.Sync()
 }
-

@@ -177,10 +177,11 @@ func (a *Authority) Sign(ctx context.Context, id spiffe.ID, csrPEM []byte, ttl t
 	if err != nil {
 		return nil, err
 	}
-	return [][]byte{encode(der), encode(a.Root.Raw)}, nil
+	return [][]byte{PEM(der), PEM(a.Root.Raw)}, nil
 }
 
-func encode(der []byte) []byte {
+// PEM encodes one certificate.
+func PEM(der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 

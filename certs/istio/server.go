@@ -64,6 +64,11 @@ const (
 	RefusedUnavailable Outcome = "unavailable"
 )
 
+// Refusals lists every outcome but Signed.
+func Refusals() []Outcome {
+	return []Outcome{RefusedToken, RefusedImpersonate, RefusedRequest, RefusedRate, RefusedUnavailable}
+}
+
 // Result is one request and its answer.
 type Result struct {
 	Outcome  Outcome
@@ -177,6 +182,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	go func() { served <- server.Serve(netutil.LimitListener(l, s.cfg.MaxConnections)) }()
 	select {
 	case err := <-served:
+		server.Stop()
 		return fmt.Errorf("serve certificate requests: %w", err)
 	case <-ctx.Done():
 	}
