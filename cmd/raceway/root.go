@@ -29,9 +29,11 @@ cannot be used; 3 no agent could be asked, or it could not answer.`,
   raceway why web db:3306              what becomes of a connection, and why
   raceway flows -f -n shop             connections as they open, close and are denied
   raceway check                        prove that capture is in force`,
-		Args:          cobra.ArbitraryArgs, // an unknown verb gets our own error
-		SilenceErrors: true,
-		SilenceUsage:  true,
+		Args:                       cobra.ArbitraryArgs, // an unknown verb gets our own error
+		DisableFlagsInUseLine:      true,
+		SilenceErrors:              true,
+		SuggestionsMinimumDistance: 2,
+		SilenceUsage:               true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return cmd.Help()

@@ -18,8 +18,9 @@ func newWorkloads(c *cli) *cobra.Command {
 		long: `List the pods that the agent knows.
 
 PROTOCOL is how others reach the pod now: HBONE through a tunnel, TCP in clear. CAPTURE is
-known of the pods of the agent's own node: none, pending, captured, failed or releasing, and
-SINCE when. OLD counts connections that are older than the capture and go on in clear.`,
+none, pending, captured, failed or releasing, and SINCE when; it is known of the pods of the
+agent's own node, and - for enrolled pods of others (--agent all asks those agents, too). OLD
+counts connections that are older than the capture and go on in clear.`,
 		example: `  raceway workloads
   raceway workloads -n shop -o wide
   raceway workloads --agent all -o json | jq '.[] | select(.capture == "failed")'`,
@@ -85,6 +86,9 @@ func captureCell(w admin.Workload) cell {
 	case dataplane.CapturePending, dataplane.CaptureReleasing:
 		c.tone = toneWarn
 	case dataplane.CaptureNone:
+		if w.Enrolled { // on another node, or about to be taken up
+			c.text = "-"
+		}
 	}
 	return c
 }
