@@ -251,16 +251,16 @@ func (p *Process) ready(ctx context.Context, probe func(context.Context) error) 
 		}
 		select {
 		case <-p.done:
-			return fmt.Errorf("start %s: it ended at once (%w)%s", p.command, p.err, p.logTail())
+			return fmt.Errorf("start %s: it ended at once (%w)%s", p.command, p.err, p.LogTail())
 		case <-ctx.Done():
-			return fmt.Errorf("start %s: it does not answer: %w: %w%s", p.command, context.Cause(ctx), err, p.logTail())
+			return fmt.Errorf("start %s: it does not answer: %w: %w%s", p.command, context.Cause(ctx), err, p.LogTail())
 		case <-time.After(pollInterval):
 		}
 	}
 }
 
-// logTail is the end of the process's log, to go behind an error.
-func (p *Process) logTail() string {
+// LogTail is the end of the process's log, to go behind an error; "" when there is none.
+func (p *Process) LogTail() string {
 	const lines = 12
 	content, err := os.ReadFile(p.Log)
 	if err != nil || len(content) == 0 {

@@ -1,0 +1,132 @@
+package perf
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// usage is CPU time: what the whole machine was busy with, by kind, and the part of it that
+// is the agents' own (their user and system time; softirq is nobody's).
+type usage struct {
+	user, system, softirq time.Duration
+	agents                time.Duration
+}
+
+func (u usage) minus(o usage) usage {
+	return usage{u.user - o.user, u.system - o.system, u.softirq - o.softirq, u.agents - o.agents}
+}
+
+func (u usage) each(yield func(kind string, t time.Duration)) {
+	yield("user", u.user)
+	yield("system", u.system)
+	yield("softirq", u.softirq)
+	yield("total", u.user+u.system+u.softirq)
+	if u.agents > 0 {
+		yield("agents", u.agents)
+	}
+}
+
+// clockTick is the unit of /proc/stat: USER_HZ is 100 on every Linux that Go runs on.
+const clockTick = 10 * time.Millisecond
+
+// machineUsage reads the first line of /proc/stat:
+// cpu user nice system idle iowait irq softirq steal guest guest_nice (proc(5)).
+func machineUsage() (usage, error) {
+	stat, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return usage{}, fmt.Errorf("read the machine's CPU time: %w", err)
+	}
+	return parseUsage(string(stat))
+}
+
+func parseUsage(stat string) (usage, error) {
+	line, _, _ := strings.Cut(stat, "\n")
+	fields := strings.Fields(line)
+	if len(fields) < 8 || fields[0] != "cpu" {
+		return usage{}, fmt.Errorf("read the machine's CPU time: /proc/stat begins with %q", line)
+	}
+	var ticks [8]time.Duration
+	for i := 1; i < len(ticks); i++ {
+		n, err := strconv.ParseInt(fields[i], 10, 64)
+		if err != nil {
+			return usage{}, fmt.Errorf("read the machine's CPU time: %w", err)
+		}
+		ticks[i] = time.Duration(n) * clockTick
+	}
+	return usage{
+		user:    ticks[1] + ticks[2],
+		system:  ticks[3],
+		softirq: ticks[6] + ticks[7],
+	}, nil
+}
+
+// Machine is what the measurement ran on and with.
+type Machine struct {
+	CPU        string    `json:"cpu"`
+	Cores      int       `json:"cores"`
+	MemoryMiB  uint64    `json:"memoryMiB"`
+	Kernel     string    `json:"kernel"`
+	Congestion string    `json:"congestionControl"` // of the machine; labs use their own
+	Load       string    `json:"loadAverage"`       // at the start: on a busy machine the rest means less
+	Go         string    `json:"go"`
+	Commit     string    `json:"commit"` // with + when the tree had changes
+	Command    string    `json:"command"`
+	Date       time.Time `json:"date"`
+}
+
+// thisMachine describes it; what cannot be found out is "unknown" and no error.
+func thisMachine() Machine {
+	m := Machine{
+		CPU: "unknown", Kernel: "unknown", Commit: commit(),
+		Cores: runtime.NumCPU(), Go: runtime.Version(),
+		Congestion: firstLine("/proc/sys/net/ipv4/tcp_congestion_control"),
+		Load:       firstLine("/proc/loadavg"),
+		Command:    strings.Join(os.Args, " "), Date: time.Now().UTC().Truncate(time.Second),
+	}
+	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(info)) {
+			if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
+				m.CPU = strings.TrimSpace(value)
+				break
+			}
+		}
+	}
+	var name unix.Utsname
+	if err := unix.Uname(&name); err == nil {
+		m.Kernel = unix.ByteSliceToString(name.Release[:])
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err == nil {
+		m.MemoryMiB = info.Totalram * uint64(info.Unit) >> 20
+	}
+	return m
+}
+
+func firstLine(path string) string {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return "unknown"
+	}
+	line, _, _ := strings.Cut(string(content), "\n")
+	return line
+}
+
+// commit asks git, because a build may be without it (-buildvcs=false).
+func commit() string {
+	head, err := exec.Command("git", "rev-parse", "--short=12", "HEAD").Output()
+	if err != nil {
+		return "unknown"
+	}
+	name := strings.TrimSpace(string(head))
+	if changes, err := exec.Command("git", "status", "--porcelain", "--untracked-files=no").Output(); err != nil || len(changes) > 0 {
+		name += "+"
+	}
+	return name
+}

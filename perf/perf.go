@@ -1,0 +1,173 @@
+// Package perf measures what the mesh costs, on a cluster of network namespaces on this
+// machine (package lab).
+//
+//	round 1: scenario A: bulk-1 bulk-8 …   scenario B: bulk-1 bulk-8 …   …
+//	round 2: scenario A: …
+//
+// Each scenario of each round is a lab of its own with fresh processes: two nodes, a client
+// pod, a server pod and, unless it is without mesh, a CA and an agent on each node. Load is
+// made by processes of their own inside the pods. Rounds interleave the scenarios, so that
+// a machine that slows down meanwhile slows all of them; what is reported is the median of
+// the rounds, with the least and the greatest.
+//
+// Everything runs on the one machine: the CPU time is that of all of it together (client,
+// server, both nodes' agents, kernel), which is why it is the whole machine's that counts.
+package perf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Config says what to measure. The zero value measures everything.
+type Config struct {
+	Scenarios []string      // by name; default all of them
+	Workloads []string      // by name; default all of them
+	Rounds    int           // default 5
+	Duration  time.Duration // of each workload in each round; default 5 s
+	Warmup    time.Duration // before it, not measured; default a fifth of Duration
+	IPv6      bool
+	// Rate is the fixed request rate of the paced workload; default 1000 per second.
+	Rate float64
+	// BinDir holds raceway-agent and raceway-ca; needed by all scenarios but those without mesh.
+	BinDir string
+	// AgentArgs are added to the agents' command lines.
+	AgentArgs []string
+	// Worker is the command line of a program that runs Worker with the arguments that
+	// follow it. Required.
+	Worker []string
+	// Log tells how it goes; default nothing.
+	Log *slog.Logger
+}
+
+func (c Config) withDefaults() Config {
+	if len(c.Scenarios) == 0 {
+		c.Scenarios = names(Scenarios())
+	}
+	if len(c.Workloads) == 0 {
+		c.Workloads = names(Workloads())
+	}
+	if c.Rounds == 0 {
+		c.Rounds = 5
+	}
+	if c.Duration == 0 {
+		c.Duration = 5 * time.Second
+	}
+	if c.Warmup == 0 {
+		c.Warmup = c.Duration / 5
+	}
+	if c.Rate == 0 {
+		c.Rate = 1000
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// Validate reports everything that is wrong.
+func (c Config) Validate() error {
+	var errs []error
+	for _, check := range []struct {
+		what        string
+		chosen, all []string
+	}{
+		{"scenario", c.Scenarios, names(Scenarios())},
+		{"workload", c.Workloads, names(Workloads())},
+	} {
+		for _, name := range check.chosen {
+			if !slices.Contains(check.all, name) {
+				errs = append(errs, fmt.Errorf("there is no %s %q: want %s", check.what, name, strings.Join(check.all, ", ")))
+			}
+		}
+	}
+	if c.Rounds < 0 || c.Duration < 0 || c.Warmup < 0 || c.Rate < 0 {
+		errs = append(errs, errors.New("rounds, duration, warm-up and rate cannot be negative"))
+	}
+	if len(c.Worker) == 0 {
+		errs = append(errs, errors.New("no worker command"))
+	}
+	return errors.Join(errs...)
+}
+
+// NeedsMesh reports whether some scenario needs raceway-agent and raceway-ca.
+func (c Config) NeedsMesh() bool {
+	c = c.withDefaults()
+	return slices.ContainsFunc(Scenarios(), func(s Scenario) bool { return s.Mesh && slices.Contains(c.Scenarios, s.Name) })
+}
+
+// Scenario is a path between two pods.
+type Scenario struct {
+	Name     string
+	Title    string // for people, at most two words on a line
+	Mesh     bool
+	SameNode bool
+}
+
+// Scenarios lists them all, each meshed one after the one that it compares with.
+func Scenarios() []Scenario {
+	return []Scenario{
+		{Name: "plain-cross", Title: "no mesh, across nodes"},
+		{Name: "hbone-cross", Title: "HBONE, across nodes", Mesh: true},
+		{Name: "plain-same", Title: "no mesh, same node", SameNode: true},
+		{Name: "hbone-same", Title: "HBONE, same node", Mesh: true, SameNode: true},
+	}
+}
+
+// Workload is a kind of load.
+type Workload struct {
+	Name  string
+	Title string
+}
+
+// Workloads lists them all.
+func Workloads() []Workload {
+	return []Workload{
+		{"bulk-1", "bulk, 1 stream"},
+		{"bulk-8", "bulk, 8 streams"},
+		{"exchange", "1 KiB request/response, 16 connections, saturated"},
+		{"paced", "1 KiB request/response, 16 connections, fixed rate"},
+		{"connect", "new connections, 16 at a time"},
+	}
+}
+
+func (s Scenario) name() string { return s.Name }
+func (w Workload) name() string { return w.Name }
+
+func names[T interface{ name() string }](all []T) []string {
+	list := make([]string, len(all))
+	for i, x := range all {
+		list[i] = x.name()
+	}
+	return list
+}
+
+// Run measures. It needs root.
+func Run(ctx context.Context, c Config) (*Report, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	c = c.withDefaults()
+	report := newReport(c)
+	if load, err := strconv.ParseFloat(strings.Fields(report.Machine.Load)[0], 64); err == nil && load > float64(report.Machine.Cores)/4 {
+		c.Log.Warn("the machine is busy with something else: the results will be noisy", "load", load)
+	}
+	for round := range c.Rounds {
+		for _, s := range Scenarios() {
+			if !slices.Contains(c.Scenarios, s.Name) {
+				continue
+			}
+			c.Log.Info("measure", "round", round+1, "of", c.Rounds, "scenario", s.Name)
+			if err := runScenario(ctx, c, s, report); err != nil {
+				return nil, fmt.Errorf("scenario %s, round %d: %w", s.Name, round+1, err)
+			}
+		}
+	}
+	return report, nil
+}

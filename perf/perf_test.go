@@ -1,0 +1,159 @@
+package perf
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
+	"github.com/raceway-mesh/raceway/e2e/lab"
+	"github.com/raceway-mesh/raceway/e2e/lab/labtest"
+)
+
+// The test's binary is also the worker inside the pods.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "worker" {
+		if err := Worker(context.Background(), os.Args[2:], os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func shortConfig(scenarios ...string) Config {
+	return Config{Scenarios: scenarios, Rounds: 2, Duration: 100 * time.Millisecond, Worker: []string{os.Args[0], "worker"}}
+}
+
+func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
+	netnstest.Require(t)
+	for _, ipv6 := range []bool{false, true} {
+		c := shortConfig("plain-cross", "plain-same")
+		c.IPv6 = ipv6
+		report, err := Run(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, scenario := range c.Scenarios {
+			for _, w := range Workloads() {
+				metrics := []string{"rate", "p50", "p99", "p99.9", "CPU total"}
+				if strings.HasPrefix(w.Name, "bulk") {
+					metrics = []string{"throughput", "CPU user", "CPU system", "CPU softirq"}
+				}
+				for _, metric := range metrics {
+					r := report.find(scenario, w.Name, metric)
+					if r == nil || len(r.Rounds) != c.Rounds || r.Min > r.Median || r.Median > r.Max {
+						t.Errorf("%s, %s, %s: %+v", scenario, w.Name, metric, r)
+					}
+				}
+			}
+		}
+		if report.Machine.Kernel == "unknown" || report.Machine.Cores == 0 {
+			t.Errorf("machine is %+v", report.Machine)
+		}
+	}
+}
+
+// A scenario that is not what it says would make every comparison worthless.
+func TestPlainTrafficIsNotTakenForMesh(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	st := &site{config: shortConfig("plain-same"), scenario: Scenarios()[2], lab: l}
+	if err := st.build(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.verify(t.Context()); err != nil {
+		t.Errorf("as plain: %v", err)
+	}
+	st.scenario.Mesh = true
+	if err := st.verify(t.Context()); err == nil {
+		t.Error("plain traffic passed for HBONE")
+	}
+}
+
+func TestAWorkerThatFailsIsShownWithItsReason(t *testing.T) {
+	netnstest.Require(t)
+	c := shortConfig("plain-same")
+	c.Worker = []string{"/bin/sh", "-c", "echo out of paper >&2; exit 1"}
+	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "out of paper") {
+		t.Errorf("%v, want the worker's own words", err)
+	}
+}
+
+func TestConfigComplaintsNameTheChoices(t *testing.T) {
+	err := Config{Scenarios: []string{"moon"}, Workloads: []string{"brick"}, Rounds: -1}.Validate()
+	for _, want := range []string{"moon", "hbone-cross", "brick", "bulk-1", "negative", "worker"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v does not mention %q", err, want)
+		}
+	}
+	if (Config{Scenarios: []string{"plain-same"}}).NeedsMesh() || !(Config{}).NeedsMesh() {
+		t.Error("NeedsMesh is wrong")
+	}
+}
+
+func TestUsageIsTheWholeMachines(t *testing.T) {
+	for _, test := range []struct {
+		name, stat string
+		want       usage
+		wantErr    bool
+	}{
+		{
+			"nice is user time and irq counts with softirq",
+			"cpu  100 20 300 9999 50 4 60 7 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n",
+			usage{user: 1200 * time.Millisecond, system: 3 * time.Second, softirq: 640 * time.Millisecond}, false,
+		},
+		{"empty", "", usage{}, true},
+		{"short", "cpu 1 2 3\n", usage{}, true},
+		{"not a number", "cpu 1 2 3 x 5 6 7 8\n", usage{}, true},
+	} {
+		got, err := parseUsage(test.stat)
+		if got != test.want || (err != nil) != test.wantErr {
+			t.Errorf("%s: %+v, %v, want %+v", test.name, got, err, test.want)
+		}
+	}
+}
+
+func TestReportKeepsEachRoundAndItsMedian(t *testing.T) {
+	report := &Report{Rounds: 4}
+	for _, v := range []float64{4, 1, 100, 2} {
+		report.add("plain-same", "bulk-1", "throughput", "Gbit/s", v)
+	}
+	report.add("hbone-same", "bulk-1", "throughput", "Gbit/s", 1234.5)
+	r := report.find("plain-same", "bulk-1", "throughput")
+	if r.Median != 3 || r.Min != 1 || r.Max != 100 || !slices.Equal(r.Rounds, []float64{4, 1, 100, 2}) {
+		t.Errorf("%+v", r)
+	}
+	var table bytes.Buffer
+	if err := report.WriteTable(&table); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"BULK, 1 STREAM", "3.00 (1.00 to 100)", "HBONE, same node"} {
+		if !strings.Contains(table.String(), want) {
+			t.Errorf("the table has no %q:\n%s", want, table.String())
+		}
+	}
+	if strings.Contains(table.String(), "across nodes") {
+		t.Errorf("the table shows a scenario that was not measured:\n%s", table.String())
+	}
+	path, err := report.WriteJSON(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var again Report
+	if err := json.Unmarshal(content, &again); err != nil || len(again.Results) != 2 || !slices.Equal(again.Results[0].Rounds, r.Rounds) {
+		t.Errorf("read again: %+v, %v", again, err)
+	}
+}
