@@ -109,6 +109,9 @@ func TestServiceChoosesAmong(t *testing.T) {
 			each(s, terminating(false), 3)
 		}), want: []int{2}},
 		{name: "none when none serves", world: service(func(s *dataplane.Service) { each(s, unready, 1, 2, 3) }), reason: "service shop/web has no ready endpoint"},
+		{name: "none that serves without being ready or terminating", world: service(func(s *dataplane.Service) {
+			each(s, func(e *dataplane.Endpoint) { e.Ready = false }, 1, 2, 3)
+		}), reason: "no ready endpoint"},
 		{name: "all when not ready ones are published", world: service(func(s *dataplane.Service) {
 			each(s, unready, 1, 2, 3)
 			s.PublishNotReady = true

@@ -111,7 +111,7 @@ func serving(svc *dataplane.Service, all []candidate) []candidate {
 	if svc.PublishNotReady {
 		return all
 	}
-	ready := keep(all, func(c candidate) bool { return c.endpoint.Ready && !c.endpoint.Terminating })
+	ready := keep(all, func(c candidate) bool { return c.endpoint.Ready })
 	if len(ready) > 0 {
 		return ready
 	}
