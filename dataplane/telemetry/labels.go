@@ -77,8 +77,8 @@ func (m *metrics) peer(p *Peer) peerLabels {
 		return l
 	}
 	l.workload, l.namespace = workloadName(w), w.Name.Namespace
-	l.canonicalService = first(w.Labels["service.istio.io/canonical-name"], w.Labels["app.kubernetes.io/name"], w.Labels["app"], l.workload)
-	l.canonicalRevision = first(w.Labels["service.istio.io/canonical-revision"], w.Labels["app.kubernetes.io/version"], w.Labels["version"], "latest")
+	l.canonicalService = CanonicalService(w)
+	l.canonicalRevision = CanonicalRevision(w)
 	l.app = first(w.Labels["app"], l.canonicalService)
 	l.version = first(w.Labels["version"], l.canonicalRevision)
 	l.cluster = first(w.Cluster, m.cfg.Cluster, unknown)
@@ -91,6 +91,17 @@ func unknownPeer() peerLabels {
 
 // workloadName is the controller's, so that a series outlives the pods of a rollout.
 func workloadName(w *dataplane.Workload) string { return first(w.Owner.Name, w.Name.Name) }
+
+// CanonicalService and CanonicalRevision are Istio's canonical service of a workload: from
+// its labels, in the order that Istio gives them.
+func CanonicalService(w *dataplane.Workload) string {
+	return first(w.Labels["service.istio.io/canonical-name"], w.Labels["app.kubernetes.io/name"], w.Labels["app"], workloadName(w))
+}
+
+// CanonicalRevision is "latest" for a workload without a label that tells.
+func CanonicalRevision(w *dataplane.Workload) string {
+	return first(w.Labels["service.istio.io/canonical-revision"], w.Labels["app.kubernetes.io/version"], w.Labels["version"], "latest")
+}
 
 func first(values ...string) string {
 	for _, v := range values {

@@ -1,0 +1,238 @@
+package proxy
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/raceway-mesh/raceway/certs"
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/authz"
+	"github.com/raceway-mesh/raceway/dataplane/telemetry"
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// serveInbound owns conn, plaintext that somebody opened to the pod.
+func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
+	destination, client := s.addresses(conn)
+	f := s.inboundFlow(live, telemetry.Peer{Addr: client}, destination, client.Addr())
+	f.attempt.Socket = conn
+	source, err := newTCPLeg(conn, "the client")
+	if err == nil {
+		err = s.begin(f)
+		if err != nil {
+			source.abort()
+		}
+	}
+	if err != nil {
+		f.cancel(nil)
+		s.refused(f, err)
+		return
+	}
+	defer s.end(f)
+	var app *tcpLeg
+	if err = checkPort(destination); err == nil {
+		app, err = s.admit(f, client)
+	}
+	if err != nil {
+		source.abort()
+		s.refused(f, err)
+		return
+	}
+	s.relay(f, source, app)
+}
+
+// inboundFlow is a connection to the pod, before anything is decided.
+func (s *servedPod) inboundFlow(live context.Context, source telemetry.Peer, destination netip.AddrPort, from netip.Addr) *flow {
+	snapshot, _, own := s.workload()
+	if snapshot != nil {
+		source.Workload = snapshot.WorkloadAt(from)
+	}
+	f := &flow{
+		attempt: telemetry.Attempt{
+			ID: telemetry.NewID(), Direction: telemetry.Inbound, Started: time.Now(), Source: source,
+			Destination: telemetry.Peer{Addr: destination, Workload: own},
+		},
+		guarded: &guarded{request: authz.Request{Peer: source.Identity, Source: from, Destination: destination}},
+	}
+	f.ctx, f.cancel = context.WithCancelCause(live)
+	return f
+}
+
+// errNotServed is a pod that is not one of this node's any more.
+var errNotServed = errors.New("the pod is not one of this node's enrolled pods")
+
+// admit authorizes f and dials the application from the client's address.
+func (s *servedPod) admit(f *flow, client netip.AddrPort) (*tcpLeg, error) {
+	if err := s.authorize(f); err != nil {
+		return nil, err
+	}
+	if _, now, _ := s.workload(); now == nil || now.Node != s.cfg.Node && s.cfg.Node != "" {
+		return nil, errNotServed
+	}
+	ctx, cancel := context.WithTimeout(f.ctx, s.cfg.ConnectTimeout)
+	defer cancel()
+	app := f.guarded.request.Destination
+	conn, err := s.pod.DialApp(ctx, client, app)
+	if err != nil {
+		return nil, &appError{app: app, err: err}
+	}
+	return newTCPLeg(conn, "the application")
+}
+
+// appError is an application that could not be reached.
+type appError struct {
+	app netip.AddrPort
+	err error
+}
+
+func (e *appError) Error() string {
+	return fmt.Sprintf("connect to the application at %s: %v", e.app, e.err)
+}
+func (e *appError) Unwrap() error { return e.err }
+
+// requestError is a request that makes no sense.
+type requestError struct{ err error }
+
+func (e *requestError) Error() string { return e.err.Error() }
+func (e *requestError) Unwrap() error { return e.err }
+
+// tunnelServer accepts the pod's tunnels.
+func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
+	return hbone.NewServer(hbone.ServerConfig{
+		TLS:           s.cfg.Certs.ServerTLS(s.identity),
+		Transport:     s.cfg.ServerTransport,
+		Handler:       func(r *hbone.ServerRequest) { s.serveTunnel(live, r) },
+		MaxHandshakes: s.cfg.Limits.PodHandshakes,
+		MaxConns:      s.cfg.Limits.PodTunnels,
+		OnHandshakeError: func(remote netip.AddrPort, err error) {
+			if errors.Is(err, hbone.ErrTooManyConns) {
+				s.warn.bit(limitPodTunnels, s.uid, int64(s.cfg.Limits.PodTunnels))
+				return
+			}
+			s.cfg.Telemetry.HandshakeFailed(telemetry.Inbound, string(certs.CauseOf(err)))
+			s.cfg.Log.Debug("refuse tunnel connection", "pod", s.uid, "remote", remote, "error", err)
+		},
+		Log: s.cfg.Log,
+	})
+}
+
+// serveTunnel serves one CONNECT to the pod.
+func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
+	identity, identityErr := certs.PeerIdentity(r.Conn.TLS)
+	client := clientOf(r)
+	f := s.inboundFlow(live, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
+	defer context.AfterFunc(r.Context, func() {
+		f.cancel(cmp.Or(context.Cause(live), errStreamEnded)) // live's end is the stream's as well
+	})()
+	f.attempt.Destination.Identity = s.identity
+	f.attempt.Tunnel = r.Conn.Local
+	f.attempt.Socket = tcpOf(r.Conn)
+	f.attempt.Service = s.requestedService(r, f.attempt.Destination.Workload)
+	f.tunnel = r.Conn
+	if err := s.begin(f); err != nil {
+		f.cancel(nil)
+		r.Reject(503)
+		s.refused(f, err)
+		return
+	}
+	defer s.end(f)
+	err := checkRequest(r)
+	if err == nil && identityErr != nil {
+		err = &deniedError{cause: identityErr.Error()}
+	}
+	if err == nil {
+		err = s.revoked(r.Conn)
+	}
+	var app *tcpLeg
+	if err == nil {
+		app, err = s.admit(f, client)
+	}
+	if err != nil {
+		r.Reject(statusOf(err))
+		s.refused(f, err)
+		return
+	}
+	var own hbone.Baggage
+	if w := f.attempt.Destination.Workload; w != nil {
+		own = s.baggage(w)
+	}
+	stream, err := r.Accept(hbone.Response{Baggage: own})
+	if err != nil {
+		app.abort()
+		s.refused(f, fmt.Errorf("answer the peer: %w", err))
+		return
+	}
+	s.relay(f, newStreamLeg(stream, "the peer", r.Context.Done()), app)
+}
+
+// errStreamEnded is a tunnel that its peer gave up, or whose connection was lost.
+var errStreamEnded = errors.New("the peer reset the stream or its connection was lost")
+
+// clientOf is who opened the connection: the forwarded header is believed for the port
+// alone, and only when it names the address that the tunnel comes from.
+func clientOf(r *hbone.ServerRequest) netip.AddrPort {
+	if f := r.Forwarded.For; f.IsValid() && f.Addr().Unmap() == r.Conn.Remote.Addr() {
+		return netip.AddrPortFrom(r.Conn.Remote.Addr(), f.Port())
+	}
+	return r.Conn.Remote
+}
+
+func checkRequest(r *hbone.ServerRequest) error {
+	switch {
+	case !r.Target.IsValid():
+		return &requestError{fmt.Errorf("the authority %q is not an address and port", r.Authority)}
+	case r.Target.Addr().Unmap() != r.Conn.Local.Addr():
+		return &requestError{fmt.Errorf("the authority %s is not the address %s that the tunnel reached", r.Target, r.Conn.Local.Addr())}
+	}
+	return checkPort(r.Target)
+}
+
+// checkPort refuses what would make the data plane talk to itself.
+func checkPort(app netip.AddrPort) error {
+	if dataplane.IsDataPlanePort(app.Port()) || app.Port() == 0 {
+		return &requestError{fmt.Errorf("port %d is not an application's", app.Port())}
+	}
+	return nil
+}
+
+// statusOf is the answer to a request that ended with err.
+func statusOf(err error) int {
+	var request *requestError
+	var denied *deniedError
+	switch {
+	case errors.As(err, &request):
+		return 400
+	case errors.As(err, &denied):
+		return 401
+	default:
+		return 503
+	}
+}
+
+// requestedService is the service that the client says it asked for, if the pod is behind it.
+// It is for telemetry only; what is not known here is left out, so that no peer can invent
+// labels.
+func (s *servedPod) requestedService(r *hbone.ServerRequest, own *dataplane.Workload) *dataplane.Service {
+	snapshot, _ := s.cfg.Store.Load()
+	name, rest, ok := strings.Cut(r.Forwarded.Host, ".")
+	if snapshot == nil || own == nil || !ok {
+		return nil
+	}
+	namespace, _, _ := strings.Cut(rest, ".")
+	service := snapshot.Service(dataplane.Name{Namespace: namespace, Name: name})
+	if service == nil || service.Host != r.Forwarded.Host {
+		return nil
+	}
+	for i := range service.Endpoints {
+		if service.Endpoints[i].WorkloadUID == own.UID {
+			return service
+		}
+	}
+	return nil
+}

@@ -1,0 +1,115 @@
+package proxy
+
+import (
+	"log/slog"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/raceway-mesh/raceway/dataplane/telemetry"
+)
+
+// Limits bound what one pod can take from the node and from other pods. A zero field has
+// its default.
+type Limits struct {
+	// PodConnections and NodeConnections bound the connections carried at one time; more
+	// are reset. 10,000 and 50,000.
+	PodConnections, NodeConnections int
+	// PodPending bounds a pod's connections that are still being routed, authorized or
+	// dialed; more are reset. 1,024.
+	PodPending int
+	// PodHandshakes bounds the TLS handshakes of tunnels to a pod that go on at one time;
+	// more wait in the kernel's backlog. 64.
+	PodHandshakes int
+	// PodTunnels bounds the tunnel connections to a pod; more are closed. 4,096.
+	PodTunnels int
+	// PodBuffers and NodeBuffers bound the bytes of large copy buffers; without one a
+	// direction copies through a small buffer. 64 MiB and 256 MiB.
+	PodBuffers, NodeBuffers int64
+	// PodActive and NodeActive bound the chunks that are moved at one time. A pod gets as
+	// many as there are CPUs, the node twice that, so that a pod that uses all of its own
+	// leaves room for the others.
+	PodActive, NodeActive int
+
+	// lease is how long a turn may be held while others wait, before its holder counts as
+	// blocked on its peer and the turn passes on.
+	lease time.Duration
+}
+
+func (l Limits) withDefaults() Limits {
+	set := func(value *int, fallback int) {
+		if *value <= 0 {
+			*value = fallback
+		}
+	}
+	set(&l.PodConnections, 10_000)
+	set(&l.NodeConnections, 50_000)
+	set(&l.PodPending, 1024)
+	set(&l.PodHandshakes, 64)
+	set(&l.PodTunnels, 4096)
+	set(&l.PodActive, runtime.GOMAXPROCS(0))
+	set(&l.NodeActive, 2*runtime.GOMAXPROCS(0))
+	if l.PodBuffers <= 0 {
+		l.PodBuffers = 64 << 20
+	}
+	if l.NodeBuffers <= 0 {
+		l.NodeBuffers = 256 << 20
+	}
+	if l.lease <= 0 {
+		l.lease = 500 * time.Microsecond
+	}
+	return l
+}
+
+// Names of limits, as metric labels.
+const (
+	limitPodConnections  = "pod_connections"
+	limitNodeConnections = "node_connections"
+	limitPodPending      = "pod_pending"
+	limitPodTunnels      = "pod_tunnels"
+	limitBuffers         = "buffers"
+)
+
+// limitLog counts each time that a limit bites and logs some of them.
+type limitLog struct {
+	log       *slog.Logger
+	telemetry *telemetry.Telemetry
+	mu        sync.Mutex
+	last      map[[2]string]time.Time // by limit and pod
+}
+
+// limitLogPause is how long a limit of one pod stays silent in the log.
+const limitLogPause = 10 * time.Second
+
+func (l *limitLog) bit(limit, uid string, bound int64) {
+	l.telemetry.LimitReached(limit)
+	key := [2]string{limit, uid}
+	now := time.Now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if now.Sub(l.last[key]) < limitLogPause {
+		return
+	}
+	if l.last == nil || len(l.last) > 10_000 { // pods come and go; the log may repeat itself
+		l.last = make(map[[2]string]time.Time)
+	}
+	l.last[key] = now
+	l.log.Error("limit reached: what exceeds it is refused or slowed", "limit", limit, "bound", bound, "pod", uid)
+}
+
+// budget is an amount that may be taken up to a limit.
+type budget struct {
+	used  atomic.Int64
+	limit int64
+}
+
+func (b *budget) take(n int64) bool {
+	if b.used.Add(n) <= b.limit {
+		return true
+	}
+	b.used.Add(-n)
+	return false
+}
+
+func (b *budget) give(n int64) { b.used.Add(-n) }

@@ -1,0 +1,235 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/raceway-mesh/raceway/certs/spiffe"
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/route"
+	"github.com/raceway-mesh/raceway/dataplane/telemetry"
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// maxEndpoints is how many endpoints of a service one connection tries.
+const maxEndpoints = 3
+
+// serveOutbound owns conn, which the pod's application opened.
+func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
+	destination, client := s.addresses(conn)
+	trace := hbone.NewTraceParent()
+	f := &flow{attempt: telemetry.Attempt{
+		ID:          traceParentID(trace),
+		Direction:   telemetry.Outbound,
+		Source:      telemetry.Peer{Addr: client},
+		Destination: telemetry.Peer{Addr: destination},
+		Started:     time.Now(),
+	}}
+	_, _, f.attempt.Source.Workload = s.workload()
+	app, err := newTCPLeg(conn, "the application")
+	if err != nil {
+		s.cfg.Telemetry.Refuse(f.attempt, telemetry.FlagsReset, err)
+		return
+	}
+	f.ctx, f.cancel = context.WithCancelCause(live)
+	if err := s.begin(f); err != nil {
+		f.cancel(nil)
+		app.abort()
+		s.refused(f, err)
+		return
+	}
+	defer s.end(f)
+	out, err := s.connect(f, destination, trace)
+	if err != nil {
+		app.abort()
+		s.refused(f, err)
+		return
+	}
+	s.relay(f, app, out)
+}
+
+// traceParentID is the parent ID of a traceparent: what a peer sees of a connection's ID.
+func traceParentID(trace string) string { return trace[36:52] }
+
+// refused tells of a connection that did not come up.
+func (s *servedPod) refused(f *flow, err error) {
+	if cause := context.Cause(f.ctx); cause != nil && f.ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = cause
+	}
+	s.cfg.Telemetry.Refuse(f.attempt, flagsOf(err), err)
+}
+
+// relay carries f between its source and its destination until it ends.
+func (s *servedPod) relay(f *flow, source, destination leg) {
+	s.settle(f)
+	record := s.cfg.Telemetry.Open(f.attempt)
+	r := &relay{legs: [2]leg{source, destination}, share: s.share, buffers: &s.buffers, count: [2]func(int){record.Sent, record.Received}}
+	err := r.run(f.ctx)
+	flags := telemetry.FlagsNone
+	if err != nil {
+		flags = endFlags(err)
+	}
+	record.Close(flags, err)
+}
+
+// connect reaches destination, through a tunnel or in clear as the route says. Endpoints of
+// a service are tried one after the other. A connection that a tunnel was tried for is
+// never made in clear.
+func (s *servedPod) connect(f *flow, destination netip.AddrPort, trace string) (leg, error) {
+	query := route.Flow{Source: f.attempt.Source.Workload, Node: s.cfg.Node, Dst: destination}
+	tunnelled := false
+	var failed error
+	for range maxEndpoints {
+		d, err := s.route(f.ctx, query)
+		f.routed(d, destination)
+		switch {
+		case err != nil:
+			return nil, then(failed, err)
+		case d.Action == route.Passthrough && tunnelled:
+			query.Exclude = append(query.Exclude, d.Target)
+			continue
+		}
+		var out leg
+		if d.Action == route.Tunnel {
+			tunnelled = true
+			out, err = s.openTunnel(f, d, trace)
+		} else {
+			out, err = s.dialDirect(f, d.Target)
+		}
+		if err == nil {
+			return out, nil
+		}
+		failed = then(failed, err)
+		if d.Alternates == 0 || f.ctx.Err() != nil || isDenied(err) {
+			break
+		}
+		query.Exclude = append(query.Exclude, d.Target)
+	}
+	return nil, failed
+}
+
+// then is the error of one attempt after another.
+func then(before, err error) error {
+	if before == nil {
+		return err
+	}
+	return fmt.Errorf("%w; then %w", before, err)
+}
+
+// routed notes what is known of the connection now.
+func (f *flow) routed(d route.Decision, destination netip.AddrPort) {
+	f.attempt.Service = d.Service
+	f.attempt.Destination = telemetry.Peer{Addr: destination, Workload: d.Workload}
+	f.attempt.Tunnel = netip.AddrPort{}
+	f.attempt.Source.Identity = spiffe.ID{}
+	if d.Target.IsValid() {
+		f.attempt.Destination.Addr = d.Target
+	}
+}
+
+// isDenied reports whether the peer's policy refused the connection: no other endpoint is
+// asked then.
+func isDenied(err error) bool {
+	var status *hbone.StatusError
+	return errors.As(err, &status) && status.Status == 401
+}
+
+// routeError is a destination that nothing leads to.
+type routeError struct{ reason string }
+
+func (e *routeError) Error() string { return e.reason }
+
+// route decides, and waits as long as an undecided destination may become known.
+func (s *servedPod) route(ctx context.Context, query route.Flow) (route.Decision, error) {
+	var timeout <-chan time.Time
+	for {
+		snapshot, changed := s.cfg.Store.Load()
+		d := route.Decide(snapshot, query, nil)
+		switch d.Action {
+		case route.Tunnel, route.Passthrough:
+			return d, nil
+		case route.Refuse:
+			return d, &routeError{d.Reason}
+		}
+		if timeout == nil {
+			timer := time.NewTimer(s.cfg.DiscoveryWait)
+			defer timer.Stop()
+			timeout = timer.C
+		}
+		select {
+		case <-changed:
+		case <-timeout:
+			return d, &routeError{fmt.Sprintf("%s, not even after %v", d.Reason, s.cfg.DiscoveryWait)}
+		case <-ctx.Done():
+			return d, context.Cause(ctx)
+		}
+	}
+}
+
+func (s *servedPod) dialDirect(f *flow, target netip.AddrPort) (leg, error) {
+	ctx, cancel := context.WithTimeout(f.ctx, s.cfg.ConnectTimeout)
+	defer cancel()
+	conn, err := s.pod.DialDirect(ctx, target)
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s: %w", target, err)
+	}
+	f.attempt.Socket = conn
+	return newTCPLeg(conn, "the destination")
+}
+
+// openTunnel asks the peer at d.Target for a stream to it.
+func (s *servedPod) openTunnel(f *flow, d route.Decision, trace string) (leg, error) {
+	remote := netip.AddrPortFrom(d.Target.Addr(), dataplane.PortTunnel)
+	f.attempt.Tunnel = remote
+	f.attempt.Source.Identity, f.attempt.Destination.Identity = s.identity, d.Workload.Identity
+	source := f.attempt.Source
+	key := hbone.Key{
+		Source: s.identity.String(), Peer: d.Workload.Identity.String(),
+		Remote: remote, Local: sourceAddr(source, remote.Addr()),
+	}
+	request := &hbone.Request{
+		Authority:   d.Target.String(),
+		Forwarded:   hbone.Forwarded{For: source.Addr},
+		TraceParent: trace,
+	}
+	if d.Service != nil {
+		request.Forwarded.Host = d.Service.Host
+	}
+	if source.Workload != nil {
+		request.Baggage = s.baggage(source.Workload)
+	}
+	ctx, cancel := context.WithTimeout(f.ctx, s.cfg.ConnectTimeout)
+	defer cancel()
+	if err := s.cfg.Certs.Ready(ctx, s.identity); err != nil {
+		return nil, &credentialError{err}
+	}
+	s.retireOld()
+	tunnel, err := s.client.Open(ctx, key, request)
+	if err != nil {
+		s.countTLSError(err)
+		return nil, err
+	}
+	f.setTunnel(s, tunnel.Conn)
+	return newStreamLeg(tunnel, "the peer", nil), nil
+}
+
+// sourceAddr is the pod's address of the same family as remote: the application's own
+// address for the connection, unless that is not one of the pod's.
+func sourceAddr(source telemetry.Peer, remote netip.Addr) netip.Addr {
+	local := source.Addr.Addr()
+	if w := source.Workload; w != nil {
+		for _, a := range w.Addrs {
+			if a.Is4() == remote.Is4() {
+				local = a
+				if a == source.Addr.Addr() {
+					break
+				}
+			}
+		}
+	}
+	return local
+}

@@ -1,0 +1,262 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/raceway-mesh/raceway/certs/spiffe"
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/telemetry"
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// servedPod is one pod that is served. A pod that was released and enrolled again may be
+// served twice for a while: the older one drains.
+type servedPod struct {
+	*Proxy
+	pod      Pod
+	uid      string
+	identity spiffe.ID
+	client   *hbone.Client
+	share    *share
+	buffers  buffers
+	large    budget
+	pending  budget
+	work     sync.WaitGroup // connections accepted as plain TCP; tunnels are the server's
+	tlsError atomic.Pointer[hbone.TLSError]
+	retire   retirement
+
+	mu    sync.Mutex
+	flows map[*flow]struct{}
+	known *dataplane.Workload // as of the last snapshot that had it
+}
+
+// Causes of an end that nobody but this agent wanted.
+var (
+	errForced  = errors.New("the agent stops serving the pod and its patience is over")
+	errStopped = errors.New("the agent stops serving the pod")
+)
+
+// ServePod serves the pod's three listeners until ctx ends. Then it accepts no more, tells
+// peers to open no more streams, and returns when the connections that live have ended, or
+// once force is done, which resets them. The listeners stay open.
+//
+// An error means that a listener broke; the others were stopped because of it.
+func (p *Proxy) ServePod(ctx, force context.Context, pod Pod) error {
+	w, err := p.awaitWorkload(ctx, pod.UID())
+	if err != nil {
+		return nil // it was ctx that ended
+	}
+	s := p.newServedPod(pod, w)
+	p.add(s)
+	defer p.remove(s)
+
+	// Connections live until force, and are told so in these words.
+	live, cut := context.WithCancelCause(context.WithoutCancel(force))
+	defer cut(nil)
+	defer context.AfterFunc(force, func() { cut(errForced) })()
+
+	var followers sync.WaitGroup
+	following, unfollow := context.WithCancel(context.WithoutCancel(ctx))
+	followers.Go(func() { s.followPolicy(following) })
+	followers.Go(func() { s.followTrust(following) })
+
+	group, serving := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.accept(serving, live, pod.Outbound(), s.serveOutbound) })
+	group.Go(func() error { return s.accept(serving, live, pod.Inbound(), s.serveInbound) })
+	group.Go(func() error { return s.tunnelServer(live).Serve(serving, live, pod.Tunnel()) })
+	err = group.Wait()
+	s.work.Wait()
+	unfollow()
+	followers.Wait()
+	if err != nil {
+		err = fmt.Errorf("serve pod %s: %w", w.Name, err)
+	}
+	return errors.Join(err, s.client.Close())
+}
+
+func (p *Proxy) newServedPod(pod Pod, w *dataplane.Workload) *servedPod {
+	limits := p.cfg.Limits
+	s := &servedPod{
+		Proxy: p, pod: pod, uid: pod.UID(), identity: w.Identity, known: w,
+		share:   p.gate.share(limits.PodActive),
+		large:   budget{limit: limits.PodBuffers},
+		pending: budget{limit: int64(limits.PodPending)},
+		flows:   make(map[*flow]struct{}),
+	}
+	s.buffers = buffers{pod: &s.large, node: &p.bulk, exhausted: func() { p.warn.bit(limitBuffers, s.uid, limits.PodBuffers) }}
+	s.client = hbone.NewClient(hbone.ClientConfig{
+		Dial:           s.dialTunnel,
+		TLS:            s.clientTLS,
+		Transport:      p.cfg.ClientTransport,
+		IdleTimeout:    p.cfg.TunnelIdle,
+		ConnectTimeout: p.cfg.ConnectTimeout,
+		Log:            p.cfg.Log,
+	})
+	return s
+}
+
+func (p *Proxy) add(s *servedPod) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pods[s.uid] = append(p.pods[s.uid], s)
+}
+
+func (p *Proxy) remove(s *servedPod) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pods[s.uid] = slices.DeleteFunc(p.pods[s.uid], func(other *servedPod) bool { return other == s })
+	if len(p.pods[s.uid]) == 0 {
+		delete(p.pods, s.uid)
+	}
+}
+
+// workload is the pod as the current snapshot has it. A pod that vanished from the snapshot
+// while it is still served is nil then, and what was last known of it comes second.
+func (s *servedPod) workload() (snapshot *dataplane.Snapshot, now, last *dataplane.Workload) {
+	snapshot, _ = s.cfg.Store.Load()
+	if snapshot != nil {
+		now = snapshot.Workload(s.uid)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now != nil {
+		s.known = now
+	}
+	return snapshot, now, s.known
+}
+
+// flow is a connection from its acceptance to its end.
+type flow struct {
+	ctx     context.Context // of the connection; ends with the reason to cut it
+	cancel  context.CancelCauseFunc
+	attempt telemetry.Attempt
+	guarded *guarded // what policy looks at again when it changes; nil for outbound ones
+	tunnel  *hbone.Conn
+	settled bool // it no longer counts as pending
+}
+
+// begin admits a connection or says which limit it exceeds. end must be called after nil.
+func (s *servedPod) begin(f *flow) error {
+	limits := &s.cfg.Limits
+	if n := s.conns.Add(1); n > int64(limits.NodeConnections) {
+		s.conns.Add(-1)
+		return s.exceeded(limitNodeConnections, int64(limits.NodeConnections))
+	}
+	if !s.pending.take(1) {
+		s.conns.Add(-1)
+		return s.exceeded(limitPodPending, int64(limits.PodPending))
+	}
+	s.mu.Lock()
+	admitted := len(s.flows) < limits.PodConnections
+	if admitted {
+		s.flows[f] = struct{}{}
+	}
+	s.mu.Unlock()
+	if !admitted {
+		s.pending.give(1)
+		s.conns.Add(-1)
+		return s.exceeded(limitPodConnections, int64(limits.PodConnections))
+	}
+	return nil
+}
+
+// settle is called when a connection is set up: it is not pending any more.
+func (s *servedPod) settle(f *flow) {
+	if !f.settled {
+		f.settled = true
+		s.pending.give(1)
+	}
+}
+
+func (s *servedPod) end(f *flow) {
+	s.settle(f)
+	s.mu.Lock()
+	delete(s.flows, f)
+	s.mu.Unlock()
+	s.conns.Add(-1)
+	f.cancel(nil)
+}
+
+// limitError is a connection refused because of a limit.
+type limitError struct {
+	limit string
+	bound int64
+}
+
+func (e *limitError) Error() string {
+	return fmt.Sprintf("limit %s of %d is reached", e.limit, e.bound)
+}
+
+func (s *servedPod) exceeded(limit string, bound int64) error {
+	s.warn.bit(limit, s.uid, bound)
+	return &limitError{limit: limit, bound: bound}
+}
+
+func (s *servedPod) liveCount() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.flows)
+}
+
+func (s *servedPod) liveFlows() []*flow {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	flows := make([]*flow, 0, len(s.flows))
+	for f := range s.flows {
+		flows = append(flows, f)
+	}
+	return flows
+}
+
+// accept hands each connection of l to serve, on a goroutine of its own, until ctx ends.
+func (s *servedPod) accept(ctx, live context.Context, l *net.TCPListener, serve func(context.Context, *net.TCPConn)) error {
+	if err := l.SetDeadline(time.Time{}); err != nil { // of an earlier ServePod
+		return fmt.Errorf("accept on %s: %w", l.Addr(), err)
+	}
+	defer context.AfterFunc(ctx, func() { _ = l.SetDeadline(time.Unix(1, 0)) })()
+	var retry backoff
+	for {
+		conn, err := l.AcceptTCP()
+		switch {
+		case err == nil:
+			retry = backoff{}
+			s.work.Go(func() { serve(live, conn) })
+		case ctx.Err() != nil:
+			return nil
+		case !temporary(err):
+			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
+		default:
+			s.cfg.Log.Error("accept connections: new ones wait", "pod", s.uid, "listener", l.Addr(), "error", err)
+			retry.pause(ctx)
+		}
+	}
+}
+
+// temporary reports whether Accept may succeed later: descriptors or memory ran out, or a
+// connection died in the backlog.
+func temporary(err error) bool {
+	var t interface{ Temporary() bool }
+	return !errors.Is(err, net.ErrClosed) && errors.As(err, &t) && t.Temporary()
+}
+
+// backoff doubles a pause from 5 ms to 1 s.
+type backoff struct{ last time.Duration }
+
+func (b *backoff) pause(ctx context.Context) {
+	b.last = min(max(2*b.last, 5*time.Millisecond), time.Second)
+	timer := time.NewTimer(b.last)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}

@@ -1,0 +1,198 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// errAgain is a socket that has nothing to read, or no room to write, now.
+var errAgain = errors.New("would block")
+
+// tcpLeg is the end of a connection that is a TCP socket. One goroutine reads and one writes.
+type tcpLeg struct {
+	conn *net.TCPConn
+	raw  syscall.RawConn
+	name string // for errors: "the application" …
+
+	in, out  transfer
+	lingerMu sync.Mutex // closeWrite must not undo what abort set
+}
+
+// transfer is the state of one direction: what the poller's callbacks work on. They are
+// made once, so that moving a chunk allocates nothing.
+type transfer struct {
+	p      []byte
+	n      int
+	err    error
+	polled bool
+	fds    [1]unix.PollFd
+
+	move, wait func(fd uintptr) bool
+}
+
+// keepAlive finds an application or a peer whose host is gone after about two minutes.
+func keepAlive() net.KeepAliveConfig {
+	return net.KeepAliveConfig{Enable: true, Idle: 60 * time.Second, Interval: 15 * time.Second, Count: 4}
+}
+
+// newTCPLeg takes conn over and makes its end a reset until finish or closeWrite.
+func newTCPLeg(conn *net.TCPConn, name string) (*tcpLeg, error) {
+	raw, err := conn.SyscallConn()
+	if err == nil {
+		err = conn.SetLinger(0)
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("prepare the socket of %s: %w", name, err)
+	}
+	_ = conn.SetKeepAliveConfig(keepAlive()) // without it a dead host is found later
+	l := &tcpLeg{conn: conn, raw: raw, name: name}
+	l.in.move, l.in.wait = l.in.read, func(fd uintptr) bool { return l.in.ready(fd, unix.POLLIN|unix.POLLRDHUP) }
+	l.out.move, l.out.wait = l.out.write, func(fd uintptr) bool { return l.out.ready(fd, unix.POLLOUT) }
+	return l, nil
+}
+
+// awaitReadable returns when there may be bytes or an end to read. It holds nothing.
+func (l *tcpLeg) awaitReadable() error {
+	l.in.polled = false
+	return l.fail("read from", l.raw.Read(l.in.wait))
+}
+
+// ready is called by the poller: at once, and again when the socket became ready. Its first
+// answer must come from the socket itself, because the poller only tells of changes.
+func (t *transfer) ready(fd uintptr, events int16) bool {
+	if t.polled {
+		return true
+	}
+	t.polled = true
+	t.fds[0] = unix.PollFd{Fd: int32(fd), Events: events}
+	n, err := unix.Poll(t.fds[:], 0)
+	return n > 0 || err != nil && err != unix.EINTR
+}
+
+// read never waits: it returns errAgain when there is nothing.
+func (l *tcpLeg) read(p []byte) (int, error) {
+	l.in.p = p
+	if err := l.raw.Read(l.in.move); err != nil {
+		return 0, l.fail("read from", err)
+	}
+	l.in.p = nil
+	switch {
+	case l.in.err == unix.EAGAIN:
+		return 0, errAgain
+	case l.in.err != nil:
+		return 0, l.fail("read from", l.in.err)
+	case l.in.n == 0:
+		return 0, io.EOF
+	}
+	return l.in.n, nil
+}
+
+func (t *transfer) read(fd uintptr) bool {
+	for {
+		t.n, t.err = unix.Read(int(fd), t.p)
+		if t.err != unix.EINTR {
+			return true
+		}
+	}
+}
+
+// write never waits: it returns how much the socket took, and errAgain when that is not all.
+func (l *tcpLeg) write(p []byte) (int, error) {
+	l.out.p, l.out.n = p, 0
+	if err := l.raw.Write(l.out.move); err != nil {
+		return 0, l.fail("write to", err)
+	}
+	l.out.p = nil
+	switch {
+	case l.out.err == unix.EAGAIN:
+		return l.out.n, errAgain
+	case l.out.err != nil:
+		return l.out.n, l.fail("write to", l.out.err)
+	}
+	return l.out.n, nil
+}
+
+func (t *transfer) write(fd uintptr) bool {
+	t.err = nil
+	for len(t.p) > 0 {
+		n, err := unix.Write(int(fd), t.p)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			t.err = err
+			break
+		}
+		t.n += n
+		t.p = t.p[n:]
+	}
+	return true
+}
+
+func (l *tcpLeg) awaitWritable() error {
+	l.out.polled = false
+	return l.fail("write to", l.raw.Write(l.out.wait))
+}
+
+// closeWrite hands the other side's clean end on. From here on the end of this process does
+// not reset the socket: what the application gets is complete, and the kernel delivers it.
+func (l *tcpLeg) closeWrite() error {
+	l.lingerMu.Lock()
+	defer l.lingerMu.Unlock()
+	if err := l.conn.CloseWrite(); err != nil {
+		return l.fail("end the stream to", err)
+	}
+	return l.fail("end the stream to", l.conn.SetLinger(-1))
+}
+
+// awaitReset returns an error once the socket was reset, after its clean end was read, and
+// nil once it was closed here.
+func (l *tcpLeg) awaitReset() error {
+	err := l.raw.Read(func(fd uintptr) bool {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		return err != nil || info.State == tcpClosed
+	})
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return fmt.Errorf("%s reset the connection", l.name)
+}
+
+// tcpClosed is TCP_CLOSE of the kernel's include/net/tcp_states.h.
+const tcpClosed = 7
+
+// finish releases the socket after both directions ended cleanly.
+func (l *tcpLeg) finish() { _ = l.conn.Close() }
+
+// abort resets the connection.
+func (l *tcpLeg) abort() {
+	l.lingerMu.Lock()
+	defer l.lingerMu.Unlock()
+	reset(l.conn)
+}
+
+// reset closes c so that the other end sees a reset and never a clean end.
+func reset(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	_ = c.Close()
+}
+
+func (l *tcpLeg) fail(deed string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return fmt.Errorf("%s reset the connection", l.name)
+	case errors.Is(err, syscall.ETIMEDOUT):
+		return fmt.Errorf("%s %s: its host does not answer any more: %w", deed, l.name, err)
+	}
+	return fmt.Errorf("%s %s: %w", deed, l.name, err)
+}
