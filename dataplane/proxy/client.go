@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -109,7 +110,7 @@ func (s *servedPod) countTLSError(err error) {
 // baggage describes w to peers.
 func (s *servedPod) baggage(w *dataplane.Workload) hbone.Baggage {
 	b := hbone.Baggage{
-		Cluster: w.Cluster, Namespace: w.Name.Namespace,
+		Cluster: cmp.Or(w.Cluster, s.cfg.Cluster), Namespace: w.Name.Namespace,
 		WorkloadKind: "pod", WorkloadName: w.Name.Name,
 		Service: telemetry.CanonicalService(w), Version: telemetry.CanonicalRevision(w),
 	}

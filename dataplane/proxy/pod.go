@@ -64,19 +64,12 @@ func (p *Proxy) ServePod(ctx, force context.Context, pod Pod) error {
 	defer cut(nil)
 	defer context.AfterFunc(force, func() { cut(errForced) })()
 
-	var followers sync.WaitGroup
-	following, unfollow := context.WithCancel(context.WithoutCancel(ctx))
-	followers.Go(func() { s.followPolicy(following) })
-	followers.Go(func() { s.followTrust(following) })
-
 	group, serving := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.accept(serving, live, pod.Outbound(), s.serveOutbound) })
 	group.Go(func() error { return s.accept(serving, live, pod.Inbound(), s.serveInbound) })
 	group.Go(func() error { return s.tunnelServer(live).Serve(serving, live, pod.Tunnel()) })
 	err = group.Wait()
 	s.work.Wait()
-	unfollow()
-	followers.Wait()
 	if err != nil {
 		err = fmt.Errorf("serve pod %s: %w", w.Name, err)
 	}

@@ -94,11 +94,13 @@ func (g *guarded) countDryRun(v authz.Verdict, count func(telemetry.Decision)) {
 
 // followPolicy decides live inbound connections again with each new snapshot and cuts those
 // that are denied now.
-func (s *servedPod) followPolicy(ctx context.Context) {
+func (p *Proxy) followPolicy(ctx context.Context) {
 	for {
-		snapshot, changed := s.cfg.Store.Load()
+		snapshot, changed := p.cfg.Store.Load()
 		if snapshot != nil {
-			s.recheck(snapshot)
+			for _, s := range p.all() {
+				s.recheck(snapshot)
+			}
 		}
 		select {
 		case <-changed:
@@ -145,23 +147,30 @@ func (s *servedPod) recheckFlow(g *guarded, snapshot *dataplane.Snapshot, rules 
 	return denial("policy changed", v)
 }
 
-// followTrust cuts live tunnels whose certificate was revoked, and lets new streams start
-// on connections that are verified against the trust of the day.
-func (s *servedPod) followTrust(ctx context.Context) {
-	changed := s.cfg.Certs.Changed()
+// followTrust looks at every pod whenever trust or revocations changed.
+func (p *Proxy) followTrust(ctx context.Context) {
+	changed := p.cfg.Certs.Changed()
 	for {
 		select {
 		case <-changed:
 		case <-ctx.Done():
 			return
 		}
-		changed = s.cfg.Certs.Changed() // before the look, so that no change falls between
-		s.client.RetireKeys(func(hbone.Key) bool { return true })
-		for _, f := range s.liveFlows() {
-			if conn := f.tunnelConn(s); conn != nil {
-				if err := s.revoked(conn); err != nil {
-					f.cancel(err)
-				}
+		changed = p.cfg.Certs.Changed() // before the look, so that no change falls between
+		for _, s := range p.all() {
+			s.recheckTrust()
+		}
+	}
+}
+
+// recheckTrust cuts live tunnels whose certificate was revoked, and lets new streams start
+// on connections that are verified against the trust of the day.
+func (s *servedPod) recheckTrust() {
+	s.client.RetireKeys(func(hbone.Key) bool { return true })
+	for _, f := range s.liveFlows() {
+		if conn := f.tunnelConn(s); conn != nil {
+			if err := s.revoked(conn); err != nil {
+				f.cancel(err)
 			}
 		}
 	}

@@ -63,6 +63,7 @@ type Certificates interface {
 // Config is what a Proxy needs. Store, Certs and Telemetry are required.
 type Config struct {
 	Node      string // the name of this node
+	Cluster   string // told to peers of workloads that name none
 	Store     *dataplane.Store
 	Certs     Certificates
 	Telemetry *telemetry.Telemetry
@@ -153,6 +154,16 @@ func New(cfg Config) (*Proxy, error) {
 		addresses: socketAddresses,
 		pods:      make(map[string][]*servedPod),
 	}, nil
+}
+
+// Run follows policy and trust until ctx ends: live connections that a new snapshot denies,
+// or whose certificate was revoked, are cut. It must run while pods are served.
+func (p *Proxy) Run(ctx context.Context) error {
+	var followers sync.WaitGroup
+	followers.Go(func() { p.followPolicy(ctx) })
+	followers.Go(func() { p.followTrust(ctx) })
+	followers.Wait()
+	return nil
 }
 
 // socketAddresses is for listeners that the kernel side steers connections to: getsockname
