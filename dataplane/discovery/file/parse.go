@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	k8sjson "k8s.io/apimachinery/pkg/util/json"
+	strictjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
 	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
@@ -158,12 +159,15 @@ func itemLines(doc document) []int {
 // yamlLine finds the line in an error of the YAML library.
 var yamlLine = regexp.MustCompile(`^(?:error converting YAML to JSON: )?yaml: (?:unmarshal errors:\s+)?(?:line (\d+): )?`)
 
-// toJSON converts a document, which may be JSON already. A key that is there twice is an
-// error: which of the two counts would be a guess.
+// toJSON converts a document. A key that is there twice is an error: which of the two
+// counts would be a guess.
 func toJSON(doc document) ([]byte, *fault) {
 	raw, err := yaml.YAMLToJSONStrict(doc.text)
 	if err == nil {
 		return bytes.TrimSpace(raw), nil
+	}
+	if isStrictJSON(doc.text) {
+		return doc.text, nil
 	}
 	f := &fault{line: doc.line, cause: err.Error()}
 	if m := yamlLine.FindStringSubmatch(f.cause); m != nil {
@@ -174,6 +178,13 @@ func toJSON(doc document) ([]byte, *fault) {
 	}
 	f.cause = "not valid YAML: " + oneLine(f.cause)
 	return nil, f
+}
+
+// isStrictJSON knows JSON that is not YAML: the library does not take every escape.
+func isStrictJSON(text []byte) bool {
+	var value any
+	repeated, err := strictjson.UnmarshalStrict(text, &value, strictjson.DisallowDuplicateFields)
+	return err == nil && len(repeated) == 0
 }
 
 // maxCause bounds what is quoted of a file in a log line.
