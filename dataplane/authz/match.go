@@ -230,6 +230,9 @@ func (r *rule) peers() map[spiffe.ID]struct{} {
 }
 
 func (g group) peers() map[spiffe.ID]struct{} {
+	if len(g) == 1 {
+		return g[0].peers()
+	}
 	keys := make(map[spiffe.ID]struct{})
 	for _, a := range g {
 		exact := a.peers()

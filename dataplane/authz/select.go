@@ -34,8 +34,7 @@ func (set *Set) compileLocked(w *dataplane.Workload) *Rules {
 		strict:  strictnessOf(set.snapshot, w),
 		allowed: Verdict{Allowed: true, Rule: -1, Reason: "no ALLOW policy applies to " + w.Name.String() + " and no DENY policy matches"},
 	}
-	var denying, allowing []*rule
-	var allowers []dataplane.Name
+	var denying, allowing []*policy
 	for _, p := range set.applyingLocked(w) {
 		source := p.source
 		switch {
@@ -45,18 +44,29 @@ func (set *Set) compileLocked(w *dataplane.Workload) *Rules {
 				rules.dryRun = append(rules.dryRun, p)
 			}
 		case p.denies:
-			denying = append(denying, p.rules...)
+			denying = append(denying, p)
 		default:
-			allowing = append(allowing, p.rules...)
-			allowers = append(allowers, p.name)
+			allowing = append(allowing, p)
 		}
 	}
-	rules.deny, rules.allow = newIndex(denying), newIndex(allowing)
-	if len(allowers) > 0 {
+	rules.deny, rules.allow = merge(denying), merge(allowing)
+	if len(allowing) > 0 {
 		rules.restricted = true
-		rules.refused = Verdict{Kind: KindAuthorization, Policy: allowers[0], Rule: -1, Reason: fmt.Sprintf("no ALLOW policy matched (%s) ", list(allowers))}
+		rules.refused = Verdict{Kind: KindAuthorization, Policy: allowing[0].name, Rule: -1, Reason: fmt.Sprintf("no ALLOW policy matched (%s) ", list(allowing))}
 	}
 	return rules
+}
+
+// merge shares the index of a policy that is alone among all the workloads it selects.
+func merge(policies []*policy) index {
+	if len(policies) == 1 {
+		return policies[0].index
+	}
+	var rules []*rule
+	for _, p := range policies {
+		rules = append(rules, p.rules...)
+	}
+	return newIndex(rules)
 }
 
 // applyingLocked returns the policies for w by namespace and name, so that which of several
@@ -80,18 +90,18 @@ func (set *Set) applyingLocked(w *dataplane.Workload) []*policy {
 }
 
 // list names at most a handful.
-func list(names []dataplane.Name) string {
+func list(policies []*policy) string {
 	const most = 5
 	var b strings.Builder
-	for i, n := range names {
+	for i, p := range policies {
 		if i == most {
-			fmt.Fprintf(&b, " and %d more", len(names)-most)
+			fmt.Fprintf(&b, " and %d more", len(policies)-most)
 			break
 		}
 		if i > 0 {
 			b.WriteString(", ")
 		}
-		b.WriteString(n.String())
+		b.WriteString(p.name.String())
 	}
 	return b.String()
 }
