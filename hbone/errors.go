@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"syscall"
 )
 
@@ -74,7 +75,7 @@ const (
 	TLSProtocol      TLSCause = "protocol"            // versions, ALPN, or no TLS at all
 	TLSTimeout       TLSCause = "timeout"             // the peer accepted and then kept silent
 	TLSClosed        TLSCause = "closed"              // the peer hung up during the handshake
-	TLSOther         TLSCause = "other"               //
+	TLSOther         TLSCause = "other"               // none of these
 )
 
 // ErrWrongIdentity is what a VerifyConnection wraps to have the failure classed as
@@ -138,9 +139,9 @@ func tlsCause(err error) TLSCause {
 		return TLSUnknownCA
 	case errors.Is(err, ErrWrongIdentity), errors.As(err, &hostname):
 		return TLSWrongIdentity
-	case errors.Is(err, ErrNoCertificate), isNoClientCertificate(err):
+	case errors.Is(err, ErrNoCertificate), says(err, "tls: client didn't provide a certificate"):
 		return TLSNoCertificate
-	case errors.Is(err, errALPN), errors.As(err, &record):
+	case errors.Is(err, errALPN), errors.As(err, &record), says(err, "tls: client requested unsupported application protocols"):
 		return TLSProtocol
 	case errors.As(err, &op) && op.Op == "remote error":
 		return alertCause(op.Err)
@@ -155,11 +156,10 @@ func tlsCause(err error) TLSCause {
 	}
 }
 
-// isNoClientCertificate knows crypto/tls's error for a client that sent no certificate,
-// which has no type of its own.
-func isNoClientCertificate(err error) bool {
+// says knows an error of crypto/tls that has no type of its own by the start of its text.
+func says(err error, text string) bool {
 	for ; err != nil; err = errors.Unwrap(err) {
-		if err.Error() == "tls: client didn't provide a certificate" {
+		if strings.HasPrefix(err.Error(), text) {
 			return true
 		}
 	}

@@ -120,7 +120,7 @@ func CheckTraceParent(s string) error {
 		return errors.New("traceparent has more than its version allows")
 	}
 	for i := traceParentLength; i < len(s); i++ {
-		if s[i] <= ' ' || s[i] > '~' {
+		if c := s[i]; !isAlnum(c) && c != '-' && c != '_' {
 			return fmt.Errorf("traceparent has the character %q", s[i])
 		}
 	}

@@ -3,6 +3,7 @@ package hbone
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -165,7 +166,23 @@ func (c *Client) joinLocked(base context.Context, p *pool, d *dial, session Sess
 		c.tidyLocked(base, p)
 	})
 	p.grantLocked(c.cfg.MaxStreamsPerConn)
+	if m.streams == 0 && !m.retired {
+		// It died at once, as one does whose peer rejects our certificate. Its waiters
+		// learn why from Open, which counts their attempts; dialing on would never end.
+		p.handLocked(m, c.cfg.MaxStreamsPerConn)
+	}
 	c.idleLocked(m)
+}
+
+// handLocked gives m to the n oldest waiters without asking it.
+func (p *pool) handLocked(m *member, n int) {
+	n = min(n, len(p.waiters))
+	for _, w := range p.waiters[:n] {
+		m.streams++
+		w.member = m
+		close(w.done)
+	}
+	p.waiters = slices.Delete(p.waiters, 0, n)
 }
 
 // grantLocked gives places to waiters, the oldest first.
@@ -189,7 +206,7 @@ func (p *pool) failLocked(n int, err error) {
 		w.err = err
 		close(w.done)
 	}
-	p.waiters = append([]*waiter(nil), p.waiters[n:]...)
+	p.waiters = slices.Delete(p.waiters, 0, n)
 }
 
 func (p *pool) cancelDialsLocked() {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -98,6 +99,7 @@ type conn struct {
 	mu       sync.Mutex
 	err      error // why it died
 	graceful bool  // it ended with nothing left to lose
+	writeErr error // the first of writing; readLoop is about to end
 	streams  map[uint32]*stream
 	control  []control
 	replies  int       // of control, those that the peer asked for
@@ -112,7 +114,7 @@ type conn struct {
 
 	peer peerSettings
 
-	resets []uint32 // streams that we reset last: what still arrives for them is no error
+	resets []uint32 // streams that we reset last: what still comes for them is no error
 
 	lastID   uint32 // the newest stream that was opened
 	seenID   uint32 // the newest that was heard of: a draining server ignores some
@@ -232,7 +234,7 @@ func (c *conn) run() error {
 	if errors.As(err, &code) {
 		c.shut(fmt.Errorf("peer broke the protocol: %w", err), http2.ErrCode(code))
 	} else {
-		c.shut(lost(err), http2.ErrCodeNo)
+		c.shut(c.lost(err), http2.ErrCodeNo)
 	}
 	<-written
 	_ = c.tls.NetConn().Close() // again, after a graceful end
@@ -290,7 +292,7 @@ func (c *conn) keepalive() {
 		return
 	}
 	now := time.Since(c.start)
-	if c.pinged && time.Duration(c.lastRead.Load()) > c.ping {
+	if c.pinged && time.Duration(c.lastRead.Load()) >= c.ping {
 		c.pinged = false
 	}
 	if !c.pinged {
@@ -310,13 +312,20 @@ func (c *conn) forgetLocked(s *stream) {
 		return
 	}
 	delete(c.streams, s.id)
-	if !s.recvEnd {
-		if len(c.resets) == rememberedResets {
-			c.resets = append(c.resets[:0], c.resets[1:]...)
-		}
-		c.resets = append(c.resets, s.id)
-	}
 	c.settleLocked()
+}
+
+// pushResetLocked queues RST_STREAM for s, and remembers that the peer may go on sending
+// until it knows.
+func (c *conn) pushResetLocked(s *stream, code http2.ErrCode, reply bool) {
+	c.pushLocked(control{kind: controlReset, stream: s.id, code: code, reply: reply})
+	if s.recvEnd {
+		return
+	}
+	if len(c.resets) == rememberedResets {
+		c.resets = append(c.resets[:0], c.resets[1:]...)
+	}
+	c.resets = append(c.resets, s.id)
 }
 
 // settleLocked ends a draining connection that has nothing left to do.
@@ -360,9 +369,14 @@ func (c *conn) wakeBlockedLocked() {
 	c.blocked = c.blocked[:0]
 }
 
-// lost is the error of a connection whose reading or writing ended with err. It never wraps
-// io.EOF, or a stream cut short could pass for one that ended.
-func lost(err error) error {
+// lost is the error of a connection whose reading ended with err. It never wraps io.EOF, or
+// a stream cut short could pass for one that ended.
+func (c *conn) lost(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.writeErr != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = c.writeErr
+	}
 	switch {
 	case errors.Is(err, net.ErrClosed):
 		return errConnClosed

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"slices"
 
 	"golang.org/x/net/http2"
 
@@ -189,6 +190,8 @@ func (c *conn) resetLocked(f *http2.RSTStreamFrame) error {
 		if c.isIdleLocked(f.StreamID) {
 			return http2.ConnectionError(http2.ErrCodeProtocol)
 		}
+		// Each side reset it: nothing may follow.
+		c.resets = slices.DeleteFunc(c.resets, func(id uint32) bool { return id == f.StreamID })
 		return nil
 	}
 	var err error = &hbone.ResetError{Code: uint32(f.ErrCode), Name: f.ErrCode.String(), Remote: true}
@@ -295,14 +298,7 @@ func (c *conn) arrived(s *stream, ch *chunk) {
 }
 
 // wasResetLocked reports whether we reset a stream lately: its peer may not know yet.
-func (c *conn) wasResetLocked(id uint32) bool {
-	for _, r := range c.resets {
-		if r == id {
-			return true
-		}
-	}
-	return false
-}
+func (c *conn) wasResetLocked(id uint32) bool { return slices.Contains(c.resets, id) }
 
 func (c *conn) goAwayLocked(f *http2.GoAwayFrame) {
 	if c.server != nil {

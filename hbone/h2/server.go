@@ -67,7 +67,7 @@ func (c *conn) readPreface() error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err != nil { // its end set a deadline of its own
+	if c.err != nil || c.writeErr != nil { // its end set a deadline of its own
 		return nil
 	}
 	return raw.SetReadDeadline(time.Time{})

@@ -198,7 +198,7 @@ func (s *stream) closeLocked(code http2.ErrCode) {
 		return
 	}
 	if s.err == nil && !(s.recvEnd && s.sentEnd) {
-		s.conn.pushLocked(control{kind: controlReset, stream: s.id, code: code})
+		s.conn.pushResetLocked(s, code, false)
 	}
 	s.closed = true
 	s.conn.consumedLocked(nil, s.in.discard())
@@ -215,7 +215,7 @@ func (s *stream) failLocked(err error) {
 
 // resetLocked ends a stream on which the peer broke the protocol.
 func (s *stream) resetLocked(code http2.ErrCode) {
-	s.conn.pushLocked(control{kind: controlReset, stream: s.id, code: code, reply: true})
+	s.conn.pushResetLocked(s, code, true)
 	s.failLocked(&hbone.ResetError{Code: uint32(code), Name: code.String()})
 }
 

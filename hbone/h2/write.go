@@ -3,6 +3,7 @@ package h2
 import (
 	"bytes"
 	"encoding/binary"
+	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -55,8 +56,20 @@ func (c *conn) flush() {
 	writeBuffers.Put(c.out)
 	c.out = nil
 	if err != nil {
-		c.shut(lost(err), http2.ErrCodeNo)
+		c.writeFailed(err)
 	}
+}
+
+// writeFailed leaves the end to readLoop for a moment: what the peer said before it hung up,
+// an alert about our certificate say, tells more than a broken pipe.
+func (c *conn) writeFailed(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil || c.writeErr != nil {
+		return
+	}
+	c.writeErr = err
+	_ = c.tls.NetConn().SetReadDeadline(time.Now().Add(closeTimeout))
 }
 
 // lock takes wmu and writes what control holds; unlock flushes unless another writer comes
