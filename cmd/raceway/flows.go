@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -166,16 +165,26 @@ func (p *flowPrinter) follow(ctx context.Context, agents []agent) error {
 			}
 			return p.print(tagged[admin.Flow]{agent: a.name, row: f})
 		})
-		if err != nil && len(agents) > 1 {
-			_, _ = fmt.Fprintf(p.c.errOut, "raceway: agent %s ended: %v\n", a.name, err) // said now, as the others go on
+		if err != nil && p.several {
+			p.warn(a, err)
 		}
 		return struct{}{}, err
 	})
-	var errs []error
-	for _, a := range answers {
-		errs = append(errs, a.err)
+	if !p.several {
+		return answers[0].err
 	}
-	return errors.Join(errs...)
+	ended := slices.DeleteFunc(answers, func(a answer[struct{}]) bool { return a.err == nil })
+	if len(ended) > 0 {
+		return fmt.Errorf("%d of %d agents ended their stream before the end", len(ended), len(agents))
+	}
+	return nil
+}
+
+// warn says at once that an agent is out, as the others go on.
+func (p *flowPrinter) warn(a agent, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, _ = fmt.Fprintf(p.c.errOut, "raceway: agent %s: %v\n", a.name, err) // nowhere left to report to
 }
 
 // start writes the header.

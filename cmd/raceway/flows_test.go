@@ -34,19 +34,25 @@ func (l *lines) Write(p []byte) (int, error) {
 	}
 }
 
-// following runs a command line until cancel; its output comes line by line.
-func following(t *testing.T, dir string, args ...string) (out <-chan string, cancel func() (code int, stderr string)) {
+// follower is a command line that runs until it is interrupted; what it writes comes line
+// by line.
+type follower struct {
+	out, err  <-chan string
+	interrupt func() (code int)
+}
+
+func following(t *testing.T, dir string, args ...string) follower {
 	t.Helper()
 	term := newTerminal(dir)
-	l := &lines{out: make(chan string, 100)}
-	term.out = l
+	out, errOut := &lines{out: make(chan string, 100)}, &lines{out: make(chan string, 100)}
+	term.out, term.errOut = out, errOut
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan int)
 	go func() { ended <- term.run(ctx, args) }()
-	return l.out, func() (int, string) {
+	return follower{out.out, errOut.out, func() int {
 		stop()
-		return <-ended, term.stderr.String()
-	}
+		return <-ended
+	}}
 }
 
 func next(t *testing.T, out <-chan string) string {
@@ -66,21 +72,21 @@ func TestFollowPrintsEachFlowAsItComesUntilInterrupted(t *testing.T) {
 	backend.Recent, backend.Live = flowRows()[:1], live
 	dir := t.TempDir()
 	admintest.Serve(t, dir, "n1", backend)
-	out, cancel := following(t, dir, "flows", "-f")
-	if line := next(t, out); !strings.HasPrefix(line, "TIME") {
+	f := following(t, dir, "flows", "-f")
+	if line := next(t, f.out); !strings.HasPrefix(line, "TIME") {
 		t.Errorf("first line %q, want the header", line)
 	}
-	if line := next(t, out); !strings.Contains(line, "open") || !strings.HasPrefix(line, "11:58:30.000") {
+	if line := next(t, f.out); !strings.Contains(line, "open") || !strings.HasPrefix(line, "11:58:30.000") {
 		t.Errorf("second line %q, want the recent flow", line)
 	}
-	for _, f := range flowRows()[1:] {
-		live <- f
-		if line := next(t, out); !strings.Contains(line, string(f.Event)) {
-			t.Errorf("line %q, want %s", line, f.Event)
+	for _, flow := range flowRows()[1:] {
+		live <- flow
+		if line := next(t, f.out); !strings.Contains(line, string(flow.Event)) {
+			t.Errorf("line %q, want %s", line, flow.Event)
 		}
 	}
-	if code, stderr := cancel(); code != exitOK || stderr != "" {
-		t.Errorf("after an interrupt: exit code %d, %q", code, stderr)
+	if code := f.interrupt(); code != exitOK || len(f.err) > 0 {
+		t.Errorf("after an interrupt: exit code %d and %d errors", code, len(f.err))
 	}
 }
 
@@ -89,19 +95,19 @@ func TestFollowFiltersByNamespaceAndWritesLinesOfJSON(t *testing.T) {
 	backend := &admintest.Backend{Live: live}
 	dir := t.TempDir()
 	admintest.Serve(t, dir, "n1", backend)
-	out, cancel := following(t, dir, "flows", "-f", "-o", "json", "-n", "legacy")
-	for _, f := range flowRows() {
-		live <- f
+	f := following(t, dir, "flows", "-f", "-o", "json", "-n", "legacy")
+	for _, flow := range flowRows() {
+		live <- flow
 	}
 	var got admin.Flow
-	if err := json.Unmarshal([]byte(next(t, out)), &got); err != nil || got.Event != admin.FlowDenied {
+	if err := json.Unmarshal([]byte(next(t, f.out)), &got); err != nil || got.Event != admin.FlowDenied {
 		t.Errorf("got %+v, %v, want the denied flow alone", got, err)
 	}
-	if code, stderr := cancel(); code != exitOK {
-		t.Errorf("exit code %d, %q", code, stderr)
+	if code := f.interrupt(); code != exitOK {
+		t.Errorf("exit code %d", code)
 	}
-	if len(out) > 0 {
-		t.Errorf("another line came: %s", <-out)
+	if len(f.out) > 0 {
+		t.Errorf("another line came: %s", <-f.out)
 	}
 }
 
@@ -110,17 +116,23 @@ func TestFollowGoesOnWithTheOthersWhenOneAgentEnds(t *testing.T) {
 	dir := t.TempDir()
 	stopFirst := admintest.Serve(t, dir, "n1", &admintest.Backend{Live: first})
 	admintest.Serve(t, dir, "n2", &admintest.Backend{Live: second})
-	out, cancel := following(t, dir, "flows", "-f", "--agent", "all", "--no-headers")
+	f := following(t, dir, "flows", "-f", "--agent", "all", "--no-headers")
 	first <- flowRows()[0]
-	if line := next(t, out); !strings.HasPrefix(line, "n1 ") {
+	if line := next(t, f.out); !strings.HasPrefix(line, "n1 ") {
 		t.Errorf("line %q, want one of n1", line)
 	}
 	stopFirst()
+	if line := next(t, f.err); !strings.Contains(line, "agent n1: the agent ended the stream") {
+		t.Errorf("the end of n1's stream is told as %q", line)
+	}
 	second <- flowRows()[0]
-	if line := next(t, out); !strings.HasPrefix(line, "n2 ") {
+	if line := next(t, f.out); !strings.HasPrefix(line, "n2 ") {
 		t.Errorf("line %q, want one of n2", line)
 	}
-	if code, stderr := cancel(); code != exitAgent || !strings.Contains(stderr, "agent n1: the agent ended the stream") {
-		t.Errorf("exit code %d, %q, want the end of n1's stream", code, stderr)
+	if code := f.interrupt(); code != exitAgent {
+		t.Errorf("exit code %d, want %d", code, exitAgent)
+	}
+	if line := next(t, f.err); !strings.Contains(line, "1 of 2 agents ended") {
+		t.Errorf("at the end it says %q", line)
 	}
 }
