@@ -110,11 +110,5 @@ func (s *server) handle(r *hbone.ServerRequest) {
 // newClient is our hbone.Client with certificates of ca.
 func newClient(t *testing.T, ca *hbonetest.CA) *hbone.Client {
 	t.Helper()
-	c := hbone.NewClient(hbone.ClientConfig{
-		Dial:      dial,
-		TLS:       clientTLS(t, ca),
-		Transport: h2.Client{},
-	})
-	t.Cleanup(func() { _ = c.Close() })
-	return c
+	return newClientWith(t, clientTLS(t, ca))
 }
