@@ -35,7 +35,7 @@ ISSUES says what of a policy cannot be enforced as written, and what is done ins
 				if p.DryRun {
 					return cell{p.Action + " (dry run)", toneWarn}
 				}
-				return plain(p.Action)
+				return plain(cmp.Or(p.Action, "UNSET")) // a PeerAuthentication that inherits its mode
 			}},
 			{name: "PODS", right: true, cell: func(p admin.Policy) cell { return plain(strconv.Itoa(p.Workloads)) }},
 			{name: "ALLOWED", right: true, cell: func(p admin.Policy) cell { return plain(strconv.FormatUint(p.Allowed, 10)) }},

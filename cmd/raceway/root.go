@@ -71,8 +71,8 @@ func (c *cli) addGlobalFlags(root *cobra.Command) {
 
 func unknownVerb(root *cobra.Command, verb string) error {
 	hint := ""
-	if close := root.SuggestionsFor(verb); len(close) > 0 {
-		hint = fmt.Sprintf(" did you mean %q?", strings.Join(close, `" or "`))
+	if near := root.SuggestionsFor(verb); len(near) > 0 {
+		hint = fmt.Sprintf(" did you mean %q?", strings.Join(near, `" or "`))
 	}
 	return usagef("there is no command %q:%s run \"raceway -h\" for the list", verb, hint)
 }
