@@ -23,7 +23,8 @@ import (
 type Datapath struct {
 	cfg     Config
 	log     *slog.Logger
-	dir     string // of the pins, in a BPF file system
+	root    *pinRoot
+	dir     string // of the pins: root.dir
 	host    *netns.Namespace
 	lock    *os.File // held while this agent lives
 	ledger  ledger
@@ -32,8 +33,8 @@ type Datapath struct {
 	tc      TCMode
 
 	mu      sync.Mutex
-	closed  bool // no pod may be opened any more
-	freed   bool // the descriptors are closed
+	closed  bool               // no pod may be opened any more
+	freed   bool               // the descriptors are closed
 	pods    map[string]*Pod    // open, or on their way, by UID
 	records map[string]*record // of all pods in force, by UID
 }
@@ -72,9 +73,10 @@ func (d *Datapath) open() error {
 	if d.records, err = d.ledger.load(); err != nil {
 		return err
 	}
-	if d.dir, err = pinDir(d.cfg.Dir); err != nil {
+	if d.root, err = findPinRoot(d.cfg.Dir, d.log); err != nil {
 		return err
 	}
+	d.dir = d.root.dir
 	if d.loaded, err = load(d.dir, d.cfg, d.records); err != nil {
 		return err
 	}
@@ -226,6 +228,9 @@ func (d *Datapath) closeFDs() error {
 	if d.host != nil {
 		errs = append(errs, d.host.Close())
 	}
+	if d.root != nil {
+		errs = append(errs, d.root.close())
+	}
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
 	}
@@ -245,7 +250,10 @@ func (d *Datapath) Unload() error {
 	for _, a := range d.Adopted() {
 		errs = append(errs, d.RemoveAdopted(a.UID))
 	}
-	errs = append(errs, os.RemoveAll(d.dir), unmountOwnBPFFS(d.dir), d.Close())
+	errs = append(errs, os.RemoveAll(d.dir), d.Close())
+	if d.root.own {
+		errs = append(errs, outermost(d.log).unmountOwnBPFFS())
+	}
 	if errors.Join(errs...) == nil {
 		errs = append(errs, os.RemoveAll(d.cfg.StateDir))
 	}

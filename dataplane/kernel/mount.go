@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -17,39 +19,94 @@ const (
 	runDir       = "/run/raceway"
 	bpffsDefault = "/sys/fs/bpf"
 	bpffsOwn     = runDir + "/bpffs"
-	// outside is the file system as the first process of the PID namespace sees it: what
-	// is mounted there outlives a private mount namespace such as `ip netns exec` makes.
-	outside = "/proc/1/root"
 )
 
-// pinDir finds the directory in a BPF file system that dir stands for, and mounts one if
-// there is none. Pins must outlive the agent, so a mount of our own is never made in a
-// mount namespace that ends with it.
-func pinDir(dir string) (string, error) {
+// pinRoot is where the pins are. Pins must outlive the agent, so they belong in a mount
+// that the outermost mount namespace has; an agent under `ip netns exec` runs in a private
+// one, which ends with it, and where /sys is a new mount without BPF file system.
+type pinRoot struct {
+	dir  string
+	own  bool     // below bpffsOwn, which we unmount when it is empty
+	held *os.File // what dir starts from when it is not visible here; nil otherwise
+}
+
+func (r *pinRoot) close() error {
+	if r.held == nil {
+		return nil
+	}
+	return r.held.Close()
+}
+
+// findPinRoot finds the directory in a BPF file system that dir stands for, and mounts one
+// if there is none.
+func findPinRoot(dir string, log *slog.Logger) (*pinRoot, error) {
+	out := outermost(log)
 	rel, err := filepath.Rel(bpffsDefault, dir)
 	movable := err == nil && filepath.IsLocal(rel)
-	candidates := []string{dir, outside + dir}
 	if movable {
 		// Where pins already are comes first: someone may have mounted /sys/fs/bpf since.
-		for _, c := range []string{filepath.Join(bpffsOwn, rel), outside + filepath.Join(bpffsOwn, rel)} {
-			if _, err := os.Stat(c); err == nil && onBPFFS(c) {
-				return c, nil
-			}
+		if r, err := out.find(filepath.Join(bpffsOwn, rel), isPresentOnBPFFS); r != nil || err != nil {
+			return r, err
 		}
 	}
-	for _, c := range candidates {
-		if onBPFFS(c) {
-			return c, nil
-		}
+	if r, err := out.find(dir, onBPFFS); r != nil || err != nil {
+		return r, err
 	}
 	if !movable {
-		return "", fmt.Errorf("%s is not in a BPF file system and not below %s: mount one (mount -t bpf bpf %s)", dir, bpffsDefault, filepath.Dir(dir))
+		return nil, fmt.Errorf("%s is not in a BPF file system and not below %s: mount one (mount -t bpf bpf %s)", dir, bpffsDefault, filepath.Dir(dir))
 	}
-	root, err := mountOwnBPFFS()
+	if err := out.mountOwnBPFFS(); err != nil {
+		return nil, fmt.Errorf("mount a BPF file system at %s: %w", bpffsOwn, err)
+	}
+	r, err := out.find(filepath.Join(bpffsOwn, rel), onBPFFS)
+	if r == nil && err == nil {
+		err = fmt.Errorf("mounted a BPF file system at %s, but it cannot be seen", bpffsOwn)
+	}
+	return r, err
+}
+
+// mounts is a process whose view of the file system counts.
+type mounts struct{ proc string }
+
+// outermost is the first process, or our parent where that one is out of reach, or we.
+func outermost(log *slog.Logger) mounts {
+	for _, proc := range []string{"/proc/1", fmt.Sprintf("/proc/%d", os.Getppid())} {
+		if _, err := os.Readlink(proc + "/ns/mnt"); err == nil {
+			return mounts{proc}
+		}
+	}
+	log.Warn("cannot look at the mounts of the first process or the parent; pins may end with this mount namespace")
+	return mounts{"/proc/self"}
+}
+
+// find looks for path here, and then in the outer view. nil means that it is in neither.
+func (m mounts) find(path string, good func(string) bool) (*pinRoot, error) {
+	own := strings.HasPrefix(path, bpffsOwn+"/")
+	if good(path) {
+		return &pinRoot{dir: path, own: own}, nil
+	}
+	if !good(m.proc + "/root" + path) {
+		return nil, nil
+	}
+	// The process may end before we do, and its /proc/<pid>/root with it.
+	base := filepath.Dir(path)
+	for !isPresentOnBPFFS(m.proc + "/root" + base) {
+		base = filepath.Dir(base)
+		if base == "/" {
+			return nil, nil
+		}
+	}
+	held, err := os.Open(m.proc + "/root" + base)
 	if err != nil {
-		return "", fmt.Errorf("mount a BPF file system at %s: %w", bpffsOwn, err)
+		return nil, err
 	}
-	return filepath.Join(root, rel), nil
+	dir := fmt.Sprintf("/proc/self/fd/%d%s", held.Fd(), strings.TrimPrefix(path, base))
+	return &pinRoot{dir: dir, own: own, held: held}, nil
+}
+
+func isPresentOnBPFFS(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil && onBPFFS(path)
 }
 
 // onBPFFS looks at path, or at its nearest ancestor that exists.
@@ -68,8 +125,8 @@ func onBPFFS(path string) bool {
 	}
 }
 
-func mountOwnBPFFS() (root string, err error) {
-	err = inOutsideMounts(func() error {
+func (m mounts) mountOwnBPFFS() error {
+	return m.do(func() error {
 		return lockedRunDir(func() error {
 			if err := os.MkdirAll(bpffsOwn, 0o700); err != nil {
 				return err
@@ -80,23 +137,11 @@ func mountOwnBPFFS() (root string, err error) {
 			return unix.Mount("bpf", bpffsOwn, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
 		})
 	})
-	if err != nil {
-		return "", err
-	}
-	for _, c := range []string{bpffsOwn, outside + bpffsOwn} {
-		if onBPFFS(c) {
-			return c, nil
-		}
-	}
-	return "", errors.New("mounted it, but it is not visible here")
 }
 
 // unmountOwnBPFFS takes the mount away again once the last agent's pins are gone.
-func unmountOwnBPFFS(dir string) error {
-	if !strings.HasPrefix(strings.TrimPrefix(dir, outside), bpffsOwn+"/") {
-		return nil
-	}
-	return inOutsideMounts(func() error {
+func (m mounts) unmountOwnBPFFS() error {
+	return m.do(func() error {
 		return lockedRunDir(func() error {
 			if !onBPFFS(bpffsOwn) {
 				return nil
@@ -105,18 +150,26 @@ func unmountOwnBPFFS(dir string) error {
 				return err
 			}
 			entries, err := os.ReadDir(bpffsOwn)
-			if err != nil || len(entries) > 0 {
+			if err != nil || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !isPreloaded(e.Name()) }) {
 				return err
 			}
-			if err := unix.Unmount(bpffsOwn, 0); err != nil && !errors.Is(err, unix.EBUSY) {
+			if err := ignoreBusy(unix.Unmount(bpffsOwn, 0)); err != nil {
 				return fmt.Errorf("unmount %s: %w", bpffsOwn, err)
 			}
-			if err := os.Remove(bpffsOwn); err != nil && !errors.Is(err, unix.EBUSY) {
-				return err
-			}
-			return nil
+			return ignoreBusy(os.Remove(bpffsOwn))
 		})
 	})
+}
+
+// isPreloaded tells the two iterators that the kernel itself puts into every BPF file
+// system (CONFIG_BPF_PRELOAD); names with dots are its own.
+func isPreloaded(name string) bool { return strings.HasSuffix(name, ".debug") }
+
+func ignoreBusy(err error) error {
+	if errors.Is(err, unix.EBUSY) {
+		return nil
+	}
+	return err
 }
 
 // removeEmptyDirs removes the directories below root that hold no pin.
@@ -156,27 +209,26 @@ func lockedRunDir(fn func() error) error {
 	return fn()
 }
 
-// inOutsideMounts runs fn in the mount namespace of the first process, on a thread that
-// is not used again: its file system context is no longer the process's.
-func inOutsideMounts(fn func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		done <- enterOutsideMounts(fn)
-	}()
-	return <-done
-}
-
-func enterOutsideMounts(fn func() error) error {
-	const theirs = "/proc/1/ns/mnt"
-	same, err := sameNamespace("/proc/self/ns/mnt", theirs)
+// do runs fn in the outer mount namespace, on a thread that is not used again: its file
+// system context is no longer the process's.
+func (m mounts) do(fn func() error) error {
+	same, err := sameNamespace("/proc/self/ns/mnt", m.proc+"/ns/mnt")
 	if err != nil {
 		return err
 	}
 	if same {
 		return fn()
 	}
-	ns, err := os.Open(theirs)
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		done <- m.enter(fn)
+	}()
+	return <-done
+}
+
+func (m mounts) enter(fn func() error) error {
+	ns, err := os.Open(m.proc + "/ns/mnt")
 	if err != nil {
 		return err
 	}
@@ -185,7 +237,7 @@ func enterOutsideMounts(fn func() error) error {
 		return os.NewSyscallError("unshare", err)
 	}
 	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("enter %s: %w", theirs, err)
+		return fmt.Errorf("enter %s: %w", ns.Name(), err)
 	}
 	return fn()
 }

@@ -164,11 +164,13 @@ func (p *Pod) Inbound() *net.TCPListener { return p.inbound }
 // Tunnel accepts what is sent to the pod's port 15008.
 func (p *Pod) Tunnel() *net.TCPListener { return p.tunnel }
 
-// The listeners are bound to addresses that nobody can connect to, so steer is the only
+// The listeners are bound to an address that nobody has (RFC 5737), so steer is the only
 // way in: an application cannot reach one directly and make the agent connect to itself.
-// RFC 6666 discards 100::/64, RFC 5737 reserves 192.0.2.0/24.
+// It is spelt as IPv6, since such a socket takes both families from steer; a true IPv6
+// address would make the socket IPv6-only when it is bound. The second is for kernels
+// without IPv6.
 func listenAddrs() []netip.Addr {
-	return []netip.Addr{netip.MustParseAddr("100::1"), netip.MustParseAddr("192.0.2.1")}
+	return []netip.Addr{netip.MustParseAddr("::ffff:192.0.2.1"), netip.MustParseAddr("192.0.2.1")}
 }
 
 func (p *Pod) listen() error {

@@ -92,6 +92,11 @@ func New(t testing.TB) *netns.Namespace {
 	}
 	t.Cleanup(func() { _ = ns.Close() })
 	Do(t, ns, func() error {
+		// Without duplicate address detection, which would hold up the first packets for
+		// a second or two.
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0o644); err != nil {
+			return err
+		}
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return err
