@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -228,6 +229,8 @@ func TestPoliciesTogether(t *testing.T) {
 		{"no policy", nil, nobody, true, "", -1, "no ALLOW policy applies to shop/db-0"},
 		{"allow matches its second rule", policies{allow("a", jobsOnly, shopOnly)}, web, true, "shop/a", 1, "AuthorizationPolicy shop/a (ALLOW) rule 1"},
 		{"no allow matches", policies{allow("b", jobsOnly), allow("a", jobsOnly)}, web, false, "shop/a", -1, "no ALLOW policy matched (shop/a, shop/b) spiffe://cluster.local/ns/shop/sa/web from 10.0.0.1 to 10.0.0.9:3306"},
+		{"the first matching rule is named", policies{allow("a", dataplane.PolicyRule{}, shopOnly)}, web, true, "shop/a", 0, ""},
+		{"the first matching rule is named, by peer", policies{allow("a", jobsOnly, shopOnly, dataplane.PolicyRule{})}, web, true, "shop/a", 1, ""},
 		{"one of two allows matches", policies{allow("a", jobsOnly), allow("b", shopOnly)}, web, true, "shop/b", 0, "shop/b"},
 		{"allow without rules allows nothing", policies{allow("a")}, web, false, "shop/a", -1, "no ALLOW policy matched"},
 		{"the action is ALLOW by default", policies{edit(allow("a"), func(p *dataplane.AuthorizationPolicy) { p.Action = "" })}, web, false, "shop/a", -1, "no ALLOW"},
@@ -275,6 +278,8 @@ func TestPoliciesTogether(t *testing.T) {
 		{"DENY with a port that is none denies all", policies{deny("d", when("destination.port", []string{"http"}, nil))}, web, false, "shop/d", -1, `"http" is no port`},
 		{"DENY with an address that is none denies all", policies{deny("d", when("source.ip", []string{"*"}, nil))}, web, false, "shop/d", -1, "neither an IP address"},
 		{"DENY with a wildcard service account denies all", policies{deny("d", from(dataplane.PolicySource{ServiceAccounts: []string{"*"}}))}, web, false, "shop/d", -1, "neither name nor namespace/name"},
+		{"DENY with half a service account denies all", policies{deny("d", from(dataplane.PolicySource{ServiceAccounts: []string{"/web"}}))}, web, false, "shop/d", -1, `"/web" is neither name`},
+		{"DENY with the other half denies all", policies{deny("d", from(dataplane.PolicySource{ServiceAccounts: []string{"shop/"}}))}, web, false, "shop/d", -1, `"shop/" is neither name`},
 		{"DENY with an empty condition denies all", policies{deny("d", when("source.ip", nil, nil))}, web, false, "shop/d", -1, "has no values"},
 		{"DENY with a block that is none denies all", policies{deny("d", from(dataplane.PolicySource{IPBlocks: make([]netip.Prefix, 1)}))}, web, false, "shop/d", -1, "not valid"},
 		{"ALLOW with an empty condition allows nothing", policies{allow("a", when("source.ip", nil, nil), shopOnly)}, web, false, "shop/a", -1, ""},
@@ -412,5 +417,26 @@ func TestPeerAuthentication(t *testing.T) {
 func TestZeroVerdictDenies(t *testing.T) {
 	if (Verdict{}).Allowed {
 		t.Error("the zero Verdict allows")
+	}
+}
+
+func TestSetIsSharedBetweenConnections(t *testing.T) {
+	other := db()
+	other.UID, other.Name.Name, other.Labels = "db-1", "db-1", nil
+	deny := policy1(dataplane.ActionDeny, dataplane.PolicyRule{})
+	deny.Selector = map[string]string{"app": "db"}
+	s := dataplane.NewSnapshot(dataplane.Contents{Workloads: []dataplane.Workload{db(), other}, Authorizations: []dataplane.AuthorizationPolicy{deny}})
+	set := NewSet(s)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			if set.Rules(s.Workload("db-0")).Evaluate(request(web)).Allowed || !set.Rules(s.Workload("db-1")).Evaluate(request(web)).Allowed {
+				t.Error("the selector is not kept apart by workload")
+			}
+		})
+	}
+	wg.Wait()
+	if set.Rules(s.Workload("db-0")) != set.Rules(s.Workload("db-0")) {
+		t.Error("a workload is compiled twice")
 	}
 }
