@@ -1,0 +1,116 @@
+// Command raceway-agent is the node agent: it captures the TCP connections of the node's
+// enrolled pods and carries them through mutually authenticated tunnels.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/raceway-mesh/raceway/cmd/internal/flagenv"
+	"github.com/raceway-mesh/raceway/cmd/internal/version"
+	"github.com/raceway-mesh/raceway/dataplane/agent"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := command().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "raceway-agent:", err)
+		os.Exit(1)
+	}
+}
+
+// envPrefix and a flag's name in capitals make the variable that sets it.
+const envPrefix = "RACEWAY_"
+
+func command() *cobra.Command {
+	cfg := agent.Config{Level: new(slog.LevelVar), Version: version.String()}
+	var accessLog string
+	cmd := &cobra.Command{
+		Use:   "raceway-agent",
+		Short: "Serve one node of the mesh",
+		Long: `Serve one node of the mesh: capture the TCP connections of its enrolled pods, carry them
+through HBONE tunnels, and authorize what arrives.
+
+An agent that ends leaves its pods captured: their new connections are refused until an agent
+serves the node again. ` + "`raceway`" + ` talks to it through --socket.
+
+Every flag can also be set by a variable: --node by ` + envPrefix + `NODE.`,
+		Args:          cobra.NoArgs,
+		Version:       cfg.Version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		PreRunE:       func(cmd *cobra.Command, _ []string) error { return flagenv.Set(cmd.Flags(), envPrefix, os.LookupEnv) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: cfg.Level}))
+			return run(cmd.Context(), cfg, accessLog, cmd.OutOrStdout())
+		},
+	}
+	flags(cmd.Flags(), &cfg)
+	cmd.Flags().StringVar(&accessLog, "access-log", "-", "file of the access log, - for standard output, empty for none")
+	return cmd
+}
+
+func flags(f *pflag.FlagSet, cfg *agent.Config) {
+	f.StringVar(&cfg.Node, "node", "", "name of the node to serve (required)")
+	f.StringVar(&cfg.ClusterDir, "cluster-dir", "", "directory of Kubernetes YAML that describes the cluster (required)")
+	f.StringVar(&cfg.StatusDir, "status-dir", "", "directory where agents publish captured pods (default: .raceway in --cluster-dir)")
+	f.StringVar(&cfg.TrustDomain, "trust-domain", "cluster.local", "trust domain of the identities")
+	f.StringVar(&cfg.RootNamespace, "root-namespace", "istio-system", "namespace of mesh-wide policies")
+	f.StringVar(&cfg.ClusterID, "cluster-id", "Kubernetes", "name of the cluster, as the CA and the metrics know it")
+	f.StringVar(&cfg.CAAddress, "ca-address", "", "host:port of the certificate API (required)")
+	f.StringVar(&cfg.CAName, "ca-name", "", "name in the CA's certificate (default: the host of --ca-address)")
+	f.StringVar(&cfg.CARootFile, "ca-root", "", "PEM file of root certificates, or directory with root-cert.pem and <trust domain>.pem (required)")
+	f.StringVar(&cfg.CATokenFile, "ca-token-file", "", "file with this node's bearer token (required)")
+	f.StringVar(&cfg.CRLFile, "crl-file", "", "file of certificate revocation lists, reloaded when it changes")
+	f.DurationVar(&cfg.CertTTL, "cert-ttl", 0, "lifetime to ask for certificates (default 24h)")
+	f.StringVar(&cfg.Socket, "socket", "", "admin socket (default /run/raceway/<node>.sock)")
+	f.StringVar(&cfg.BPFDir, "bpf-dir", "", "directory of pins on a BPF file system (default /sys/fs/bpf/raceway/<node>)")
+	f.StringVar(&cfg.CgroupRoot, "cgroup-root", "", "root of the cgroup v2 hierarchy (default: found)")
+	f.StringVar(&cfg.MetricsAddress, "metrics-address", "127.0.0.1:15020", "address of /metrics and /readyz, empty for none")
+	f.StringVar((*string)(&cfg.Inbound), "inbound", "auto", "how inbound connections are captured: auto, sk_lookup or tc")
+	f.StringVar((*string)(&cfg.TC), "tc", "auto", "how TC programs are attached: auto, tcx or clsact")
+	f.DurationVar(&cfg.Settle, "settle", 0, "time for peers to see a change of a pod's capture (default 250ms)")
+	f.DurationVar(&cfg.Grace, "grace", 0, "time that a released pod still takes tunnels (default 2s)")
+	f.DurationVar(&cfg.DrainTimeout, "drain-timeout", 0, "time for live connections to end after SIGTERM (default 10s)")
+	f.DurationVar(&cfg.FlowInterval, "flow-interval", 0, "how often live connections report (default 10s)")
+	f.IntVar(&cfg.Limits.PodConnections, "pod-connections", 0, "bound on one pod's connections (default 10000)")
+	f.IntVar(&cfg.Limits.NodeConnections, "node-connections", 0, "bound on all pods' connections (default 50000)")
+	f.TextVar(cfg.Level, "log-level", new(slog.LevelVar), "debug, info, warn or error; also `raceway log-level`")
+	f.BoolVar(&cfg.DisableGuard, "disable-guard", false, "leave pods' interfaces unguarded")
+	if err := f.MarkHidden("disable-guard"); err != nil {
+		panic(err) // the flag is defined one line above
+	}
+}
+
+// run serves until ctx ends.
+func run(ctx context.Context, cfg agent.Config, accessLog string, stdout io.Writer) (err error) {
+	switch accessLog {
+	case "":
+	case "-":
+		cfg.AccessLog = stdout
+	default:
+		f, err := os.OpenFile(accessLog, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+		if err != nil {
+			return fmt.Errorf("access log: %w", err)
+		}
+		defer func() { err = errors.Join(err, f.Close()) }()
+		cfg.AccessLog = f
+	}
+	a, err := agent.New(cfg)
+	if err != nil {
+		return err
+	}
+	err = a.Run(ctx)
+	return errors.Join(err, a.Close())
+}

@@ -1,0 +1,188 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/raceway-mesh/raceway/certs"
+	"github.com/raceway-mesh/raceway/certs/spiffe"
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/discovery/file"
+	"github.com/raceway-mesh/raceway/dataplane/enroll"
+	"github.com/raceway-mesh/raceway/dataplane/kernel"
+	"github.com/raceway-mesh/raceway/dataplane/proxy"
+)
+
+// pods carries out what enrolment decides: it is the enroll.Target of a node.
+// The reconciler never calls two methods for one pod at the same time.
+type pods struct {
+	node      string
+	datapath  *kernel.Datapath
+	keeper    *certs.Keeper
+	proxy     *proxy.Proxy
+	publisher *file.Publisher
+	log       *slog.Logger
+
+	// serve and force bound the serving of every pod: the first ends it gracefully.
+	serve, force context.Context
+
+	// mu also keeps the identities that the keeper is asked for in step with served.
+	mu     sync.Mutex
+	served map[string]*servedPod
+}
+
+var _ enroll.Target = (*pods)(nil)
+
+// servedPod is a pod whose listeners the agent holds.
+type servedPod struct {
+	*kernel.Pod
+	identity spiffe.ID
+	stop     context.CancelFunc // graceful
+	cut      context.CancelFunc // at once
+	done     chan struct{}      // closed when serving has ended
+}
+
+// Prepare opens the pod's namespace, serves its listeners and waits for its certificate.
+// The listeners come first: a pod that an earlier agent left captured needs them at once,
+// whatever the CA does.
+func (p *pods) Prepare(ctx context.Context, w *dataplane.Workload) error {
+	if p.get(w.UID) == nil {
+		if err := p.open(w); err != nil {
+			return err
+		}
+	}
+	return p.keeper.Ready(ctx, w.Identity)
+}
+
+func (p *pods) open(w *dataplane.Workload) error {
+	pod, err := p.datapath.OpenPod(kernel.PodConfig{UID: w.UID, NetNS: w.NetNS, Addrs: w.Addrs})
+	if err != nil {
+		return fmt.Errorf("open pod %s: %w", w.Name, err)
+	}
+	serve, stop := context.WithCancel(p.serve)
+	force, cut := context.WithCancel(p.force)
+	s := &servedPod{Pod: pod, identity: w.Identity, stop: stop, cut: cut, done: make(chan struct{})}
+	p.mu.Lock()
+	p.served[w.UID] = s
+	p.keeper.Want(s.identity)
+	p.mu.Unlock()
+	go func() {
+		defer close(s.done)
+		if err := p.proxy.ServePod(serve, force, pod); err != nil {
+			p.log.Error("serve pod", "pod", w.Name, "err", err)
+		}
+	}()
+	return nil
+}
+
+// Publish tells the other agents which pods take tunnels.
+func (p *pods) Publish(_ context.Context, uids []string) error {
+	return p.publisher.PublishCaptured(p.node, uids)
+}
+
+// CaptureOutbound, CaptureInbound, Guard and their opposites switch one part of the capture.
+func (p *pods) CaptureOutbound(_ context.Context, uid string) error {
+	return p.with(uid, func(s *servedPod) error { return s.Pod.CaptureOutbound() })
+}
+
+// CaptureInbound starts to capture plaintext.
+func (p *pods) CaptureInbound(_ context.Context, uid string) error {
+	return p.with(uid, func(s *servedPod) error { return s.Pod.CaptureInbound() })
+}
+
+// Guard attaches the guard once connections older than the capture are known to it.
+func (p *pods) Guard(ctx context.Context, uid string) error {
+	return p.with(uid, func(s *servedPod) error { return s.Pod.Guard(ctx) })
+}
+
+// Unguard detaches the guard.
+func (p *pods) Unguard(_ context.Context, uid string) error {
+	return p.with(uid, func(s *servedPod) error { return s.Pod.Unguard() })
+}
+
+// ReleaseInbound lets plaintext reach the application directly.
+func (p *pods) ReleaseInbound(_ context.Context, uid string) error {
+	return p.with(uid, func(s *servedPod) error { return s.Pod.ReleaseInbound() })
+}
+
+// ReleaseOutbound lets new connections of the application leave directly.
+func (p *pods) ReleaseOutbound(_ context.Context, uid string) error {
+	return p.with(uid, func(s *servedPod) error { return s.Pod.ReleaseOutbound() })
+}
+
+// Live is how many connections the proxy carries for the pod.
+func (p *pods) Live(uid string) int { return p.proxy.Live(uid) }
+
+// Remove ends what is left of the pod's connections and undoes everything in its namespace.
+func (p *pods) Remove(_ context.Context, uid string) error {
+	s := p.get(uid)
+	if s == nil {
+		return p.datapath.RemoveAdopted(uid)
+	}
+	s.stop()
+	s.cut()
+	<-s.done
+	if err := s.Pod.Remove(); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.served, uid)
+	for _, other := range p.served {
+		if other.identity == s.identity {
+			return nil
+		}
+	}
+	p.keeper.Forget(s.identity)
+	return nil
+}
+
+// wait returns when the serving of every pod, which has been told to end, has ended.
+func (p *pods) wait() {
+	for _, s := range p.all() {
+		<-s.done
+	}
+}
+
+// Close closes what the agent holds of the pods; their capture stays in force.
+func (p *pods) Close() error {
+	var errs []error
+	for _, s := range p.all() {
+		errs = append(errs, s.Pod.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// prune lets the pods' guards forget connections that have ended.
+func (p *pods) prune() {
+	for _, s := range p.all() {
+		if err := s.Pod.Prune(); err != nil {
+			p.log.Warn("prune older connections", "pod", s.UID(), "err", err)
+		}
+	}
+}
+
+func (p *pods) get(uid string) *servedPod {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.served[uid]
+}
+
+func (p *pods) all() []*servedPod {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Collect(maps.Values(p.served))
+}
+
+func (p *pods) with(uid string, do func(*servedPod) error) error {
+	s := p.get(uid)
+	if s == nil {
+		return fmt.Errorf("pod %s is not open", uid)
+	}
+	return do(s)
+}
