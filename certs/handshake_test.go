@@ -38,31 +38,36 @@ func shake(t *testing.T, client, server *tls.Config) (clientState, serverState t
 			_, serverErr = s.Write([]byte{1})
 		}
 		serverState = s.ConnectionState()
+		_ = b.CloseWrite()
 	}()
 	if clientErr = c.Handshake(); clientErr == nil {
 		_, clientErr = c.Read(make([]byte, 1))
 	}
 	clientState = c.ConnectionState()
+	_ = a.CloseWrite()
 	<-done // neither closes first: a reset would overtake the other's alert
 	return clientState, serverState, clientErr, serverErr
 }
 
 // connect returns both ends of a loopback connection. Unlike a net.Pipe it takes what nobody
 // reads, as when both sides give up at once.
-func connect(t *testing.T) (client, server net.Conn) {
+func connect(t *testing.T) (client, server *net.TCPConn) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = l.Close() }()
-	if client, err = net.Dial("tcp", l.Addr().String()); err != nil {
+	dialed, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
 		t.Fatal(err)
 	}
-	if server, err = l.Accept(); err != nil {
+	accepted, err := l.Accept()
+	if err != nil {
 		t.Fatal(err)
 	}
-	for _, conn := range []net.Conn{client, server} {
+	client, server = dialed.(*net.TCPConn), accepted.(*net.TCPConn)
+	for _, conn := range []*net.TCPConn{client, server} {
 		t.Cleanup(func() { _ = conn.Close() })
 		if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 			t.Fatal(err)

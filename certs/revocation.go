@@ -32,7 +32,10 @@ func ParseRevocations(data []byte) (*Revocations, error) {
 		return r, nil
 	}
 	if !bytes.Contains(data, []byte("-----BEGIN")) {
-		return r, r.add(data)
+		if err := r.add(data); err != nil {
+			return nil, err
+		}
+		return r, nil
 	}
 	for {
 		block, rest := pem.Decode(data)
