@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"sigs.k8s.io/yaml"
+
+	"github.com/raceway-mesh/raceway/cmd/internal/version"
 )
 
 // goldenCase is a command line whose output is kept in testdata/name.
@@ -68,7 +70,7 @@ func TestVersionNamesThisProgramAndTheAgents(t *testing.T) {
 		t.Fatal(stderr)
 	}
 	lines := strings.Split(stdout, "\n")
-	for i, want := range []string{"raceway " + clientVersion(), "raceway-agent v0.1.0 n1 6.18.0 sk_lookup", "raceway-agent v0.1.0 n2 6.18.0 tc"} {
+	for i, want := range []string{"raceway " + version.String(), "raceway-agent v0.1.0 n1 6.18.0 sk_lookup", "raceway-agent v0.1.0 n2 6.18.0 tc"} {
 		if got := strings.Join(strings.Fields(lines[i]), " "); got != want {
 			t.Errorf("line %d is %q, want %q", i, got, want)
 		}

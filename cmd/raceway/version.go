@@ -3,36 +3,12 @@ package main
 import (
 	"context"
 	"errors"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
+	"github.com/raceway-mesh/raceway/cmd/internal/version"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 )
-
-// version is set by the linker (-X main.version=v1.2.3); see clientVersion.
-var version string
-
-// clientVersion is what the linker was told, or else what the Go toolchain recorded.
-func clientVersion() string {
-	if version != "" {
-		return version
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && v == "(devel)" {
-			v = "devel-" + s.Value[:min(12, len(s.Value))]
-		}
-	}
-	if v == "" {
-		return "unknown"
-	}
-	return v
-}
 
 // versionRow is this program, or one agent.
 type versionRow struct {
@@ -52,7 +28,7 @@ kernel and the way it captures inbound connections.`,
 		Args:              noArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all := []versionRow{{"raceway", admin.Version{Version: clientVersion()}}}
+			all := []versionRow{{"raceway", admin.Version{Version: version.String()}}}
 			var err error
 			if !client {
 				var agents []versionRow
