@@ -3,11 +3,8 @@ package enroll
 import (
 	"context"
 	"errors"
-	"fmt"
-	"math/rand/v2"
-	"net/netip"
-	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,116 +15,6 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-// cluster is what the test's snapshots are made of.
-type cluster struct {
-	store dataplane.Store
-	pods  map[string]dataplane.Workload
-	on    map[string]bool // enrolled, by UID
-}
-
-func newCluster(pods ...dataplane.Workload) *cluster {
-	c := &cluster{pods: make(map[string]dataplane.Workload), on: make(map[string]bool)}
-	for _, p := range pods {
-		c.pods[p.UID] = p
-		c.on[p.UID] = true
-	}
-	return c
-}
-
-func workload(uid string) dataplane.Workload {
-	last := 0
-	for _, c := range uid {
-		last = last*31 + int(c)
-	}
-	return dataplane.Workload{
-		UID: uid, Name: dataplane.Name{Namespace: "shop", Name: uid}, Node: "n1", Phase: dataplane.PodRunning,
-		NetNS: "/run/netns/" + uid, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(last >> 8), byte(last)})},
-	}
-}
-
-func (c *cluster) publish() {
-	contents := dataplane.Contents{TrustDomain: "cluster.local", Namespaces: []dataplane.Namespace{{Name: "shop"}}}
-	for uid, p := range c.pods {
-		p.Labels = map[string]string{dataplane.ModeLabel: dataplane.ModeNone}
-		if c.on[uid] {
-			p.Labels[dataplane.ModeLabel] = dataplane.ModeAmbient
-		}
-		contents.Workloads = append(contents.Workloads, p)
-	}
-	c.store.Publish(dataplane.NewSnapshot(contents))
-}
-
-func (c *cluster) set(uid string, enrolled bool) {
-	c.on[uid] = enrolled
-	c.publish()
-}
-
-// rig is a Reconciler that runs on a fake target in a synctest bubble.
-type rig struct {
-	*testing.T
-	*cluster
-	fake *fakeTarget
-	r    *Reconciler
-	stop func() error
-}
-
-func newRig(t *testing.T, c *cluster, change func(*Config)) *rig {
-	fake := newFake(t)
-	cfg := Config{Node: "n1", Store: &c.store, Target: fake, RequireNetNS: true}
-	if change != nil {
-		change(&cfg)
-	}
-	r, err := New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	fake.cfg, fake.status = r.cfg, r.Status
-	return &rig{T: t, cluster: c, fake: fake, r: r}
-}
-
-func (g *rig) run() {
-	g.Helper()
-	ctx, cancel := context.WithCancel(g.Context())
-	done := make(chan error, 1)
-	go func() { done <- g.r.Run(ctx) }()
-	g.stop = func() error { cancel(); return <-done }
-}
-
-func (g *rig) halt() {
-	g.Helper()
-	if err := g.stop(); err != nil {
-		g.Errorf("Run: %v", err)
-	}
-}
-
-func (g *rig) expectLog(want ...string) {
-	g.Helper()
-	synctest.Wait()
-	g.fake.mu.Lock()
-	defer g.fake.mu.Unlock()
-	if !slices.Equal(g.fake.log, want) {
-		g.Errorf("calls:\n  %s\nwant:\n  %s", strings.Join(g.fake.log, "\n  "), strings.Join(want, "\n  "))
-	}
-	g.fake.log = nil
-}
-
-func (g *rig) expectState(uid string, state dataplane.CaptureState, reason string) {
-	g.Helper()
-	synctest.Wait()
-	got, ok := g.r.Status()[uid]
-	if !ok && state == dataplane.CaptureNone {
-		return
-	}
-	if got.State != state || !strings.Contains(got.Reason, reason) {
-		g.Errorf("%s is %v (%s), want %v (…%s…)", uid, got.State, got.Reason, state, reason)
-	}
-}
-
-func bubble(t *testing.T, f func(t *testing.T)) {
-	t.Helper()
-	synctest.Test(t, f)
-}
 
 func TestEnrolmentAndReleaseKeepTheOrder(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -169,14 +56,11 @@ func TestReleaseWaitsForLiveConnections(t *testing.T) {
 		g.publish()
 		g.run()
 		time.Sleep(time.Second)
-		g.fake.pods["a"].live = 3
+		g.fake.edit("a", func(p *fakePod) { p.live = 3 })
 		g.set("a", false)
 		time.Sleep(10 * time.Minute)
 		g.expectState("a", dataplane.CaptureReleasing, "go on through the agent")
-		synctest.Wait()
-		g.fake.mu.Lock()
-		g.fake.pods["a"].live = 0
-		g.fake.mu.Unlock()
+		g.fake.edit("a", func(p *fakePod) { p.live = 0 })
 		time.Sleep(2 * time.Second)
 		g.expectState("a", dataplane.CaptureNone, "")
 		g.halt()
@@ -189,7 +73,7 @@ func TestReleaseWaitsNoLongerThanMaxDrain(t *testing.T) {
 		g.publish()
 		g.run()
 		time.Sleep(time.Second)
-		g.fake.pods["a"].live = 1
+		g.fake.edit("a", func(p *fakePod) { p.live = 1 })
 		g.set("a", false)
 		time.Sleep(60 * time.Second)
 		g.expectState("a", dataplane.CaptureReleasing, "go on through the agent")
@@ -207,15 +91,15 @@ func TestReenrolledWhileDrainingGoesForwardFromThere(t *testing.T) {
 		time.Sleep(time.Second)
 		g.set("a", false)
 		time.Sleep(100 * time.Millisecond) // unpublished, outbound still on
-		g.fake.log = nil
+		g.fake.forgetLog()
 		g.set("a", true)
 		time.Sleep(time.Second)
 		g.expectLog("1.1s publish [a]", "1.35s capture-inbound a", "1.35s guard a")
 
-		g.fake.pods["a"].live = 1
+		g.fake.edit("a", func(p *fakePod) { p.live = 1 })
 		g.set("a", false)
 		time.Sleep(time.Minute) // draining
-		g.fake.log = nil
+		g.fake.forgetLog()
 		g.set("a", true)
 		g.expectState("a", dataplane.CapturePending, "")
 		time.Sleep(time.Second)
@@ -231,8 +115,8 @@ func TestDeletedPodIsRemovedWithoutPauses(t *testing.T) {
 		g.publish()
 		g.run()
 		time.Sleep(time.Second)
-		g.fake.log = nil
-		g.fake.pods["a"].gone, g.fake.pods["a"].live = true, 5
+		g.fake.forgetLog()
+		g.fake.edit("a", func(p *fakePod) { p.gone, p.live = true, 5 })
 		delete(g.pods, "a")
 		g.publish()
 		g.expectLog("1s unguard a", "1s release-inbound a", "1s publish []", "1s release-outbound a", "1s remove a")
@@ -262,13 +146,13 @@ func TestPodRecreatedInPlaceWaitsForTheOldOne(t *testing.T) {
 		g.run()
 		time.Sleep(time.Second)
 		removing := make(chan struct{})
-		g.fake.hook = func(_ context.Context, call, uid string) error {
+		g.fake.during(func(_ context.Context, call, uid string) error {
 			if call == "remove" {
 				<-removing
 			}
 			return nil
-		}
-		g.fake.pods["old"].gone = true
+		})
+		g.fake.edit("old", func(p *fakePod) { p.gone = true })
 		delete(g.pods, "old")
 		reborn := workload("new")
 		reborn.NetNS = "/run/netns/old"
@@ -307,10 +191,10 @@ func TestAdoptedRemainsLeaveTheNamespaceFirst(t *testing.T) {
 			c.Adopted = []Adopted{{UID: "a", NetNS: shared}, {UID: "dead", NetNS: shared}}
 		})
 		g.fake.pods["dead"] = &fakePod{netns: shared, prepared: true, outbound: true}
-		g.fake.hook = func(context.Context, string, string) error {
+		g.fake.during(func(context.Context, string, string) error {
 			time.Sleep(10 * time.Millisecond)
 			return nil
-		}
+		})
 		g.publish()
 		g.run()
 		time.Sleep(time.Second)
@@ -326,8 +210,8 @@ func TestPodInAnotherNamespaceIsPreparedAnewAtOnce(t *testing.T) {
 		g.publish()
 		g.run()
 		time.Sleep(time.Second)
-		g.fake.log = nil
-		g.fake.pods["a"].moved, g.fake.pods["a"].live = true, 1
+		g.fake.forgetLog()
+		g.fake.edit("a", func(p *fakePod) { p.moved, p.live = true, 1 })
 		w := g.pods["a"]
 		w.NetNS = "/run/netns/other"
 		g.pods["a"] = w
@@ -342,16 +226,16 @@ func TestPodInAnotherNamespaceIsPreparedAnewAtOnce(t *testing.T) {
 func TestPodThatTurnsRoundDoesNotWaitForItsRetry(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		g := newRig(t, newCluster(workload("a")), nil)
-		g.fake.hook = func(_ context.Context, call, _ string) error {
+		g.fake.during(func(_ context.Context, call, _ string) error {
 			if call == "prepare" {
 				return errors.New("no certificate")
 			}
 			return nil
-		}
+		})
 		g.publish()
 		g.run()
 		time.Sleep(time.Minute + 500*time.Millisecond) // the next attempt is seconds away
-		g.fake.log = nil
+		g.fake.forgetLog()
 		g.set("a", false)
 		g.expectLog("1m0.5s remove a")
 		g.expectState("a", dataplane.CaptureNone, "")
@@ -388,15 +272,16 @@ func TestPodWithoutNamespaceFailsWithTheAnnotationsName(t *testing.T) {
 func TestFailingStepIsRetriedWithGrowingDelay(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		g := newRig(t, newCluster(workload("a")), nil)
-		failing := true
+		var failing atomic.Bool
+		failing.Store(true)
 		var attempts []time.Time
-		g.fake.hook = func(_ context.Context, call, uid string) error {
-			if call != "capture-outbound" || !failing {
+		g.fake.during(func(_ context.Context, call, uid string) error {
+			if call != "capture-outbound" || !failing.Load() {
 				return nil
 			}
 			attempts = append(attempts, time.Now())
 			return errors.New("attach connect4: not permitted")
-		}
+		})
 		g.publish()
 		g.run()
 		time.Sleep(5 * time.Minute)
@@ -412,7 +297,7 @@ func TestFailingStepIsRetriedWithGrowingDelay(t *testing.T) {
 		if d := attempts[last].Sub(attempts[last-1]); d < 15*time.Second || d > 30*time.Second {
 			t.Errorf("the last delay is %v, want half to all of 30s", d)
 		}
-		failing = false
+		failing.Store(false)
 		time.Sleep(31 * time.Second)
 		g.expectState("a", dataplane.CaptureInForce, "")
 		g.halt()
@@ -423,12 +308,12 @@ func TestHangingPodDelaysNoOther(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		g := newRig(t, newCluster(workload("a"), workload("b")), func(c *Config) { c.Concurrency = 1 })
 		release := make(chan struct{})
-		g.fake.hook = func(_ context.Context, call, uid string) error {
+		g.fake.during(func(_ context.Context, call, uid string) error {
 			if call == "prepare" && uid == "a" {
 				<-release // deaf to its context
 			}
 			return nil
-		}
+		})
 		g.publish()
 		g.run()
 		time.Sleep(17 * time.Second)
@@ -444,18 +329,19 @@ func TestHangingPodDelaysNoOther(t *testing.T) {
 func TestFailedPublicationIsRetried(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		g := newRig(t, newCluster(workload("a")), nil)
-		failing := true
-		g.fake.hook = func(_ context.Context, call, _ string) error {
-			if call == "publish" && failing {
+		var failing atomic.Bool
+		failing.Store(true)
+		g.fake.during(func(_ context.Context, call, _ string) error {
+			if call == "publish" && failing.Load() {
 				return errors.New("disk full")
 			}
 			return nil
-		}
+		})
 		g.publish()
 		g.run()
 		time.Sleep(time.Minute)
 		g.expectState("a", dataplane.CaptureFailed, "publish the captured pods: disk full")
-		failing = false
+		failing.Store(false)
 		time.Sleep(time.Minute)
 		g.expectState("a", dataplane.CaptureInForce, "")
 		g.halt()
@@ -480,7 +366,7 @@ func TestAdoptedPodsStayPublishedOrAreRemoved(t *testing.T) {
 		g.publish()
 		g.run()
 		synctest.Wait()
-		slices.Sort(g.fake.log)
+		g.fake.sortLog()
 		g.expectLog("0s capture-inbound a", "0s capture-outbound a", "0s guard a", "0s prepare a", "0s publish [a]", "0s remove b", "0s remove dead")
 		g.expectState("a", dataplane.CaptureInForce, "")
 		g.expectState("b", dataplane.CaptureNone, "")
@@ -494,7 +380,7 @@ func TestStopLeavesEverythingInForce(t *testing.T) {
 		g.publish()
 		g.run()
 		time.Sleep(time.Second)
-		g.fake.log = nil
+		g.fake.forgetLog()
 		g.halt()
 		g.expectLog()
 		g.expectState("a", dataplane.CaptureInForce, "")
@@ -522,12 +408,12 @@ func TestReleaseAllNamesWhatIsLeft(t *testing.T) {
 		g.run()
 		time.Sleep(time.Second)
 		g.halt()
-		g.fake.hook = func(_ context.Context, call, _ string) error {
+		g.fake.during(func(_ context.Context, call, _ string) error {
 			if call == "unguard" {
 				return errors.New("busy")
 			}
 			return nil
-		}
+		})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		err := g.r.ReleaseAll(ctx)
@@ -545,77 +431,4 @@ func TestConfigComplaintsAreJoined(t *testing.T) {
 			t.Errorf("New: %v, want it to name %s", err, want)
 		}
 	}
-}
-
-// TestRandomFlipsKeepTheOrder flips, deletes, recreates and moves pods while calls fail and
-// hang at random. The fake target checks the order at every call.
-func TestRandomFlipsKeepTheOrder(t *testing.T) {
-	const flips = 1000
-	for seed := range uint64(3) {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			bubble(t, func(t *testing.T) { flipAtRandom(t, rand.New(rand.NewPCG(seed, 7)), flips) })
-		})
-	}
-}
-
-func flipAtRandom(t *testing.T, rng *rand.Rand, flips int) {
-	c := newCluster()
-	g := newRig(t, c, func(cfg *Config) { cfg.MaxDrain = 20 * time.Second; cfg.Concurrency = 3 })
-	failing := true
-	g.fake.chaos(rand.New(rand.NewPCG(rng.Uint64(), 1)), func() bool { return failing })
-	slots := make([]string, 8) // UID of the pod in each network namespace
-	births := 0
-	g.run()
-	for range flips {
-		slot := rng.IntN(len(slots))
-		g.fake.mu.Lock()
-		p := g.fake.podLocked(slots[slot])
-		if p.live = rng.IntN(p.live + 1); p.outbound {
-			p.live = rng.IntN(3)
-		}
-		switch uid := slots[slot]; {
-		case uid == "" || rng.IntN(5) == 0: // a new pod in the same place
-			p.gone = true
-			delete(c.pods, uid)
-			births++
-			w := workload(fmt.Sprintf("p%d", births))
-			w.NetNS = fmt.Sprintf("/run/netns/slot%d", slot)
-			slots[slot], c.pods[w.UID], c.on[w.UID] = w.UID, w, true
-		case rng.IntN(8) == 0: // its namespace is another
-			p.moved = true
-			w := c.pods[uid]
-			w.NetNS += "x"
-			c.pods[uid] = w
-		case rng.IntN(8) == 0: // its addresses are others
-			w := c.pods[uid]
-			w.Addrs = []netip.Addr{w.Addrs[0].Next()}
-			c.pods[uid] = w
-		default:
-			c.on[uid] = !c.on[uid]
-		}
-		g.fake.mu.Unlock()
-		c.publish()
-		time.Sleep(time.Duration(rng.IntN(1500)) * time.Millisecond)
-	}
-	failing = false
-	time.Sleep(10 * time.Minute)
-	synctest.Wait()
-	status := g.r.Status()
-	for uid := range c.pods {
-		if c.on[uid] {
-			g.expectState(uid, dataplane.CaptureInForce, "")
-			delete(status, uid)
-		}
-	}
-	if len(status) > 0 {
-		t.Errorf("left over: %v", status)
-	}
-	g.fake.mu.Lock()
-	for uid, p := range g.fake.pods {
-		if !c.on[uid] && (p.prepared || p.outbound || p.inbound || p.guard) {
-			t.Errorf("%s is still in force: %+v", uid, *p)
-		}
-	}
-	g.fake.mu.Unlock()
-	g.halt()
 }

@@ -39,7 +39,7 @@ type fakeTarget struct {
 	publishing bool
 	log        []string
 	start      time.Time
-	// hook decides how a call goes: it may sleep and fail. Called without mu.
+	// hook decides how a call goes: it may sleep and fail. It is called without mu.
 	hook func(ctx context.Context, call, uid string) error
 	// halfDone says whether a call that fails takes effect all the same.
 	halfDone func() bool
@@ -62,6 +62,33 @@ func (f *fakeTarget) podLocked(uid string) *fakePod {
 	return p
 }
 
+// edit changes the truth about a pod behind the reconciler's back.
+func (f *fakeTarget) edit(uid string, change func(*fakePod)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change(f.podLocked(uid))
+}
+
+// during has every call from now on go as hook says.
+func (f *fakeTarget) during(hook func(ctx context.Context, call, uid string) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hook = hook
+}
+
+func (f *fakeTarget) forgetLog() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.log = nil
+}
+
+// sortLog is for calls whose order among each other is open.
+func (f *fakeTarget) sortLog() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	slices.Sort(f.log)
+}
+
 func (f *fakeTarget) require(ok bool, format string, args ...any) {
 	if !ok {
 		f.t.Errorf("%v: %s", time.Since(f.start), fmt.Sprintf(format, args...))
@@ -77,9 +104,10 @@ func (f *fakeTarget) do(ctx context.Context, call, uid string, check, effect fun
 	check(p)
 	f.checkClaimsLocked()
 	p.busy = true
+	hook := f.hook
 	f.mu.Unlock()
 
-	err := f.hook(ctx, call, uid)
+	err := hook(ctx, call, uid)
 
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -131,9 +159,10 @@ func (f *fakeTarget) Publish(ctx context.Context, uids []string) error {
 		gentle := !p.guard && !p.inbound
 		f.require(slices.Contains(uids, uid) || gentle || !p.ours, "%s unpublished while inbound is captured", uid)
 	}
+	hook := f.hook
 	f.mu.Unlock()
 
-	err := f.hook(ctx, "publish", "")
+	err := hook(ctx, "publish", "")
 
 	f.mu.Lock()
 	defer f.mu.Unlock()
