@@ -42,6 +42,7 @@ type directory[T any] struct {
 	depth      int      // of subdirectories
 	maxSize    int64
 	settle     time.Duration // how long a file must stay empty to count as empty
+	linger     time.Duration // and how long it must be missing to count as gone
 	parse      func(name string, data []byte) (T, []fault)
 
 	files map[string]*entry[T]
@@ -54,6 +55,7 @@ type entry[T any] struct {
 	good       bool // value is the content, now or before
 	faults     []fault
 	emptySince time.Time
+	goneSince  time.Time // zero: it is there
 }
 
 // state is what a scan found.
@@ -82,8 +84,7 @@ func (d *directory[T]) scan(now time.Time) state {
 	}
 	for path, e := range d.files {
 		if !found.covers(path) {
-			delete(d.files, path)
-			st.changed = st.changed || e.good
+			d.miss(path, e, now, &st)
 		}
 	}
 	for _, path := range slices.Sorted(maps.Keys(found.files)) {
@@ -111,8 +112,7 @@ func (d *directory[T]) load(path string, now time.Time, st *state) {
 	e := d.files[path]
 	if errors.Is(err, fs.ErrNotExist) && !isSymlink(path) {
 		if e != nil {
-			delete(d.files, path)
-			st.changed = st.changed || e.good
+			d.miss(path, e, now, st)
 		}
 		return
 	}
@@ -120,6 +120,7 @@ func (d *directory[T]) load(path string, now time.Time, st *state) {
 		e = new(entry[T])
 		d.files[path] = e
 	}
+	e.goneSince = time.Time{}
 	switch {
 	case errors.Is(err, errBeingWritten):
 		st.retry = true
@@ -151,6 +152,20 @@ func (d *directory[T]) load(path string, now time.Time, st *state) {
 		e.value, e.good = value, true
 		st.changed = true
 	}
+}
+
+// miss forgets a file that is not there any more. Editors move a file away before they write
+// it anew, and what it held must not go out of force in between.
+func (d *directory[T]) miss(path string, e *entry[T], now time.Time, st *state) {
+	if e.goneSince.IsZero() {
+		e.goneSince = now
+	}
+	if e.good && now.Sub(e.goneSince) < d.linger {
+		st.retry = true
+		return
+	}
+	delete(d.files, path)
+	st.changed = st.changed || e.good
 }
 
 // errBeingWritten marks a file that changed while it was read.

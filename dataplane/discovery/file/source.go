@@ -16,6 +16,9 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
 )
 
+// lingering is, in debounce intervals, how long a file's objects outlive it.
+const lingering = 2
+
 // maxUnquiet bounds, in debounce intervals, how long a busy directory is left to settle.
 const maxUnquiet = 5
 
@@ -50,11 +53,11 @@ func New(config Config) (*Source, error) {
 		cluster: directory[manifest]{
 			root: config.Dir, skip: config.StatusDir, depth: 1,
 			extensions: []string{".yaml", ".yml", ".json"},
-			maxSize:    config.MaxFileSize, settle: config.Settle, parse: parseManifest,
+			maxSize:    config.MaxFileSize, settle: config.Settle, linger: lingering * config.Debounce, parse: parseManifest,
 		},
 		nodes: directory[status]{
 			root: config.StatusDir, extensions: []string{statusExtension},
-			maxSize: config.MaxFileSize, settle: config.Settle, parse: parseStatus,
+			maxSize: config.MaxFileSize, settle: config.Settle, linger: lingering * config.Debounce, parse: parseStatus,
 		},
 		ignored: make(map[string]bool),
 	}, nil
@@ -210,11 +213,14 @@ func (s *Source) wait(writing bool) {
 // file may just have been renamed and spoilt.
 func (s *Source) merge(unread []string) (changed bool, problems []Problem) {
 	where := make(map[object.Key]Problem)
-	for _, path := range s.cluster.paths() {
+	for _, path := range s.inForce() {
 		e := s.cluster.files[path]
 		s.logIgnored(path, e.value.ignored)
 		for _, o := range e.value.objects {
 			if first, twice := where[o.Key]; twice {
+				if !e.goneSince.IsZero() {
+					continue // renamed
+				}
 				problems = append(problems, Problem{File: path, Line: o.line, Cause: fmt.Sprintf(
 					"%s is in %s:%d already, which counts", o.Key, first.File, first.Line)})
 				continue
@@ -239,6 +245,20 @@ func (s *Source) merge(unread []string) (changed bool, problems []Problem) {
 		changed = s.set.Delete(key) || changed
 	}
 	return changed, problems
+}
+
+// inForce lists the files in the order in which they count: those that are gone, but may
+// come back, after the others.
+func (s *Source) inForce() []string {
+	var here, gone []string
+	for _, path := range s.cluster.paths() {
+		if s.cluster.files[path].goneSince.IsZero() {
+			here = append(here, path)
+		} else {
+			gone = append(gone, path)
+		}
+	}
+	return append(here, gone...)
 }
 
 func (s *Source) logIgnored(path string, kinds []string) {

@@ -32,7 +32,7 @@ func parseStatus(name string, data []byte) (status, []fault) {
 	var s status
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	if err := decoder.Decode(&s); err != nil {
-		return status{}, []fault{{lineAt(data, offsetOf(err, decoder)), "not a status file: " + oneLine(err.Error())}}
+		return status{}, []fault{{lineAt(data, offsetOf(err, int64(len(data)))), "not a status file: " + oneLine(err.Error())}}
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
 		return status{}, []fault{{lineAt(data, decoder.InputOffset()), "not a status file: something follows its object"}}
@@ -43,7 +43,8 @@ func parseStatus(name string, data []byte) (status, []fault) {
 	return s, nil
 }
 
-func offsetOf(err error, decoder *json.Decoder) int64 {
+// offsetOf tells where an error is; one without a place is about the end.
+func offsetOf(err error, end int64) int64 {
 	var syntax *json.SyntaxError
 	var mismatch *json.UnmarshalTypeError
 	switch {
@@ -52,7 +53,7 @@ func offsetOf(err error, decoder *json.Decoder) int64 {
 	case errors.As(err, &mismatch):
 		return mismatch.Offset
 	default:
-		return decoder.InputOffset()
+		return end
 	}
 }
 
