@@ -1,0 +1,112 @@
+# Targets are documented by the text after "##"; `make help` prints them.
+# CI calls `make ci` and nothing else.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := bin
+# What is downloaded or built beside the product, kept between runs.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/raceway
+GO ?= go
+TOOL := $(GO) tool -modfile=.ci/tools/go.mod
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+LDFLAGS := $(if $(VERSION),-X github.com/raceway-mesh/raceway/cmd/internal/version.linked=$(VERSION))
+
+# The committed BPF object is made by the clang of Debian 12; another one's is as good and
+# not the same byte for byte.
+CLANG ?= $(or $(shell command -v clang-14),clang)
+CLANG_MAJOR := 14
+
+# Time for one package's tests. The root tests move gigabytes, under the race detector.
+TEST_TIMEOUT ?= 20m
+FUZZTIME ?= 5s
+
+# Packages whose tests make whole clusters. They run one after the other: each of them is
+# many processes already.
+CLUSTERS := ./e2e/... ./perf/...
+
+.PHONY: help
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## build bin/raceway, bin/raceway-agent and bin/raceway-ca
+	@mkdir -p $(BIN)
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/raceway ./cmd/raceway-agent ./cmd/raceway-ca
+
+.PHONY: generate
+generate: ## compile the BPF programs and generate their Go types (needs clang, llvm and libbpf-dev)
+	BPF2GO_CC=$(CLANG) $(GO) generate ./...
+
+.PHONY: generate-check
+generate-check: ## check that what is generated and committed is what the sources give
+	@.ci/generate-check $(CLANG) $(CLANG_MAJOR)
+
+.PHONY: test
+test: ## run all tests with the race detector; as root, those in network namespaces too
+	$(GO) test -race -timeout $(TEST_TIMEOUT) $$($(GO) list ./... | grep -vE '/raceway/(e2e|perf)(/|$$)')
+	$(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 $(CLUSTERS)
+
+.PHONY: test-root
+test-root: ## run the tests that need root, and fail those that cannot run
+	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 \
+		$$(git grep -lE 'netnstest"|labtest"|RACEWAY_REQUIRE_ROOT' -- '*_test.go' | xargs -n1 dirname | sort -u | sed 's,^,./,')
+
+.PHONY: e2e
+e2e: ## run the end-to-end tests alone (needs root)
+	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 ./e2e/...
+
+.PHONY: fuzz
+fuzz: ## fuzz every parser for FUZZTIME (5s) each
+	@.ci/fuzz $(FUZZTIME)
+
+.PHONY: demo
+demo: build ## show it all on this machine (needs root); ARGS=--ipv6, ARGS=--keep
+	$(BIN)/raceway demo $(ARGS)
+
+.PHONY: bench
+bench: ## measure what the mesh costs, into perf/results (needs root); ARGS=--short
+	$(GO) run ./perf/cmd/bench $(ARGS)
+
+.PHONY: lint
+lint: ## check style and the rules of .golangci.yml, and that go.mod is tidy
+	$(TOOL) golangci-lint run ./...
+	$(GO) mod tidy -diff
+
+.PHONY: fmt
+fmt: ## format the Go sources
+	$(TOOL) golangci-lint fmt ./...
+
+.PHONY: clean
+clean: ## remove what was built, and the clusters whose maker was killed
+	rm -rf $(BIN)
+	@if [ -d /run/raceway-lab ]; then $(GO) run ./e2e/lab/cmd/labclean; fi
+
+# Peers that the interoperability tests talk to: missing ones fail in CI.
+.PHONY: peers
+peers: $(CACHE)/h2spec
+	@hbone/interop/install-envoy.sh $(CACHE)/envoy >/dev/null
+
+$(CACHE)/h2spec: .ci/tools/go.mod
+	@mkdir -p $(CACHE)
+	@$(GO) build -modfile=.ci/tools/go.mod -o $@ github.com/summerwind/h2spec/cmd/h2spec
+
+.PHONY: ci
+ci: export RACEWAY_REQUIRE_ROOT := 1
+ci: export RACEWAY_REQUIRE_PEERS := 1
+ci: export RACEWAY_ENVOY := $(CACHE)/envoy/envoy/_bin/envoy
+ci: export RACEWAY_H2SPEC := $(CACHE)/h2spec
+ci: ## everything that CI checks (needs root and apt-get; installs what is missing)
+	@.ci/packages
+	@.ci/step "peers" $(MAKE) peers
+	@.ci/step "lint" $(MAKE) lint
+	@.ci/step "generated code" $(MAKE) generate-check
+	@.ci/step "build" $(MAKE) build
+	@.ci/step "tests" $(MAKE) test
+	@.ci/step "fuzzing" $(MAKE) fuzz
+	@.ci/step "demo on IPv4" $(MAKE) demo
+	@.ci/step "demo on IPv6" $(MAKE) demo ARGS=--ipv6
+	@.ci/step "benchmarks" $(MAKE) bench ARGS=--short

@@ -1,0 +1,171 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/raceway-mesh/raceway/e2e/lab"
+)
+
+// serve answers on a port of pod with handle until the test ends.
+func serve(t *testing.T, pod *lab.Pod, port uint16, handle func(*net.TCPConn)) {
+	t.Helper()
+	l, err := pod.Listen(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var handlers sync.WaitGroup
+	var open sync.Map
+	handlers.Go(func() {
+		for {
+			conn, err := l.AcceptTCP()
+			if err != nil {
+				return
+			}
+			open.Store(conn, true)
+			handlers.Go(func() {
+				defer open.Delete(conn)
+				defer conn.Close()
+				handle(conn)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		open.Range(func(conn, _ any) bool { conn.(*net.TCPConn).Close(); return true })
+		handlers.Wait()
+	})
+}
+
+// echo sends back what it gets, and its end.
+func echo(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) }
+
+// ask makes one connection, sends a message of its own, ends its direction, and wants the
+// message back, whole.
+func ask(ctx context.Context, from *lab.Pod, to netip.AddrPort, message []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	conn, err := from.Dial(ctx, to)
+	if err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err := conn.Write(message); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	if err := conn.CloseWrite(); err != nil {
+		return fmt.Errorf("close write: %w", err)
+	}
+	got, err := io.ReadAll(conn)
+	if err != nil {
+		return fmt.Errorf("read after %d bytes: %w", len(got), err)
+	}
+	if !bytes.Equal(got, message) {
+		return fmt.Errorf("got %d bytes back that differ from the %d sent", len(got), len(message))
+	}
+	return nil
+}
+
+// nonce is a message that no packet contains by chance.
+func nonce() []byte {
+	b := make([]byte, 32)
+	_, _ = rand.Read(b) // never fails, see crypto/rand
+	return b
+}
+
+// load opens connections, one after the other on each worker, until it is stopped.
+type load struct {
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+	count  atomic.Int64
+
+	mu     sync.Mutex
+	errs   []error
+	nonces [][]byte
+}
+
+func startLoad(t *testing.T, workers int, from *lab.Pod, to netip.AddrPort) *load {
+	ctx, cancel := context.WithCancel(t.Context())
+	l := &load{cancel: cancel}
+	for range workers {
+		l.done.Go(func() {
+			for ctx.Err() == nil {
+				message := nonce()
+				// Not ctx: a connection under way is to end by itself.
+				err := ask(context.WithoutCancel(ctx), from, to, message)
+				l.count.Add(1)
+				l.mu.Lock()
+				l.nonces = append(l.nonces, message)
+				if err != nil {
+					l.errs = append(l.errs, fmt.Errorf("%s: %w", time.Now().Format("15:04:05.000"), err))
+				}
+				l.mu.Unlock()
+				if err != nil {
+					time.Sleep(5 * time.Millisecond) // refused at once is no reason to spin
+				}
+			}
+		})
+	}
+	t.Cleanup(func() { l.stop() })
+	return l
+}
+
+// stop ends the load and returns what went wrong.
+func (l *load) stop() []error {
+	l.cancel()
+	l.done.Wait()
+	return l.errs
+}
+
+// sentNonces is every message so far; the last ones may be under way.
+func (l *load) sentNonces() [][]byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([][]byte(nil), l.nonces...)
+}
+
+// steady is one connection that stays open and is used now and then.
+type steady struct {
+	*net.TCPConn
+}
+
+func open(t *testing.T, from *lab.Pod, to netip.AddrPort) steady {
+	t.Helper()
+	conn, err := from.Dial(t.Context(), to)
+	if err != nil {
+		t.Fatal("open a lasting connection:", err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return steady{conn}
+}
+
+// use sends a message and wants it back.
+func (s steady) use() error {
+	if err := s.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		return err
+	}
+	message := nonce()
+	if _, err := s.Write(message); err != nil {
+		return err
+	}
+	got := make([]byte, len(message))
+	if _, err := io.ReadFull(s, got); err != nil {
+		return err
+	}
+	if !bytes.Equal(got, message) {
+		return errors.New("the echo differs")
+	}
+	return nil
+}

@@ -1,0 +1,151 @@
+// Package e2e tests the real programs, raceway-agent and raceway-ca, on a cluster of network
+// namespaces (package lab). Every test has a lab of its own:
+//
+//	pods of node1 ── node1 ── fabric ── node2 ── pods of node2
+//	                             └── control (raceway-ca)
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
+	"github.com/raceway-mesh/raceway/e2e/lab"
+)
+
+// binDir holds the programs under test. It is set once, before the tests run.
+var binDir string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "raceway-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	if os.Geteuid() == 0 {
+		if err := build(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	binDir = dir
+	return m.Run()
+}
+
+func build(dir string) error {
+	args := []string{"build", "-o", dir}
+	if raceEnabled {
+		args = append(args, "-race")
+	}
+	out, err := exec.Command("go", append(args, "../cmd/raceway-agent", "../cmd/raceway-ca", "../cmd/raceway")...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("build the programs under test: %w\n%s", err, out)
+	}
+	return nil
+}
+
+// cluster is a lab and what most tests need of it.
+type cluster struct {
+	*lab.Lab
+	t *testing.T
+}
+
+// newCluster makes two nodes; what it leaves behind, or an agent that died by itself, fails
+// the test.
+func newCluster(t *testing.T, opts lab.Options) *cluster {
+	t.Helper()
+	netnstest.Require(t)
+	opts.BinDir = binDir
+	l, err := lab.New(t.Context(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cluster{Lab: l, t: t}
+	t.Cleanup(func() {
+		if t.Failed() {
+			c.dumpLogs()
+		}
+		if err := l.Close(); err != nil {
+			t.Error("close the lab:", err)
+		}
+		for _, left := range l.Leftovers() {
+			t.Error("left behind:", left)
+		}
+	})
+	return c
+}
+
+// dumpLogs shows the end of every agent's log.
+func (c *cluster) dumpLogs() {
+	for _, n := range c.Nodes() {
+		if a := c.Agent(n); a != nil {
+			c.t.Logf("%s: %s\n%s", n.Name, filepath.Base(a.Log), a.LogTail())
+		}
+	}
+}
+
+// start starts the CA and the agents.
+func (c *cluster) start(args ...string) {
+	c.t.Helper()
+	if err := c.StartMesh(c.t.Context(), args...); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// pod adds a pod of namespace "shop" whose service account and app label are its name.
+func (c *cluster) pod(name string, node int) *lab.Pod {
+	c.t.Helper()
+	p, err := c.AddPod(lab.PodSpec{Namespace: "shop", Name: name, Node: node, ServiceAccount: name})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return p
+}
+
+// label sets the mode of namespace "shop" and waits until it is in force for every pod.
+func (c *cluster) label(mode string) {
+	c.t.Helper()
+	if err := c.LabelNamespace("shop", mode); err != nil {
+		c.t.Fatal(err)
+	}
+	if mode == dataplane.ModeAmbient {
+		c.await(dataplane.CaptureInForce)
+		c.awaitProtocol(dataplane.ProtocolHBONE)
+		return
+	}
+	c.awaitProtocol(dataplane.ProtocolTCP)
+}
+
+func (c *cluster) await(state dataplane.CaptureState) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), 30*time.Second)
+	defer cancel()
+	if err := c.WaitCapture(ctx, state, c.Pods()...); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *cluster) awaitProtocol(protocol dataplane.Protocol) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), 30*time.Second)
+	defer cancel()
+	if err := c.WaitProtocol(ctx, protocol, c.Pods()...); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// eachFamily runs a test on IPv4 and on IPv6.
+func eachFamily(t *testing.T, test func(t *testing.T, opts lab.Options)) {
+	for name, v6 := range map[string]bool{"IPv4": false, "IPv6": true} {
+		t.Run(name, func(t *testing.T) { test(t, lab.Options{IPv6: v6}) })
+	}
+}
