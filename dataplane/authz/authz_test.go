@@ -436,7 +436,7 @@ func TestSetIsSharedBetweenConnections(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if set.Rules(s.Workload("db-0")) != set.Rules(s.Workload("db-0")) {
+	if first := set.Rules(s.Workload("db-0")); first != set.Rules(s.Workload("db-0")) {
 		t.Error("a workload is compiled twice")
 	}
 }

@@ -60,9 +60,7 @@ func (d *driver) loop(ctx context.Context) error {
 	for {
 		snapshot, changed := d.cfg.Store.Load()
 		now := time.Now()
-		if d.desire(snapshot) {
-			d.report(now) // a pod that is no longer captured must not be said to be while it is released
-		}
+		d.desire(snapshot, now)
 		wake := d.advance(ctx, now)
 		d.report(now)
 		if d.releasing && len(d.pods) == 0 && d.publication.known {
@@ -113,16 +111,15 @@ func (d *driver) join() {
 	d.report(time.Now())
 }
 
-// desire takes in a snapshot: which pods are wanted, and which exist no more. It reports
-// whether that is news.
-func (d *driver) desire(s *dataplane.Snapshot) bool {
+// desire takes in a snapshot: which pods are wanted, and which exist no more.
+func (d *driver) desire(s *dataplane.Snapshot, now time.Time) {
 	if s == nil {
 		// Run decides nothing before the first complete snapshot; ReleaseAll need not know.
 		d.decided = d.decided || d.releasing
-		return false
+		return
 	}
 	if s == d.seen {
-		return false
+		return
 	}
 	d.seen, d.decided = s, true
 	wanted := make(map[string]*dataplane.Workload)
@@ -150,7 +147,7 @@ func (d *driver) desire(s *dataplane.Snapshot) bool {
 			p.publish = p.publish || is && p.resumed
 		}
 	}
-	return true
+	d.report(now) // nobody is said to be captured while the first step of the release runs
 }
 
 // advance starts every step that can start, and returns when to look again; zero when only

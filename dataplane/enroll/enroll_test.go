@@ -432,3 +432,18 @@ func TestConfigComplaintsAreJoined(t *testing.T) {
 		}
 	}
 }
+
+func TestCapturedIsTakenBackBeforeTheReleaseBegins(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.halt()
+		g.set("a", false)
+		snapshot, _ := g.store.Load()
+		(&driver{Reconciler: g.r}).desire(snapshot, time.Now())
+		g.expectState("a", dataplane.CaptureReleasing, "guard is about to be lifted")
+	})
+}
