@@ -54,34 +54,51 @@ type server struct {
 // another target than application, 401 for another identity than ClientID.
 func startServer(t *testing.T, ca *hbonetest.CA) *server {
 	t.Helper()
+	return &startDrainingWith(t, ca).server
+}
+
+// draining is a server whose drain the test starts.
+type draining struct {
+	server
+	drain context.CancelFunc
+	done  chan error // what Serve returned
+}
+
+func startDraining(t *testing.T) *draining {
+	t.Helper()
+	return startDrainingWith(t, hbonetest.NewCA(t))
+}
+
+func startDrainingWith(t *testing.T, ca *hbonetest.CA) *draining {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{addr: l.Addr().(*net.TCPAddr).AddrPort(), ca: ca, errs: make(chan error, 100)}
+	ctx, drain := context.WithCancel(context.Background())
+	force, cut := context.WithCancel(context.Background())
+	d := &draining{drain: drain, done: make(chan error, 1)}
+	d.addr, d.ca, d.errs = l.Addr().(*net.TCPAddr).AddrPort(), ca, make(chan error, 100)
 	srv := hbone.NewServer(hbone.ServerConfig{
-		TLS: ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: s.handle,
+		TLS: ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: d.handle,
 		HandshakeTimeout: 2 * time.Second,
 		OnHandshakeError: func(_ netip.AddrPort, err error) {
 			select {
-			case s.errs <- err:
+			case d.errs <- err:
 			default:
 			}
 		},
 	})
-	ctx, drain := context.WithCancel(context.Background())
-	force, cut := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- srv.Serve(ctx, force, l) }()
+	go func() { d.done <- srv.Serve(ctx, force, l) }()
 	t.Cleanup(func() {
 		drain()
 		cut()
-		if err := <-done; err != nil {
+		if err := <-d.done; err != nil {
 			t.Errorf("Serve = %v", err)
 		}
 		_ = l.Close()
 	})
-	return s
+	return d
 }
 
 // application is the one target that the test server has.
