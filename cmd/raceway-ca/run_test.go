@@ -1,0 +1,253 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+
+	"github.com/raceway-mesh/raceway/certs/ca"
+	"github.com/raceway-mesh/raceway/certs/istio"
+	"github.com/raceway-mesh/raceway/certs/spiffe"
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const namespace = `apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+`
+
+const pod = `apiVersion: v1
+kind: Pod
+metadata: {name: web-1, namespace: shop, uid: web-1}
+spec: {nodeName: node-a, serviceAccountName: web, containers: []}
+status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
+`
+
+func put(t *testing.T, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func request(t *testing.T) []byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})
+}
+
+func TestServiceSignsForThePodsThatItSees(t *testing.T) {
+	dir, cluster := t.TempDir(), t.TempDir()
+	token := strings.Repeat("t", 40)
+	put(t, filepath.Join(dir, "nodes.yaml"), "node-a: "+token+"\n")
+	put(t, filepath.Join(dir, "token"), token)
+	put(t, filepath.Join(cluster, "namespace.yaml"), namespace)
+
+	cmd := command()
+	out, in := io.Pipe()
+	cmd.SetOut(in)
+	cmd.SetErr(io.Discard)
+	cmd.SetArgs([]string{
+		"--listen=127.0.0.1:0", "--metrics-address=127.0.0.1:0", "--data-dir=" + filepath.Join(dir, "data"),
+		"--cluster-dir=" + cluster, "--node-tokens=" + filepath.Join(dir, "nodes.yaml"),
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		err := cmd.ExecuteContext(ctx)
+		_ = in.CloseWithError(errors.Join(io.EOF, err))
+		done <- err
+	}()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	text := make([]byte, 1024)
+	n, err := out.Read(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := filepath.Join(dir, "data", ca.RootFile)
+	address, found := strings.CutPrefix(string(text[:n]), "ready: certificate API on ")
+	address, rest, _ := strings.Cut(address, ",")
+	if !found || rest != " root certificate in "+root+"\n" {
+		t.Fatalf("announced %q", text[:n])
+	}
+	client, err := istio.NewClient(istio.ClientConfig{Address: address, RootFile: root, TokenFile: filepath.Join(dir, "token")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+	limit, stop := context.WithTimeout(ctx, 30*time.Second)
+	defer stop()
+	web := spiffe.ID{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "web"}
+	until := func(what string, is func(error) bool) {
+		t.Helper()
+		for {
+			_, err := client.Sign(limit, web, request(t), 0)
+			if is(err) {
+				return
+			}
+			if limit.Err() != nil {
+				t.Fatalf("%s: last answer %v", what, err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	denied := func(err error) bool {
+		var call *istio.CallError
+		return errors.As(err, &call) && call.Code == codes.PermissionDenied && strings.Contains(err.Error(), "shop/web")
+	}
+	until("no pod yet", denied)
+	put(t, filepath.Join(cluster, "pod.yaml"), pod)
+	until("the pod is there", func(err error) bool { return err == nil })
+	if err := os.Remove(filepath.Join(cluster, "pod.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	until("the pod is gone", denied)
+}
+
+func TestMetricsAndHealth(t *testing.T) {
+	authority, err := ca.New(ca.Config{Dir: t.TempDir(), TrustDomain: "cluster.local"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = authority.Close() }()
+	m, err := newMetrics(authority)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := &dataplane.Store{}
+	handler := m.handler(authority, store)
+	get := func(path string) (int, string) {
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+		return w.Code, w.Body.String()
+	}
+	if code, text := get("/healthz"); code != http.StatusServiceUnavailable || !strings.Contains(text, "has not been read") {
+		t.Errorf("before the first snapshot: %d %s", code, text)
+	}
+	store.Publish(dataplane.NewSnapshot(dataplane.Contents{}))
+	if code, text := get("/healthz"); code != http.StatusOK {
+		t.Errorf("healthy: %d %s", code, text)
+	}
+	m.count(istio.Result{Outcome: istio.Signed})
+	m.count(istio.Result{Outcome: istio.RefusedImpersonate})
+	m.count(istio.Result{Outcome: istio.RefusedImpersonate})
+	_, text := get("/metrics")
+	for _, want := range []string{
+		"\nraceway_ca_certificates_signed_total 1\n",
+		"\nraceway_ca_requests_refused_total{cause=\"denied\"} 2\n",
+		"\nraceway_ca_requests_refused_total{cause=\"unauthenticated\"} 0\n",
+		"\nraceway_ca_signing_certificate_expiry_timestamp_seconds ",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("metrics lack %q", want)
+		}
+	}
+	if problems, err := testutil.GatherAndLint(m.registry, "raceway_ca_certificates_signed_total", "raceway_ca_requests_refused_total", "raceway_ca_signing_certificate_expiry_timestamp_seconds"); err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v %v", problems, err)
+	}
+}
+
+func TestStartErrorsNameTheirCause(t *testing.T) {
+	dir := t.TempDir()
+	tokens := filepath.Join(dir, "nodes.yaml")
+	put(t, tokens, "node-a: "+strings.Repeat("t", 40)+"\n")
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	good := []string{"--listen=127.0.0.1:0", "--metrics-address=", "--data-dir=" + filepath.Join(dir, "data"), "--cluster-dir=" + dir, "--node-tokens=" + tokens}
+	for _, tt := range []struct {
+		name string
+		args []string
+		text string
+	}{
+		{"nothing set", []string{"--listen=:0"}, "--cluster-dir is not set\n--node-tokens is not set\n--tls-name is not set"},
+		{"no port", append(good, "--listen=localhost"), "--listen"},
+		{"unspecified address without a name", append(good, "--listen=[::]:0"), "--tls-name"},
+		{"no tokens", append(good, "--node-tokens="+dir+"/gone"), "gone"},
+		{"bad trust domain", append(good, "--trust-domain=A"), "trust domain"},
+		{"bad level", append(good, "--log-level=loud"), "loud"},
+		{"address taken", append(good, "--listen="+taken.Addr().String()), "certificate API"},
+		{"metrics address taken", append(good, "--metrics-address="+taken.Addr().String()), "metrics"},
+		{"argument", append(good, "x"), "x"},
+	} {
+		cmd := command()
+		cmd.SetOut(io.Discard)
+		cmd.SetErr(io.Discard)
+		cmd.SetArgs(tt.args)
+		if err := cmd.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), tt.text) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.text)
+		}
+	}
+}
+
+func TestEnvironmentSetsWhatTheCommandLineLeavesAlone(t *testing.T) {
+	flags := command().Flags()
+	if err := flags.Parse([]string{"--listen=:1"}); err != nil {
+		t.Fatal(err)
+	}
+	env := map[string]string{"RACEWAY_CA_LISTEN": ":2", "RACEWAY_CA_DATA_DIR": "/data", "RACEWAY_CA_TLS_NAME": "a,b", "RACEWAY_CA_TTL": "1h"}
+	lookup := func(name string) (string, bool) { v, ok := env[name]; return v, ok }
+	if err := fromEnvironment(flags, lookup); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"listen": ":1", "data-dir": "/data", "tls-name": "[a,b]", "ttl": "1h0m0s"} {
+		if got := flags.Lookup(name).Value.String(); got != want {
+			t.Errorf("--%s is %q, want %q", name, got, want)
+		}
+	}
+	env["RACEWAY_CA_MAX_TTL"] = "soon"
+	if err := fromEnvironment(flags, lookup); err == nil || !strings.Contains(err.Error(), "RACEWAY_CA_MAX_TTL") {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestLogsNeverHoldTokens(t *testing.T) {
+	dir := t.TempDir()
+	token := strings.Repeat("s", 40)
+	put(t, filepath.Join(dir, "nodes.yaml"), "node-a: "+token+"\n")
+	var log bytes.Buffer
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	cfg := config{listen: "127.0.0.1:0", dataDir: filepath.Join(dir, "data"), clusterDir: t.TempDir(), nodeTokens: filepath.Join(dir, "nodes.yaml"), trustDomain: "cluster.local", tlsNames: []string{"localhost"}, ttl: time.Hour}
+	if err := run(ctx, cfg, io.Discard, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))); err != nil {
+		t.Error(err)
+	}
+	if log.Len() == 0 || strings.Contains(log.String(), token) {
+		t.Errorf("log: %s", &log)
+	}
+}
