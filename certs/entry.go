@@ -34,6 +34,7 @@ type entry struct {
 	updated  chan struct{}       // closed when anything below changes
 	cert     *tls.Certificate    // nil before the first
 	chain    []*x509.Certificate // what the CA replied with cert, leaf first
+	obtained time.Time           // when cert was
 	next     time.Time           // when the CA is asked again
 	lastErr  error               // of the last request, nil when it succeeded
 	failures int                 // in a row
@@ -108,7 +109,7 @@ func (k *Keeper) refresh(ctx context.Context, e *entry) time.Duration {
 		k.log.Warn("certificate not obtained", "identity", e.id.String(), "valid", e.valid(time.Now()), "failures", e.failures, "retryIn", wait, "error", err)
 	} else {
 		wait = refreshIn(time.Until(cert.Leaf.NotAfter))
-		e.cert, e.chain, e.failures = cert, chain, 0
+		e.cert, e.chain, e.obtained, e.failures = cert, chain, time.Now(), 0
 		k.log.Info("certificate obtained", "identity", e.id.String(), "serial", serial(cert.Leaf), "notAfter", cert.Leaf.NotAfter, "refreshIn", wait)
 	}
 	e.next = time.Now().Add(wait)
@@ -236,7 +237,7 @@ const (
 type Status struct {
 	Identity  spiffe.ID
 	State     State
-	Since     time.Time // of the state
+	Since     time.Time // when the present certificate came, or since when there is none
 	Serial    string    // in hex
 	NotBefore time.Time
 	NotAfter  time.Time
@@ -265,7 +266,7 @@ func (e *entry) status(now time.Time) Status {
 	}
 	switch {
 	case e.valid(now):
-		s.State, s.Since = StateValid, s.NotBefore
+		s.State, s.Since = StateValid, e.obtained
 	case e.cert != nil && now.After(s.NotAfter):
 		s.State = StateExpired
 	case e.lastErr != nil:

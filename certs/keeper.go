@@ -196,7 +196,8 @@ func (k *Keeper) Ready(ctx context.Context, id spiffe.ID) error {
 }
 
 // Changed returns a channel that is closed when trust roots or revocations have changed
-// since the call. It is closed only while Run runs.
+// since the call, while Run runs. Take the channel first and look at Revoked then, so that no
+// change falls in between.
 func (k *Keeper) Changed() <-chan struct{} {
 	_, changed := k.changed.load()
 	return changed

@@ -1,6 +1,7 @@
 package certs
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -164,7 +165,9 @@ func (v *verifier) liveRevoked(state tls.ConnectionState) error {
 	candidates := slices.Concat(state.PeerCertificates[1:], v.rootsOf(id.TrustDomain).certs)
 	cert := state.PeerCertificates[0]
 	for range len(state.PeerCertificates) {
-		at := slices.IndexFunc(candidates, func(c *x509.Certificate) bool { return cert.CheckSignatureFrom(c) == nil })
+		at := slices.IndexFunc(candidates, func(c *x509.Certificate) bool {
+			return bytes.Equal(c.RawSubject, cert.RawIssuer) && cert.CheckSignatureFrom(c) == nil
+		})
 		var issuer *x509.Certificate
 		if at >= 0 {
 			issuer = candidates[at]

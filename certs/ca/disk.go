@@ -52,10 +52,12 @@ func (a *Authority) prepare() (made bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if info.Mode().Perm()&0o002 != 0 {
-		return false, fmt.Errorf("everyone may write to the directory (mode %#o), so its key proves nothing: chmod o-w", info.Mode().Perm())
+	// With the sticky bit nobody can replace a file of ours: Kubernetes mounts secrets so.
+	writable := info.Mode().Perm()&0o002 != 0
+	if writable && info.Mode()&fs.ModeSticky == 0 {
+		return false, openDirError(info)
 	}
-	if err := os.RemoveAll(filepath.Join(dir, stagingDir)); err != nil {
+	if err := discardStaging(dir); err != nil {
 		return false, fmt.Errorf("remove what an interrupted start left: %w", err)
 	}
 	if err := settle(dir); err != nil {
@@ -70,10 +72,26 @@ func (a *Authority) prepare() (made bool, err error) {
 	case len(present) > 0:
 		return false, fmt.Errorf("%s is there but %s is not: put it there, or empty the directory to have a new authority made (every certificate in use then loses its root)", strings.Join(present, " and "), strings.Join(missing, " and "))
 	}
+	if writable { // somebody else could put files there first
+		return false, openDirError(info)
+	}
 	if err := a.create(); err != nil {
 		return false, fmt.Errorf("make a new root: %w", err)
 	}
 	return true, settle(dir)
+}
+
+func openDirError(info fs.FileInfo) error {
+	return fmt.Errorf("everyone may write to the directory (mode %#o), so its key proves nothing: chmod o-w", info.Mode().Perm())
+}
+
+// discardStaging looks first: a read-only mount refuses to remove even what is not there.
+func discardStaging(dir string) error {
+	staging := filepath.Join(dir, stagingDir)
+	if _, err := os.Lstat(staging); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return os.RemoveAll(staging)
 }
 
 // inventory sorts the files that an authority consists of.

@@ -148,6 +148,31 @@ func TestUnsafeOrIncompleteDirectoriesAreRefused(t *testing.T) {
 	}
 }
 
+// Kubernetes mounts a secret as a sticky directory of mode 0777 with symlinks in it, read-only.
+func TestSecretAsKubernetesMountsIt(t *testing.T) {
+	root := newAuthority(t, "root", nil, time.Hour)
+	dir := t.TempDir()
+	data := filepath.Join(dir, "..data")
+	if err := os.Mkdir(data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	install(t, data, root, nil, root)
+	chmod(t, filepath.Join(data, keyFile), 0o440)
+	for _, name := range []string{keyFile, certFile, RootFile, chainFile} {
+		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	chmod(t, dir, 0o777|os.ModeSticky)
+	sign(t, open(t, Config{Dir: dir}), 0)
+
+	empty := t.TempDir()
+	chmod(t, empty, 0o777|os.ModeSticky)
+	if _, err := New(Config{Dir: empty, TrustDomain: td}); err == nil || !strings.Contains(err.Error(), "chmod o-w") {
+		t.Errorf("made an authority where everyone may write: %v", err)
+	}
+}
+
 func chmod(t *testing.T, name string, mode os.FileMode) {
 	t.Helper()
 	if err := os.Chmod(name, mode); err != nil {
