@@ -51,8 +51,6 @@ type PolicySource struct {
 	NotNamespaces        []string
 	ServiceAccounts      []string // "name" in the policy's own namespace, or "namespace/name"
 	NotServiceAccounts   []string
-	TrustDomains         []string // exact, prefix, suffix or presence
-	NotTrustDomains      []string
 	IPBlocks             []netip.Prefix
 	NotIPBlocks          []netip.Prefix
 	RemoteIPBlocks       []netip.Prefix // the address before proxies: not known at L4

@@ -16,9 +16,6 @@ import (
 	"time"
 )
 
-// maxFiles bounds the files of a directory.
-const maxFiles = 8192
-
 // Problem is something wrong in a file, or with it. Until it is solved, the last good
 // content of the file stays in force.
 type Problem struct {
@@ -40,7 +37,8 @@ type directory[T any] struct {
 	skip       string   // a path below root that is not read
 	extensions []string // of the files that are
 	depth      int      // of subdirectories
-	maxSize    int64
+	maxSize    int64    // of a file
+	maxFiles   int
 	settle     time.Duration // how long a file must stay empty to count as empty
 	linger     time.Duration // and how long it must be missing to count as gone
 	parse      func(name string, data []byte) (T, []fault)
@@ -254,8 +252,8 @@ func (d *directory[T]) walk(l *listing, dir string, depth int) {
 				l.st.problem(path, 0, "not read: subdirectories of subdirectories are not")
 			}
 		case !slices.Contains(d.extensions, filepath.Ext(path)):
-		case len(l.files) == maxFiles:
-			l.st.problem(dir, 0, "not all read: there are more than %d files", maxFiles)
+		case len(l.files) == d.maxFiles:
+			l.st.problem(dir, 0, "not all read: there are more than %d files", d.maxFiles)
 			l.unreadable = append(l.unreadable, dir)
 			return
 		default:

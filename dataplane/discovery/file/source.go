@@ -16,6 +16,9 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
 )
 
+// maxFiles bounds the files of a directory.
+const maxFiles = 8192
+
 // lingering is, in debounce intervals, how long a file's objects outlive it.
 const lingering = 2
 
@@ -53,11 +56,11 @@ func New(config Config) (*Source, error) {
 		cluster: directory[manifest]{
 			root: config.Dir, skip: config.StatusDir, depth: 1,
 			extensions: []string{".yaml", ".yml", ".json"},
-			maxSize:    config.MaxFileSize, settle: config.Settle, linger: lingering * config.Debounce, parse: parseManifest,
+			maxSize:    config.MaxFileSize, maxFiles: maxFiles, settle: config.Settle, linger: lingering * config.Debounce, parse: parseManifest,
 		},
 		nodes: directory[status]{
 			root: config.StatusDir, extensions: []string{statusExtension},
-			maxSize: config.MaxFileSize, settle: config.Settle, linger: lingering * config.Debounce, parse: parseStatus,
+			maxSize: config.MaxFileSize, maxFiles: maxFiles, settle: config.Settle, linger: lingering * config.Debounce, parse: parseStatus,
 		},
 		ignored: make(map[string]bool),
 	}, nil

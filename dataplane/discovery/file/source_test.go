@@ -225,13 +225,21 @@ func TestFileSizeIsBounded(t *testing.T) {
 
 func TestFilesOfADirectoryAreBounded(t *testing.T) {
 	r := newRig(t, nil)
-	for i := range maxFiles + 1 {
-		r.write(fmt.Sprintf("%05d.yaml", i), "")
-	}
+	r.cluster.maxFiles = 2
+	r.write("a.yaml", namespace("a"))
+	r.write("b.yaml", namespace("b"))
+	r.write("c.yaml", namespace("c"))
 	r.rests()
-	r.problem("", 0, "more than 8192 files")
-	r.remove("00000.yaml")
+	r.problem("", 0, "more than 2 files")
+	r.remove("a.yaml")
 	r.publishes()
+	r.noProblem()
+	r.namespaces("b", "c")
+	// Those that were read stay in force, whichever they are.
+	r.write("a.yaml", namespace("a"))
+	r.publishes()
+	r.namespaces("a", "b", "c")
+	r.problem("", 0, "more than 2 files")
 }
 
 func TestDirectoryThatVanishesLeavesAllInForce(t *testing.T) {

@@ -39,7 +39,7 @@ func FuzzAuthorizationPolicy(f *testing.F) {
 		for _, r := range p.Rules {
 			for _, s := range r.From {
 				n := len(s.Principals) + len(s.NotPrincipals) + len(s.Namespaces) + len(s.NotNamespaces) +
-					len(s.ServiceAccounts) + len(s.NotServiceAccounts) + len(s.TrustDomains) + len(s.NotTrustDomains) +
+					len(s.ServiceAccounts) + len(s.NotServiceAccounts) +
 					len(s.IPBlocks) + len(s.NotIPBlocks) + len(s.RemoteIPBlocks) + len(s.NotRemoteIPBlocks) +
 					len(s.RequestPrincipals) + len(s.NotRequestPrincipals)
 				if n == 0 {

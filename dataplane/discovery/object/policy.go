@@ -173,8 +173,6 @@ func (c *complaints) source(field string, in *security.Source) dataplane.PolicyS
 		NotNamespaces:        c.values(field+".notNamespaces", in.GetNotNamespaces()),
 		ServiceAccounts:      c.serviceAccounts(field+".serviceAccounts", in.GetServiceAccounts()),
 		NotServiceAccounts:   c.serviceAccounts(field+".notServiceAccounts", in.GetNotServiceAccounts()),
-		TrustDomains:         c.values(field+".trustDomains", in.GetTrustDomains()),
-		NotTrustDomains:      c.values(field+".notTrustDomains", in.GetNotTrustDomains()),
 		IPBlocks:             c.prefixes(field+".ipBlocks", in.GetIpBlocks()),
 		NotIPBlocks:          c.prefixes(field+".notIpBlocks", in.GetNotIpBlocks()),
 		RemoteIPBlocks:       c.prefixes(field+".remoteIpBlocks", in.GetRemoteIpBlocks()),
@@ -185,8 +183,12 @@ func (c *complaints) source(field string, in *security.Source) dataplane.PolicyS
 	identities := len(out.Principals) + len(out.NotPrincipals) + len(out.Namespaces) + len(out.NotNamespaces)
 	accounts := len(out.ServiceAccounts) + len(out.NotServiceAccounts)
 	rest := len(in.GetIpBlocks()) + len(in.GetNotIpBlocks()) + len(in.GetRemoteIpBlocks()) + len(in.GetNotRemoteIpBlocks()) +
-		len(out.RequestPrincipals) + len(out.NotRequestPrincipals) + len(out.TrustDomains) + len(out.NotTrustDomains)
+		len(out.RequestPrincipals) + len(out.NotRequestPrincipals)
+	domains := len(in.GetTrustDomains()) + len(in.GetNotTrustDomains())
 	switch {
+	case domains > 0:
+		// Experimental in Istio; read and not enforced, it would widen an ALLOW.
+		c.addf("%s: trustDomains and notTrustDomains are not understood; write principals: [<trust domain>/*]", field)
 	case identities+accounts+rest == 0:
 		c.addf("%s: empty, it must name at least one field", field)
 	case accounts > 0 && identities > 0:

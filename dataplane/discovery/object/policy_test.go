@@ -44,8 +44,6 @@ spec:
         notIpBlocks: [10.1.0.0/16]
         remoteIpBlocks: [198.51.100.0/24]
         notRemoteIpBlocks: [198.51.100.1]
-        trustDomains: [cluster.local]
-        notTrustDomains: [evil.local]
     - source: {serviceAccounts: [web, lab/web], notServiceAccounts: [bad]}
     to:
     - operation:
@@ -81,7 +79,6 @@ status: {conditions: []}
 				NotIPBlocks:       []netip.Prefix{prefix("10.1.0.0/16")},
 				RemoteIPBlocks:    []netip.Prefix{prefix("198.51.100.0/24")},
 				NotRemoteIPBlocks: []netip.Prefix{prefix("198.51.100.1/32")},
-				TrustDomains:      []string{"cluster.local"}, NotTrustDomains: []string{"evil.local"},
 			}, {
 				ServiceAccounts: []string{"web", "lab/web"}, NotServiceAccounts: []string{"bad"},
 			}},
@@ -179,6 +176,8 @@ func TestInvalidAuthorizationPolicy(t *testing.T) {
 		{"service account of too many parts", rule(`{from: [{source: {serviceAccounts: [a/b/c]}}]}`), `"a/b/c" is neither`, deny, db, false},
 		{"service account without a name", rule(`{from: [{source: {notServiceAccounts: [a/]}}]}`), `"a/" is neither`, deny, db, false},
 		{"service account beside namespaces", rule(`{from: [{source: {serviceAccounts: [a], namespaces: [b]}}]}`), "cannot stand beside", deny, db, false},
+		{"trust domains", rule(`{from: [{source: {trustDomains: [a], principals: [a/*]}}]}`), "trustDomains", deny, db, false},
+		{"trust domains that are not", rule(`{from: [{source: {notTrustDomains: [a]}}]}`), "notTrustDomains", deny, db, false},
 		{"condition without a key", rule(`{when: [{values: [a]}]}`), "when[0].key: missing", deny, db, false},
 		{"condition of an unknown key", rule(`{when: [{key: source.port, values: ["1"]}]}`), `"source.port" is unknown`, deny, db, false},
 		{"condition without values", rule(`{when: [{key: source.ip}]}`), "neither values nor notValues", deny, db, false},

@@ -133,7 +133,8 @@ func TestSliceOfAnEarlierPodOrAForeignAddress(t *testing.T) {
 	cases := []struct{ name, ref, want string }{
 		{"the pod itself", `{kind: Pod, name: a, uid: u-a}`, "u-a"},
 		{"its predecessor of the same name", `{kind: Pod, name: a, uid: u-old}`, "u-old"},
-		{"a pod that has another address", `{kind: Pod, name: far, uid: u-far}`, ""},
+		{"a pod that has another address", `{kind: Pod, name: far, uid: u-far}`, "u-far"},
+		{"a pod of the host's network that has another address", `{kind: Pod, name: host, uid: u-host}`, ""},
 		{"a pod that is not known", `{kind: Pod, name: gone, uid: u-gone}`, "u-gone"},
 		{"a node", `{kind: Node, name: a}`, ""},
 	}
@@ -141,6 +142,7 @@ func TestSliceOfAnEarlierPodOrAForeignAddress(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			all := contents(t, webService,
 				webPod("a", `status: {phase: Running, podIP: 10.244.1.5}`),
+				webPod("host", `spec: {hostNetwork: true}, status: {phase: Running, podIP: 192.0.2.1}`),
 				webPod("far", `status: {phase: Running, podIP: 10.244.1.99}`),
 				`{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: w, namespace: shop, labels: {kubernetes.io/service-name: web}},
 				  addressType: IPv4, endpoints: [{addresses: [10.244.1.5], targetRef: `+c.ref+`}]}`)

@@ -139,8 +139,9 @@ func mergeEndpoints(a, b dataplane.Endpoint) dataplane.Endpoint {
 }
 
 // resolve finds the pod of a slice's endpoint. A pod whose YAML names no UID is known by
-// its name; one that does must be the very one, or the slice speaks of a predecessor. Whoever
-// may write slices may name any pod for any address, so the address must be the pod's.
+// its name; one that does must be the very one, or the slice speaks of a predecessor. An
+// address that is not the named pod's is left to whoever routes, which drops it; but of a
+// hostNetwork pod no address tells that it is that pod's, so there the address counts alone.
 func (v *view) resolve(e sliceEndpoint) dataplane.Endpoint {
 	out := e.Endpoint
 	if e.pod != (dataplane.Name{}) {
@@ -148,7 +149,7 @@ func (v *view) resolve(e sliceEndpoint) dataplane.Endpoint {
 		switch {
 		case !known || e.uid != "" && !p.uidDerived && p.UID != e.uid:
 			out.WorkloadUID = e.uid
-		case slices.Contains(p.Addrs, e.Addr):
+		case !p.HostNetwork || slices.Contains(p.Addrs, e.Addr):
 			out.WorkloadUID = v.uids[e.pod]
 			if out.Node == "" {
 				out.Node = p.Node
