@@ -84,11 +84,22 @@ func newCluster(t *testing.T, opts lab.Options) *cluster {
 	return c
 }
 
-// dumpLogs shows the end of every agent's log.
+// logsEnv names a directory that keeps the whole logs of a failed test's agents.
+const logsEnv = "RACEWAY_E2E_LOGS"
+
+// dumpLogs shows the end of every agent's log, or keeps them whole if it is told where.
 func (c *cluster) dumpLogs() {
+	dir := os.Getenv(logsEnv)
 	for _, n := range c.Nodes() {
-		if a := c.Agent(n); a != nil {
-			c.t.Logf("%s: %s\n%s", n.Name, filepath.Base(a.Log), a.LogTail())
+		a := c.Agent(n)
+		switch {
+		case a == nil:
+		case dir == "":
+			c.t.Logf("%s: %s", n.Name, a.LogTail())
+		default:
+			if err := os.Rename(a.Log, filepath.Join(dir, c.Name()+"-"+filepath.Base(a.Log))); err != nil {
+				c.t.Error("keep a log:", err)
+			}
 		}
 	}
 }

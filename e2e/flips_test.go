@@ -27,6 +27,7 @@ func TestLabelFlipsUnderLoadFailNoConnection(t *testing.T) {
 		traffic := startLoad(t, 4, client, target)
 		modes := []string{dataplane.ModeAmbient, ""}
 		for i := range flips {
+			t.Logf("%s: flip %d to %q", time.Now().Format("15:04:05.000"), i, modes[i%2])
 			if err := c.LabelNamespace("shop", modes[i%2]); err != nil {
 				t.Fatal(err)
 			}
