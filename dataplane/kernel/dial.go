@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/raceway-mesh/raceway/bpf"
@@ -72,31 +72,39 @@ func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCP
 }
 
 // checkCollision looks at a dial that did not complete at once, which over loopback is
-// rare: is there a socket in the pod whose peer has our source address and port, other than
-// the one that our SYN just made?
+// rare: has the agent a socket in the pod whose peer is the address and port that we
+// connect from?
 func (p *Pod) checkCollision(client netip.Addr, app netip.AddrPort) func(fd int) error {
 	return func(fd int) error {
-		sa, err := unix.Getsockname(fd)
+		port, err := localPort(fd)
 		if err != nil {
-			return fmt.Errorf("getsockname: %w", err)
+			return err
 		}
-		source := &net.TCPAddr{IP: client.AsSlice()}
-		switch sa := sa.(type) {
-		case *unix.SockaddrInet4:
-			source.Port = sa.Port
-		case *unix.SockaddrInet6:
-			source.Port = sa.Port
+		connections, err := p.connections()
+		if err != nil {
+			return err
 		}
-		return p.ns.Do(func() error {
-			s, err := netlink.SocketGet(net.TCPAddrFromAddrPort(app), source)
-			if err != nil {
-				return nil // none, or no inet_diag: the dial goes on, and its context bounds it
+		local, remote := toAddr(app.Addr()), toAddr(client)
+		for _, c := range connections {
+			if c.Own != 0 && c.LocalPort == app.Port() && c.RemotePort == port && c.Local == local && c.Remote == remote {
+				return errCollision
 			}
-			// Without a connection the lookup ends at the application's listener.
-			if s.State == tcpListen || s.State == tcpSynRecv || s.State == tcpNewSynRecv {
-				return nil
-			}
-			return errCollision
-		})
+		}
+		return nil
+	}
+}
+
+func localPort(fd int) (uint16, error) {
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return 0, os.NewSyscallError("getsockname", err)
+	}
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return uint16(sa.Port), nil
+	case *unix.SockaddrInet6:
+		return uint16(sa.Port), nil
+	default:
+		return 0, fmt.Errorf("a TCP socket with a %T", sa)
 	}
 }

@@ -210,3 +210,8 @@ func families() []family {
 		{"v6", func(p *netnstest.Pod) netip.Addr { return p.V6 }},
 	}
 }
+
+func listenOn(t *testing.T, p *netnstest.Pod, at netip.AddrPort) net.Listener {
+	t.Helper()
+	return netnstest.Listen(t, p.Namespace, "tcp", at.String())
+}

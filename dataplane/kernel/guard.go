@@ -25,7 +25,6 @@ const quiet = 100 * time.Millisecond
 const (
 	tcpSynSent    = 2
 	tcpSynRecv    = 3
-	tcpListen     = 10
 	tcpNewSynRecv = 12
 )
 
