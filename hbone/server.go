@@ -122,11 +122,12 @@ func (s *Server) Serve(ctx, force context.Context, l net.Listener) error {
 
 // serveConn owns raw.
 func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
-	conn, err := s.handshake(ctx, raw)
+	// A peer that connected before the drain gets its handshake, and is then told.
+	conn, err := s.handshake(force, raw)
 	<-s.handshakes
 	remote := addrPort(raw.RemoteAddr())
 	if err != nil {
-		if ctx.Err() == nil {
+		if force.Err() == nil {
 			s.cfg.OnHandshakeError(remote, NewTLSError(remote, err))
 		}
 		return
