@@ -87,6 +87,16 @@ type Tunnel struct {
 	release func()
 }
 
+// Reset returns a channel that is closed when the stream has ended other than cleanly,
+// which matters to who has read its clean end and still writes; also after Close. It is nil
+// where the transport cannot tell.
+func (t *Tunnel) Reset() <-chan struct{} {
+	if s, ok := t.Stream.(interface{ Reset() <-chan struct{} }); ok {
+		return s.Reset()
+	}
+	return nil
+}
+
 // Close closes the stream and gives its place in the session back.
 func (t *Tunnel) Close() error {
 	err := t.Stream.Close()

@@ -39,6 +39,7 @@ type stream struct {
 	recvEnd, sentEnd bool
 	closed           bool
 	err              error
+	reset            chan struct{} // closed with err or closed set; nil until asked for
 
 	// A client's: settled is closed when response or err is there.
 	settled  chan struct{}
@@ -223,10 +224,35 @@ func (s *stream) endLocked() {
 	s.readable.Broadcast()
 	s.writable.Broadcast()
 	s.settleLocked()
+	s.tellResetLocked()
 	if s.cancel != nil {
 		s.cancel()
 	}
 	s.conn.forgetLocked(s)
+}
+
+// Reset returns a channel that is closed when the stream has ended other than cleanly.
+func (s *stream) Reset() <-chan struct{} {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	if s.reset == nil {
+		s.reset = make(chan struct{})
+		if s.err != nil || s.closed {
+			close(s.reset)
+		}
+	}
+	return s.reset
+}
+
+func (s *stream) tellResetLocked() {
+	if s.reset == nil {
+		return
+	}
+	select {
+	case <-s.reset:
+	default:
+		close(s.reset)
+	}
 }
 
 // settleLocked tells a client's Open that there is an outcome.

@@ -1,0 +1,236 @@
+package h2_test
+
+import (
+	"crypto/sha256"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/h2"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
+)
+
+func TestTransferIsByteExactInRandomChunks(t *testing.T) {
+	const size, streams = 64 << 20, 4
+	p := newPair(t, h2.Client{}, h2.Server{}, echo)
+	var wg sync.WaitGroup
+	for i := range streams {
+		s := p.open(t)
+		seed := [32]byte{byte(i)}
+		sent, got := sha256.New(), sha256.New()
+		wg.Go(func() {
+			random, sizes := rand.NewChaCha8(seed), rand.New(rand.NewPCG(1, uint64(i)))
+			for left := size / streams; left > 0; {
+				buf := make([]byte, min(left, 1+sizes.IntN(200_000)))
+				_, _ = random.Read(buf)
+				sent.Write(buf)
+				if _, err := s.Write(buf); err != nil {
+					t.Error(err)
+					return
+				}
+				left -= len(buf)
+			}
+			if err := s.CloseWrite(); err != nil {
+				t.Error(err)
+			}
+		})
+		wg.Go(func() {
+			sizes := rand.New(rand.NewPCG(2, uint64(i)))
+			buf := make([]byte, 300_000)
+			n := 0
+			for {
+				m, err := s.Read(buf[:1+sizes.IntN(len(buf))])
+				got.Write(buf[:m])
+				n += m
+				if err == io.EOF {
+					break
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+			if n != size/streams {
+				t.Errorf("echoed %d bytes, want %d", n, size/streams)
+			}
+		})
+		defer func() {
+			if string(sent.Sum(nil)) != string(got.Sum(nil)) {
+				t.Errorf("stream %d: bytes differ", i)
+			}
+		}()
+	}
+	wg.Wait()
+}
+
+func TestSlowReaderIsBoundByTheWindow(t *testing.T) {
+	const window = 256 << 10
+	streams, done := make(chan hbone.Stream, 1), make(chan struct{})
+	defer close(done)
+	p := newPair(t, h2.Client{}, h2.Server{StreamWindow: window}, accepting(streams, done))
+	c := p.open(t)
+	s := <-streams
+	var sent int
+	blocked := make(chan struct{})
+	go func() {
+		defer close(blocked)
+		for {
+			n, err := c.Write(make([]byte, 64<<10))
+			sent += n
+			if err != nil {
+				return
+			}
+		}
+	}()
+	time.Sleep(200 * time.Millisecond)
+	_ = c.Close()
+	<-blocked
+	if sent > window {
+		t.Errorf("%d bytes were taken from a writer whose peer reads nothing, want at most the window of %d", sent, window)
+	}
+	if sent < window/2 {
+		t.Errorf("only %d bytes of the window of %d were used", sent, window)
+	}
+	_ = s.Close()
+}
+
+func TestSlowReaderOfTinyFramesHoldsBoundedMemory(t *testing.T) {
+	c, s, _ := both(t)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for range 100_000 { // 100 kB of payload
+		write(t, c, "x")
+	}
+	_ = c.CloseWrite()
+	time.Sleep(50 * time.Millisecond)
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 4<<20 {
+		t.Errorf("100,000 frames of one byte hold %d bytes of memory", grown)
+	}
+	if all, err := io.ReadAll(s); err != nil || len(all) != 100_000 {
+		t.Errorf("read %d bytes, %v", len(all), err)
+	}
+}
+
+func TestBlockedStreamDoesNotBlockOthers(t *testing.T) {
+	streams, done := make(chan hbone.Stream, 2), make(chan struct{})
+	defer close(done)
+	p := newPair(t, h2.Client{}, h2.Server{}, accepting(streams, done))
+	stuck := p.open(t)
+	<-streams
+	go func() {
+		for {
+			if _, err := stuck.Write(make([]byte, 64<<10)); err != nil {
+				return
+			}
+		}
+	}()
+	time.Sleep(100 * time.Millisecond)
+	c := p.open(t)
+	s := <-streams
+	write(t, c, "hello")
+	read(t, s, "hello")
+	write(t, s, "hello")
+	read(t, c, "hello")
+	_ = stuck.Close()
+}
+
+func TestDrainLetsStreamsRunAndRefusesNewOnes(t *testing.T) {
+	c, s, p := both(t)
+	p.drain()
+	for deadline := time.Now().Add(5 * time.Second); p.session.Capacity() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("session still takes streams")
+		}
+	}
+	if _, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
+		t.Errorf("Open = %v, want ErrRefused", err)
+	}
+	write(t, c, "going on")
+	read(t, s, "going on")
+	_ = c.CloseWrite()
+	readEOF(t, s)
+	write(t, s, "bye")
+	_ = s.CloseWrite()
+	read(t, c, "bye")
+	readEOF(t, c)
+	<-p.session.Done()
+}
+
+func TestDrainOfAnIdleConnectionEndsIt(t *testing.T) {
+	p := newPair(t, h2.Client{}, h2.Server{}, echo)
+	s := p.open(t)
+	_ = s.CloseWrite()
+	readEOF(t, s)
+	p.drain()
+	if err := <-p.served; err != nil {
+		t.Errorf("ServeConn = %v", err)
+	}
+	p.served <- nil
+	<-p.session.Done()
+}
+
+func TestForceCutsStreams(t *testing.T) {
+	c, s, p := both(t)
+	p.drain()
+	p.force()
+	for _, end := range []hbone.Stream{c, s} {
+		if _, err := io.ReadAll(end); err == nil {
+			t.Error("a cut stream ended cleanly")
+		}
+	}
+}
+
+func TestLostConnectionIsNoCleanEnd(t *testing.T) {
+	a, b := hbonetest.TCPPair(t)
+	streams, done := make(chan hbone.Stream, 1), make(chan struct{})
+	defer close(done)
+	p := newPairOn(t, a, b, h2.Client{}, h2.Server{}, accepting(streams, done))
+	c := p.open(t)
+	s := <-streams
+	write(t, s, "part")
+	read(t, c, "part")
+	_ = b.Close()
+	for _, end := range []hbone.Stream{c, s} {
+		if _, err := end.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
+			t.Errorf("Read = %v", err)
+		}
+	}
+	<-p.session.Done()
+	if _, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
+		t.Errorf("Open on a dead session = %v, want ErrRefused", err)
+	}
+}
+
+func TestReservationsCount(t *testing.T) {
+	p := newPair(t, h2.Client{}, h2.Server{MaxStreams: 3}, echo)
+	_ = p.open(t).Close() // the server's SETTINGS are here
+	waitStreams(t, p.session, 0)
+	for i := range 3 {
+		if !p.session.Reserve() {
+			t.Fatalf("reservation %d was refused", i)
+		}
+	}
+	if p.session.Reserve() {
+		t.Error("a fourth place of three was reserved")
+	}
+	p.session.Release()
+	if !p.session.Reserve() {
+		t.Error("a place given back was not there")
+	}
+	s := p.open(t)
+	if got := p.session.Capacity(); got != 0 {
+		t.Errorf("capacity = %d with two reserved and one open of three", got)
+	}
+	_ = s.Close()
+	if got := p.session.Capacity(); got != 1 {
+		t.Errorf("capacity = %d after a stream ended, want 1", got)
+	}
+}
