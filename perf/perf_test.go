@@ -109,7 +109,8 @@ func TestUsageIsTheWholeMachines(t *testing.T) {
 		{
 			"nice is user time and irq counts with softirq",
 			"cpu  100 20 300 9999 50 4 60 7 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n",
-			usage{user: 1200 * time.Millisecond, system: 3 * time.Second, softirq: 640 * time.Millisecond}, false,
+			usage{user: 1200 * time.Millisecond, system: 3 * time.Second, softirq: 640 * time.Millisecond},
+			false,
 		},
 		{"empty", "", usage{}, true},
 		{"short", "cpu 1 2 3\n", usage{}, true},

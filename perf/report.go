@@ -105,12 +105,20 @@ func (r *Report) writeWorkload(w io.Writer, workload Workload, scenarios []Scena
 		for _, s := range scenarios {
 			cell := "-"
 			if x := r.find(s.Name, workload.Name, m.Metric); x != nil {
-				cell = fmt.Sprintf("%s (%s to %s)", short(x.Median), short(x.Min), short(x.Max))
+				cell = x.cell()
 			}
 			row = append(row, cell)
 		}
 		fmt.Fprintln(w, strings.Join(row, "\t")) //nolint:errcheck // see above
 	}
+}
+
+// cell is the median, with the spread if there can be one.
+func (x Result) cell() string {
+	if len(x.Rounds) == 1 {
+		return short(x.Median)
+	}
+	return fmt.Sprintf("%s (%s to %s)", short(x.Median), short(x.Min), short(x.Max))
 }
 
 // short shows three digits, and all of a large number's.

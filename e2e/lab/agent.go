@@ -131,7 +131,7 @@ func (l *Lab) StartAgent(ctx context.Context, n *Node, args ...string) (*Agent, 
 	a := &Agent{
 		Node:   n,
 		Socket: filepath.Join(l.dir, n.Name+".sock"),
-		BPFDir: filepath.Join(l.bpfDir(), n.Name),
+		BPFDir: filepath.Join(l.bpfDir(), l.opts.Name+"-"+n.Name),
 		args:   slices.Clone(args),
 	}
 	cmd := exec.Command(filepath.Join(l.opts.BinDir, "raceway-agent"), append([]string{

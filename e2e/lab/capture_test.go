@@ -101,7 +101,7 @@ func TestCaptureKeepsUpWithBulkTraffic(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer listener.Close() //nolint:errcheck // the test is over
+	defer listener.Close()
 	received := make(chan int64)
 	go func() {
 		conn, err := listener.Accept()

@@ -21,6 +21,10 @@ import (
 // runDir holds one directory per lab. It is short: unix socket paths are limited to 107 bytes.
 const runDir = "/run/raceway-lab"
 
+// agentRunDir is where an agent keeps what releasing its pods needs to know, in a directory
+// named as that of its pins. Ours are therefore named after the lab and the node.
+const agentRunDir = "/run/raceway"
+
 // Options says what cluster to make. The zero value is two nodes on IPv4 without processes.
 type Options struct {
 	// Name is the prefix of everything that the lab makes; default "rw" and five random
@@ -290,6 +294,11 @@ func removeDir(dir string) error {
 		if err != nil {
 			// RemoveAll would unlink pins one by one and still leave the mount.
 			return fmt.Errorf("unmount %s: %w", bpf, err)
+		}
+	}
+	for _, state := range agentStateOf(filepath.Base(dir)) {
+		if err := os.RemoveAll(state); err != nil {
+			return fmt.Errorf("remove what an agent kept: %w", err)
 		}
 	}
 	if err := os.RemoveAll(dir); err != nil {

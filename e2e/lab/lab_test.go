@@ -83,7 +83,7 @@ func ask(t *testing.T, h *lab.Host, to netip.AddrPort, message []byte) ([]byte, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close() //nolint:errcheck // read to its end
+	defer conn.Close()
 	if _, err := conn.Write(message); err != nil {
 		t.Fatal(err)
 	}

@@ -101,6 +101,9 @@ func leftovers(name string) []string {
 	for _, pin := range pinsIn(filepath.Join(dir, "bpf")) {
 		found = append(found, "pinned object "+pin)
 	}
+	for _, state := range agentStateOf(name) {
+		found = append(found, "directory "+state)
+	}
 	if _, err := os.Lstat(dir); err == nil {
 		found = append(found, "directory "+dir)
 	}
@@ -108,10 +111,22 @@ func leftovers(name string) []string {
 }
 
 // spacesOf lists the named namespaces of a lab.
-func spacesOf(name string) []string {
-	entries, err := os.ReadDir(netnsDir)
+func spacesOf(name string) []string { return entriesOf(netnsDir, name) }
+
+// agentStateOf lists the directories that agents of a lab keep outside of it.
+func agentStateOf(name string) []string {
+	found := entriesOf(agentRunDir, name)
+	for i := range found {
+		found[i] = filepath.Join(agentRunDir, found[i])
+	}
+	return found
+}
+
+// entriesOf lists what is named after a lab in a directory of all labs.
+func entriesOf(dir, name string) []string {
+	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil // no directory, no names
+		return nil // no directory, no entries
 	}
 	var found []string
 	for _, e := range entries {

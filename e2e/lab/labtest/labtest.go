@@ -5,6 +5,7 @@ package labtest
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -62,13 +63,13 @@ func closeOnInterrupt(l *lab.Lab) (stop func()) {
 			signal.Stop(signals)
 		case s := <-signals:
 			if err := l.Close(); err != nil {
-				slog.Error("close the lab after a signal", "err", err)
+				fmt.Fprintln(os.Stderr, "close the lab after a signal:", err)
 			}
 			signal.Stop(signals)
 			signal.Reset(s)
 			if number, ok := s.(syscall.Signal); ok {
 				if err := syscall.Kill(os.Getpid(), number); err != nil {
-					slog.Error("signal ourselves", "err", err)
+					fmt.Fprintln(os.Stderr, "signal ourselves:", err)
 				}
 			}
 		}

@@ -109,7 +109,7 @@ func TestAStallCountsForEveryRequestThatItDelays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		client, server := net.Pipe()
 		go func() {
-			defer server.Close() //nolint:errcheck // the client judges
+			defer server.Close()
 			buffer := make([]byte, MessageSize)
 			for i := 0; ; i++ {
 				if _, err := io.ReadFull(server, buffer); err != nil {
