@@ -43,43 +43,44 @@ const (
 	RacewayCounterCONNECT_SELF                 RacewayCounter = 6
 	RacewayCounterCONNECT_REDIRECTED           RacewayCounter = 7
 	RacewayCounterCONNECT_REFUSED_NO_SOCKET    RacewayCounter = 8
-	RacewayCounterCONNECT_REFUSED_MARK         RacewayCounter = 9
-	RacewayCounterCONNECT_REFUSED_UNBIND       RacewayCounter = 10
-	RacewayCounterSTEER_NOT_TCP                RacewayCounter = 11
-	RacewayCounterSTEER_DROPPED_UNKNOWN_POD    RacewayCounter = 12
-	RacewayCounterSTEER_LEFT                   RacewayCounter = 13
-	RacewayCounterSTEER_OUTBOUND               RacewayCounter = 14
-	RacewayCounterSTEER_INBOUND                RacewayCounter = 15
-	RacewayCounterSTEER_TUNNEL                 RacewayCounter = 16
-	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 17
-	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 18
-	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 19
-	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 20
-	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 21
-	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 22
-	RacewayCounterINGRESS_LEFT                 RacewayCounter = 23
-	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 24
-	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 25
-	RacewayCounterINGRESS_INBOUND              RacewayCounter = 26
-	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 27
-	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 28
-	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 29
-	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 30
-	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 31
-	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 32
-	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 33
-	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 34
-	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 35
-	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 36
-	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 37
-	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 38
-	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 39
-	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 40
-	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 41
-	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 42
-	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 43
-	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 44
-	RacewayCounterCOUNTERS                     RacewayCounter = 45
+	RacewayCounterCONNECT_REFUSED_NO_AGENT     RacewayCounter = 9
+	RacewayCounterCONNECT_REFUSED_MARK         RacewayCounter = 10
+	RacewayCounterCONNECT_REFUSED_UNBIND       RacewayCounter = 11
+	RacewayCounterSTEER_NOT_TCP                RacewayCounter = 12
+	RacewayCounterSTEER_DROPPED_UNKNOWN_POD    RacewayCounter = 13
+	RacewayCounterSTEER_LEFT                   RacewayCounter = 14
+	RacewayCounterSTEER_OUTBOUND               RacewayCounter = 15
+	RacewayCounterSTEER_INBOUND                RacewayCounter = 16
+	RacewayCounterSTEER_TUNNEL                 RacewayCounter = 17
+	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 18
+	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 19
+	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 20
+	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 21
+	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 22
+	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 23
+	RacewayCounterINGRESS_LEFT                 RacewayCounter = 24
+	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 25
+	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 26
+	RacewayCounterINGRESS_INBOUND              RacewayCounter = 27
+	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 28
+	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 29
+	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 30
+	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 31
+	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 32
+	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 33
+	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 34
+	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 35
+	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 36
+	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 37
+	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 38
+	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 39
+	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 40
+	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 41
+	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 42
+	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 43
+	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 44
+	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 45
+	RacewayCounterCOUNTERS                     RacewayCounter = 46
 )
 
 type RacewayListener uint32
@@ -142,6 +143,7 @@ const (
 	RacewayProgGuard       = "guard"
 	RacewayProgIngress     = "ingress"
 	RacewayProgSteer       = "steer"
+	RacewayVarCanSetRetval = "can_set_retval"
 	RacewayVarRedirectMark = "redirect_mark"
 	RacewayVarTunnelPort   = "tunnel_port"
 )
@@ -211,6 +213,7 @@ type RacewayMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RacewayVariableSpecs struct {
+	CanSetRetval *ebpf.VariableSpec `ebpf:"can_set_retval"`
 	RedirectMark *ebpf.VariableSpec `ebpf:"redirect_mark"`
 	TunnelPort   *ebpf.VariableSpec `ebpf:"tunnel_port"`
 }
@@ -256,6 +259,7 @@ func (m *RacewayMaps) Close() error {
 //
 // It can be passed to LoadRacewayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RacewayVariables struct {
+	CanSetRetval *ebpf.Variable `ebpf:"can_set_retval"`
 	RedirectMark *ebpf.Variable `ebpf:"redirect_mark"`
 	TunnelPort   *ebpf.Variable `ebpf:"tunnel_port"`
 }

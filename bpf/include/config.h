@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 #pragma once
 
+#include <stdbool.h>
 #include <linux/types.h>
 
 #include "maps.h"
@@ -8,6 +9,7 @@
 /* Set by the agent before the programs are loaded; the same for all pods. */
 volatile const __u32 redirect_mark;
 volatile const __u16 tunnel_port;
+volatile const bool can_set_retval; /* bpf_set_retval is there, Linux 5.18 */
 
 /*
  * The pod that an instance of a per-pod program serves, as the cookie of its network

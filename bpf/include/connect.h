@@ -5,7 +5,9 @@
  * SYN to the agent. The destination stays untouched: it is the accepted socket's own
  * address, and the application's getpeername() is true.
  *
- * Fails closed: a socket that cannot be redirected gets EPERM.
+ * Fails closed: a socket that cannot be redirected gets EPERM. While no agent listens it
+ * gets ECONNREFUSED here, since the kernel could not answer its SYN: it sends no IPv4 reset
+ * from an address that is not its own (ip_route_output_key_hash_rcu).
  */
 #pragma once
 
@@ -20,6 +22,7 @@ enum {
 	SO_BINDTODEVICE_ = 25,
 	CONNECT_REFUSE = 0,
 	CONNECT_ALLOW = 1,
+	ECONNREFUSED_ = 111,
 };
 
 struct flow {
@@ -32,6 +35,17 @@ enum verdict {
 	VERDICT_REDIRECT,
 	VERDICT_REFUSE,
 };
+
+static __always_inline bool agent_listens(__u64 netns)
+{
+	struct listener_key key = { .netns = netns, .kind = LISTENER_OUTBOUND };
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &key);
+
+	if (!sk)
+		return false;
+	bpf_sk_release(sk);
+	return true;
+}
 
 static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const struct flow *f)
 {
@@ -74,6 +88,12 @@ static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const stru
 	if (pod_owns(pod, &f->remote)) {
 		count(CONNECT_SELF);
 		return VERDICT_LEAVE;
+	}
+	if (!agent_listens(netns)) {
+		count(CONNECT_REFUSED_NO_AGENT);
+		if (can_set_retval)
+			bpf_set_retval(-ECONNREFUSED_);
+		return VERDICT_REFUSE;
 	}
 	return VERDICT_REDIRECT;
 }

@@ -7,7 +7,7 @@
  * listener: a SYN, and the ACK that answers a SYN cookie, which belongs to no socket yet.
  *
  * Fails closed: drops what belongs to a listener that is not there. TC cannot answer with
- * a reset, so a connect() then times out where steer would have it refused.
+ * a reset, so a client's connect() then times out where steer would have it refused.
  */
 #pragma once
 

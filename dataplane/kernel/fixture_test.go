@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +21,13 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if cfg, ok := os.LookupEnv("RACEWAY_TEST_AGENT"); ok {
+		fmt.Fprintln(os.Stderr, runAgent(cfg))
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // patience bounds what must happen; nothing waits that long when all is well.
 const patience = 5 * time.Second

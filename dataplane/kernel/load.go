@@ -13,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 
@@ -103,9 +104,14 @@ func newLoaded() (*loaded, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
 	}
+	setRetval := features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
+	if setRetval != nil && !errors.Is(setRetval, ebpf.ErrNotSupported) {
+		return nil, fmt.Errorf("probe bpf_set_retval: %w", setRetval)
+	}
 	for name, value := range map[string]any{
-		"redirect_mark": uint32(markRedirect),
-		"tunnel_port":   uint16(dataplane.PortTunnel),
+		"redirect_mark":  uint32(markRedirect),
+		"tunnel_port":    uint16(dataplane.PortTunnel),
+		"can_set_retval": setRetval == nil,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)

@@ -262,7 +262,7 @@ func cgroupRoot(configured string) (path string, release func() error, err error
 		return "", nil, err
 	}
 	defer file.Close()
-	if path, err := findCgroup2(bufio.NewScanner(file)); path != "" || err != nil {
+	if path, err := findCgroup2(bufio.NewScanner(file), isCgroup2); path != "" || err != nil {
 		return path, keep, err
 	}
 	fd, err := detachedCgroup2()
@@ -273,20 +273,31 @@ func cgroupRoot(configured string) (path string, release func() error, err error
 }
 
 // findCgroup2 reads mountinfo (proc_pid_mountinfo(5)) and returns the mount point of a
-// cgroup2 that shows the hierarchy's root, or "".
-func findCgroup2(lines *bufio.Scanner) (string, error) {
+// cgroup2 that shows the hierarchy's root, or "". One may be hidden under a later mount,
+// which only present can tell.
+func findCgroup2(lines *bufio.Scanner, present func(path string) bool) (string, error) {
 	for lines.Scan() {
 		mount, super, ok := strings.Cut(lines.Text(), " - ")
 		fields := strings.Fields(mount)
 		if !ok || len(fields) < 5 || !strings.HasPrefix(super, "cgroup2 ") || fields[3] != "/" {
 			continue
 		}
-		return unescapeMount.Replace(fields[4]), nil
+		if path := unescapeMount(fields[4]); present(path) {
+			return path, nil
+		}
 	}
 	return "", lines.Err()
 }
 
-var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+func isCgroup2(path string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(path, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+}
+
+// unescapeMount undoes mountinfo's octal escapes.
+func unescapeMount(path string) string {
+	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(path)
+}
 
 // detachedCgroup2 mounts cgroup2 without a mount point; closing the descriptor ends it.
 func detachedCgroup2() (int, error) {
