@@ -218,10 +218,9 @@ func TestMissingFilesAreStartErrors(t *testing.T) {
 	}
 }
 
-// revocable is a mesh with a file of revocations.
-func revocable(t *testing.T) (a *certstest.Authority, k *certs.Keeper, file string) {
+// revocable is a mesh under a with a file of revocations.
+func revocable(t *testing.T, a *certstest.Authority, ids ...spiffe.ID) (k *certs.Keeper, file string) {
 	t.Helper()
-	a = certstest.New(t, td)
 	file = filepath.Join(t.TempDir(), "crl.pem")
 	replace(t, file, nil)
 	revocations, err := certs.NewFileRevocations(file, discard())
@@ -230,8 +229,8 @@ func revocable(t *testing.T) (a *certstest.Authority, k *certs.Keeper, file stri
 	}
 	t.Cleanup(func() { _ = revocations.Close() })
 	runs(t, revocations.Run)
-	k = certstest.Run(t, certs.Config{Signer: a, Roots: certstest.Bundle(t, a), Revocations: revocations, TrustDomain: td}, web)
-	return a, k, file
+	k = certstest.Run(t, certs.Config{Signer: a, Roots: certstest.Bundle(t, a), Revocations: revocations, TrustDomain: td}, ids...)
+	return k, file
 }
 
 func revoke(t *testing.T, k *certs.Keeper, file string, crl []byte) {
@@ -246,7 +245,8 @@ func revoke(t *testing.T, k *certs.Keeper, file string, crl []byte) {
 }
 
 func TestRevocationRefusesNewHandshakesAndNamesLiveConnections(t *testing.T) {
-	a, k, file := revocable(t)
+	a := certstest.New(t, td)
+	k, file := revocable(t, a, web)
 	bad, good := a.Issue(t, certstest.Leaf(db.String())), a.Issue(t, certstest.Leaf(db.String()))
 	meet := func(cert tls.Certificate) (tls.ConnectionState, error) {
 		state, _, err, _ := shake(t, clientTLS(t, k, web, db), &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2"}, ClientAuth: tls.RequireAnyClientCert})
@@ -287,8 +287,32 @@ func TestRevocationRefusesNewHandshakesAndNamesLiveConnections(t *testing.T) {
 	}
 }
 
+func TestRevokedIntermediateTakesItsLeavesAlong(t *testing.T) {
+	root := certstest.New(t, td)
+	lower := root.Intermediate(t)
+	keeper, file := revocable(t, lower, web, db)
+	state, _, clientErr, serverErr := shake(t, clientTLS(t, keeper, web, db), keeper.ServerTLS(db))
+	if clientErr != nil || serverErr != nil {
+		t.Fatal(clientErr, serverErr)
+	}
+	if n := len(state.PeerCertificates); n != 2 {
+		t.Errorf("server sent %d certificates, want its leaf and the intermediate", n)
+	}
+	if err := keeper.Revoked(state); err != nil {
+		t.Fatal(err)
+	}
+	revoke(t, keeper, file, root.CRL(t, lower.Issuer))
+	if err := keeper.Revoked(state); certs.CauseOf(err) != certs.CauseRevoked {
+		t.Errorf("live connection: %v", err)
+	}
+	if _, _, clientErr, _ = shake(t, clientTLS(t, keeper, web, db), keeper.ServerTLS(db)); certs.CauseOf(clientErr) != certs.CauseRevoked && certs.CauseOf(clientErr) != certs.CauseRejected {
+		t.Errorf("new handshake: %v", clientErr)
+	}
+}
+
 func TestListOfAnotherAuthorityRevokesNothing(t *testing.T) {
-	a, k, file := revocable(t)
+	a := certstest.New(t, td)
+	k, file := revocable(t, a, web)
 	cert := a.Issue(t, certstest.Leaf(db.String()))
 	// The impostor has the same name and lists the same serial, under another key.
 	revoke(t, k, file, certstest.New(t, td).CRL(t, cert.Leaf))
@@ -298,7 +322,8 @@ func TestListOfAnotherAuthorityRevokesNothing(t *testing.T) {
 }
 
 func TestOwnRevokedCertificateIsReplaced(t *testing.T) {
-	a, k, file := revocable(t)
+	a := certstest.New(t, td)
+	k, file := revocable(t, a, web)
 	config := clientTLS(t, k, web, db)
 	cert, err := config.GetClientCertificate(nil)
 	if err != nil {

@@ -22,11 +22,12 @@ import (
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 )
 
-// Authority is a self-signed root of one trust domain, and a certs.Signer for every identity.
+// Authority signs for one trust domain, and is a certs.Signer for every identity.
 type Authority struct {
 	TrustDomain string
 	Root        *x509.Certificate
-	key         *ecdsa.PrivateKey
+	Issuer      *x509.Certificate // of leaves: Root, or an intermediate under it
+	key         *ecdsa.PrivateKey // of Issuer
 
 	mu       sync.Mutex
 	err      error
@@ -38,18 +39,31 @@ type Authority struct {
 func New(t testing.TB, trustDomain string) *Authority {
 	t.Helper()
 	key := NewKey(t)
+	template := authority(trustDomain, "Root CA")
+	a := &Authority{TrustDomain: trustDomain, key: key}
+	a.Root = a.sign(t, template, template, &key.PublicKey)
+	a.Issuer = a.Root
+	return a
+}
+
+// Intermediate makes an authority under the same root that signs with a key of its own.
+func (a *Authority) Intermediate(t testing.TB) *Authority {
+	t.Helper()
+	key := NewKey(t)
+	issuer := a.sign(t, authority(a.TrustDomain, "Intermediate CA"), a.Issuer, &key.PublicKey)
+	return &Authority{TrustDomain: a.TrustDomain, Root: a.Root, Issuer: issuer, key: key}
+}
+
+func authority(trustDomain, name string) *x509.Certificate {
 	now := time.Now()
-	template := &x509.Certificate{
-		Subject:               pkix.Name{Organization: []string{trustDomain}, CommonName: "Root CA"},
+	return &x509.Certificate{
+		Subject:               pkix.Name{Organization: []string{trustDomain}, CommonName: name},
 		NotBefore:             now.Add(-time.Hour),
 		NotAfter:              now.Add(10 * 365 * 24 * time.Hour),
 		IsCA:                  true,
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
-	a := &Authority{TrustDomain: trustDomain, key: key}
-	a.Root = a.sign(t, template, template, &key.PublicKey)
-	return a
 }
 
 // NewKey makes a P-256 key.
@@ -100,7 +114,7 @@ func Leaf(uris ...string) *x509.Certificate {
 func (a *Authority) Issue(t testing.TB, template *x509.Certificate) tls.Certificate {
 	t.Helper()
 	key := NewKey(t)
-	leaf := a.sign(t, template, a.Root, &key.PublicKey)
+	leaf := a.sign(t, template, a.Issuer, &key.PublicKey)
 	return tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf}
 }
 
@@ -111,7 +125,7 @@ func (a *Authority) CRL(t testing.TB, revoked ...*x509.Certificate) []byte {
 	for _, c := range revoked {
 		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: c.SerialNumber, RevocationTime: time.Now()})
 	}
-	der, err := x509.CreateRevocationList(rand.Reader, list, a.Root, a.key)
+	der, err := x509.CreateRevocationList(rand.Reader, list, a.Issuer, a.key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,11 +187,15 @@ func (a *Authority) Sign(ctx context.Context, id spiffe.ID, csrPEM []byte, ttl t
 	if a.edit != nil {
 		a.edit(template)
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.Root, csr.PublicKey, a.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, a.Issuer, csr.PublicKey, a.key)
 	if err != nil {
 		return nil, err
 	}
-	return [][]byte{PEM(der), PEM(a.Root.Raw)}, nil
+	chain := [][]byte{PEM(der)}
+	if a.Issuer != a.Root {
+		chain = append(chain, PEM(a.Issuer.Raw))
+	}
+	return append(chain, PEM(a.Root.Raw)), nil
 }
 
 // PEM encodes one certificate.

@@ -19,13 +19,7 @@ import (
 // run wires the service and serves until ctx ends.
 func run(ctx context.Context, cfg config, out io.Writer, log *slog.Logger) (err error) {
 	var closers []io.Closer
-	defer func() {
-		for _, c := range closers {
-			if closeErr := c.Close(); !errors.Is(closeErr, net.ErrClosed) {
-				err = errors.Join(err, closeErr)
-			}
-		}
-	}()
+	defer func() { err = errors.Join(err, closeAll(closers)) }()
 	authority, err := ca.New(ca.Config{Dir: cfg.dataDir, TrustDomain: cfg.trustDomain, TTL: cfg.ttl, MaxTTL: cfg.maxTTL, Log: log})
 	if err != nil {
 		return err
@@ -78,4 +72,15 @@ func run(ctx context.Context, cfg config, out io.Writer, log *slog.Logger) (err 
 		log.Warn("ready, but standard output is gone", "error", err)
 	}
 	return group.Wait()
+}
+
+// closeAll closes what is left open; the listener is not, once it was served.
+func closeAll(closers []io.Closer) error {
+	var errs []error
+	for _, c := range closers {
+		if err := c.Close(); !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
