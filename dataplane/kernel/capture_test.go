@@ -2,10 +2,13 @@ package kernel_test
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
+	"os"
 	"syscall"
 	"testing"
 
+	"github.com/raceway-mesh/raceway/dataplane/kernel"
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
 )
 
@@ -108,5 +111,70 @@ func TestTunnelPortIsAlwaysTheAgents(t *testing.T) {
 		}
 		defer own.Close()
 		send(t, own, accept(t, f.pod.Tunnel()), "to myself")
+	})
+}
+
+// Under SYN cookies the ACK that completes a handshake meets no socket of the connection.
+func TestInboundCaptureWithSYNCookies(t *testing.T) {
+	inAllModes(t, func(t *testing.T, m mode) {
+		f := enrolled(t, m)
+		netnstest.Do(t, f.web.Namespace, func() error {
+			return os.WriteFile("/proc/sys/net/ipv4/tcp_syncookies", []byte("2"), 0o644)
+		})
+		for _, fam := range families() {
+			at := netip.AddrPortFrom(fam.of(f.web), 8080)
+			server := listenOn(t, f.web, at)
+			client := dial(t, f.db.Namespace, at)
+			in := accept(t, f.pod.Inbound())
+			send(t, client, in, "with a cookie")
+			toApp, err := f.pod.DialApp(t.Context(), addrPort(in.RemoteAddr()), at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer toApp.Close()
+			send(t, toApp, accept(t, server), "and to the application")
+			app := dial(t, f.web.Namespace, netip.AddrPortFrom(fam.of(f.db), 3306))
+			send(t, app, accept(t, f.pod.Outbound()), "outbound as well")
+		}
+	})
+}
+
+func TestPodWithoutIPv6(t *testing.T) {
+	inAllModes(t, func(t *testing.T, m mode) {
+		f := newFixture(t, m)
+		netnstest.Do(t, f.web.Namespace, func() error {
+			return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0o644)
+		})
+		var err error
+		f.pod, err = f.dp.OpenPod(kernel.PodConfig{UID: "web", NetNS: f.web.Path(), Addrs: f.web.Addrs()[:1]})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, step := range []func() error{f.pod.CaptureOutbound, f.pod.CaptureInbound, func() error { return f.pod.Guard(t.Context()) }} {
+			if err := step(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		app := dial(t, f.web.Namespace, netip.AddrPortFrom(f.db.V4, 3306))
+		send(t, app, accept(t, f.pod.Outbound()), "out")
+		client := dial(t, f.db.Namespace, netip.AddrPortFrom(f.web.V4, 8080))
+		send(t, client, accept(t, f.pod.Inbound()), "in")
+		for _, finding := range f.pod.Check(t.Context()) {
+			if !finding.OK {
+				t.Errorf("check %s: %s", finding.Check, finding.Detail)
+			}
+		}
+	})
+}
+
+// An application that has the agent's ports already keeps them.
+func TestAgentsPortsInUse(t *testing.T) {
+	inAllModes(t, func(t *testing.T, m mode) {
+		f := newFixture(t, m)
+		for _, port := range []uint16{15001, 15006, 15008} {
+			netnstest.Listen(t, f.web.Namespace, "tcp", fmt.Sprintf(":%d", port))
+		}
+		f.enrol(t)
+		assertCaptured(t, f)
 	})
 }

@@ -3,11 +3,13 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -16,6 +18,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/raceway-mesh/raceway/bpf"
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
@@ -139,24 +142,42 @@ func (d *Datapath) chooseTC() (TCMode, error) {
 	}
 }
 
-// dropUnknownPods removes pins of pods that no record speaks of; nobody could release them.
+// dropUnknownPods lets go of pods that no record speaks of; nobody could release them later.
 func (d *Datapath) dropUnknownPods() error {
-	known := make(map[string]bool, len(d.records))
+	known := make(map[uint64]bool, len(d.records))
 	for _, r := range d.records {
-		known[cookieName(r.Cookie)] = true
+		known[r.Cookie] = true
 	}
-	entries, err := os.ReadDir(filepath.Join(d.dir, podsDir))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+	unknown := make(map[uint64]bool)
+	var cookie uint64
+	var value bpf.RacewayPod
+	entries := d.loaded.maps.Pods.Iterate()
+	for entries.Next(&cookie, &value) {
+		unknown[cookie] = !known[cookie]
 	}
-	for _, e := range entries {
-		if known[e.Name()] {
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("list enrolled pods: %w", err)
+	}
+	pins, err := os.ReadDir(filepath.Join(d.dir, podsDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range pins {
+		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil {
+			unknown[cookie] = !known[cookie]
+		}
+	}
+	var errs []error
+	for cookie, drop := range unknown {
+		if !drop {
 			continue
 		}
-		d.log.Warn("removing the pins of a pod without a record", "cookie", e.Name())
-		err = errors.Join(err, os.RemoveAll(filepath.Join(d.dir, podsDir, e.Name())))
+		d.log.Warn("letting go of a pod without a record; its routing rule and sysctls stay", "cookie", cookie)
+		errs = append(errs,
+			os.RemoveAll(filepath.Join(d.dir, podsDir, cookieName(cookie))),
+			ignoreMissing(d.loaded.maps.Pods.Delete(cookie)))
 	}
-	return err
+	return errors.Join(errs...)
 }
 
 // InboundMode is the mode in use, never auto.

@@ -83,6 +83,9 @@ func newFixture(t *testing.T, m mode) *fixture {
 		if err := f.dp.Unload(); err != nil {
 			t.Errorf("Unload: %v", err)
 		}
+		if _, err := os.Stat(pinDir(f)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("pins are left in %s: %v", pinDir(f), err)
+		}
 	})
 	return f
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -237,13 +238,7 @@ func (p *Pod) isOlder(c bpf.RacewayConnection) bool {
 	if c.Own != 0 || c.Mark&markMask == markRedirect || p.isListenerPort(c.ListenerPort) {
 		return false
 	}
-	local := fromAddr(c.Local)
-	for _, a := range p.rec.Addrs {
-		if a == local {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(p.addrs, fromAddr(c.Local))
 }
 
 func (p *Pod) isListenerPort(port uint16) bool {

@@ -3,7 +3,6 @@ package kernel
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -18,10 +17,10 @@ import (
 // Pod is one pod of the node, prepared for capture. Its methods are safe for concurrent
 // use; each may be called again when what it brings about is already so.
 type Pod struct {
-	d   *Datapath
-	log *slog.Logger
-	uid string
-	ns  *netns.Namespace
+	d     *Datapath
+	uid   string
+	addrs []netip.Addr // unmapped
+	ns    *netns.Namespace
 
 	outbound, inbound, tunnel *net.TCPListener
 
@@ -42,7 +41,7 @@ func (d *Datapath) OpenPod(cfg PodConfig) (*Pod, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open pod %s: %w", cfg.UID, err)
 	}
-	p := &Pod{d: d, uid: cfg.UID, ns: ns, log: d.log.With("uid", cfg.UID)}
+	p := &Pod{d: d, uid: cfg.UID, addrs: unmapped(cfg.Addrs), ns: ns}
 	if err := d.claim(p); err != nil {
 		return nil, errors.Join(fmt.Errorf("open pod %s: %w", cfg.UID, err), ns.Close())
 	}
@@ -100,7 +99,7 @@ func (p *Pod) open(cfg PodConfig) error {
 	}
 	oldLayout := adopted && rec.Layout != bpf.Layout()
 	rec.NetNS = cfg.NetNS
-	rec.Addrs = unmapped(cfg.Addrs)
+	rec.Addrs = p.addrs
 	p.rec = rec
 	err := p.prepare(oldLayout)
 	switch {
