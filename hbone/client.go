@@ -123,8 +123,10 @@ func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error)
 		reused := m.used.Swap(true)
 		stream, response, err := m.session.Open(ctx, r)
 		if err == nil {
-			return &Tunnel{Stream: stream, Response: *response, Conn: m.conn, Reused: reused,
-				release: sync.OnceFunc(func() { c.release(m) })}, nil
+			return &Tunnel{
+				Stream: stream, Response: *response, Conn: m.conn, Reused: reused,
+				release: sync.OnceFunc(func() { c.release(m) }),
+			}, nil
 		}
 		c.release(m)
 		switch {

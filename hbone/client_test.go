@@ -19,7 +19,9 @@ func TestDialFailureSaysWhat(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, nil)
 		w.drain()
-		<-w.served
+		if err := <-w.served; err != nil {
+			t.Error(err)
+		}
 		w.served <- nil
 		_, err := w.client.Open(t.Context(), key, request)
 		var de *hbone.DialError
@@ -295,7 +297,9 @@ func TestCloseKeysCutsAndRetireKeysDoesNot(t *testing.T) {
 func TestInvalidRequestIsNotSent(t *testing.T) {
 	w := newWorld(t, nil)
 	for _, r := range []*hbone.Request{
-		{}, {Authority: "10.0.0.1"}, {Authority: "10.0.0.1:80", TraceParent: "x"},
+		{},
+		{Authority: "10.0.0.1"},
+		{Authority: "10.0.0.1:80", TraceParent: "x"},
 		{Authority: "10.0.0.1:80", Forwarded: hbone.Forwarded{Host: "a\"b"}},
 	} {
 		if _, err := w.client.Open(t.Context(), key, r); err == nil {

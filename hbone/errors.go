@@ -115,6 +115,7 @@ func (e *TLSError) Error() string {
 		msg += ": the peer rejected our certificate"
 	case TLSProtocol:
 		msg += ": the peer does not speak HBONE"
+	case TLSWrongIdentity, TLSNoCertificate, TLSClosed, TLSOther: // Err says it
 	}
 	return fmt.Sprintf("%s: %v", msg, e.Err)
 }

@@ -111,7 +111,9 @@ func newWorld(t *testing.T, f func(*hbone.ClientConfig, *hbone.ServerConfig)) *w
 	t.Cleanup(func() {
 		_ = w.client.Close()
 		w.drain()
-		<-w.served
+		if err := <-w.served; err != nil {
+			t.Error(err)
+		}
 	})
 	return w
 }

@@ -41,8 +41,10 @@ func TestParseAuthority(t *testing.T) {
 }
 
 func TestParseBaggage(t *testing.T) {
-	full := hbone.Baggage{Cluster: "Kubernetes", Namespace: "demo", WorkloadKind: "deployment", WorkloadName: "web",
-		Service: "web", Version: "v1", Region: "r1", Zone: "z1"}
+	full := hbone.Baggage{
+		Cluster: "Kubernetes", Namespace: "demo", WorkloadKind: "deployment", WorkloadName: "web",
+		Service: "web", Version: "v1", Region: "r1", Zone: "z1",
+	}
 	const text = "k8s.cluster.name=Kubernetes,k8s.namespace.name=demo,k8s.deployment.name=web,service.name=web,service.version=v1,cloud.region=r1,cloud.availability_zone=z1"
 	if full.String() != text {
 		t.Errorf("String = %q", full)
@@ -142,9 +144,14 @@ func TestCheckTraceParent(t *testing.T) {
 func TestBadHeadersAreIgnoredAndTheFirstGoodOneCounts(t *testing.T) {
 	var r hbone.Request
 	for _, f := range [][2]string{
-		{"baggage", "broken"}, {"baggage", "service.name=a"}, {"baggage", "service.name=b"},
-		{"forwarded", "broken"}, {"forwarded", `for="10.0.0.1:1"`}, {"forwarded", `for="10.0.0.2:2"`},
-		{"traceparent", "broken"}, {"x-unknown", "y"},
+		{"baggage", "broken"},
+		{"baggage", "service.name=a"},
+		{"baggage", "service.name=b"},
+		{"forwarded", "broken"},
+		{"forwarded", `for="10.0.0.1:1"`},
+		{"forwarded", `for="10.0.0.2:2"`},
+		{"traceparent", "broken"},
+		{"x-unknown", "y"},
 	} {
 		r.SetField(f[0], f[1])
 	}

@@ -25,7 +25,9 @@ func benchSession(b *testing.B, handler func(*hbone.ServerRequest)) hbone.Sessio
 	b.Cleanup(func() {
 		_ = session.Close()
 		<-session.Done()
-		<-done
+		if err := <-done; err != nil {
+			b.Error(err)
+		}
 	})
 	return session
 }

@@ -47,7 +47,7 @@ func TestTransferIsByteExactInRandomChunks(t *testing.T) {
 				m, err := s.Read(buf[:1+sizes.IntN(len(buf))])
 				got.Write(buf[:m])
 				n += m
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					break
 				}
 				if err != nil {

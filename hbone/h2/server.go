@@ -271,7 +271,9 @@ func (s *stream) rejectLocked(status int, reply bool) {
 		return
 	}
 	s.answered, s.sentEnd = true, true
-	s.conn.pushLocked(control{kind: controlHeaders, stream: s.id, end: true, reply: reply,
-		fields: []hpack.HeaderField{{Name: ":status", Value: strconv.Itoa(status)}}})
+	s.conn.pushLocked(control{
+		kind: controlHeaders, stream: s.id, end: true, reply: reply,
+		fields: []hpack.HeaderField{{Name: ":status", Value: strconv.Itoa(status)}},
+	})
 	s.closeLocked(http2.ErrCodeNo)
 }

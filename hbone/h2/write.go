@@ -176,7 +176,8 @@ func (c *conn) writeHeaders(f *control, maxFrame int) {
 		block = block[n:]
 		if first {
 			_ = c.framer.WriteHeaders(http2.HeadersFrameParam{
-				StreamID: f.stream, BlockFragment: part, EndStream: f.end, EndHeaders: len(block) == 0})
+				StreamID: f.stream, BlockFragment: part, EndStream: f.end, EndHeaders: len(block) == 0,
+			})
 		} else {
 			_ = c.framer.WriteContinuation(f.stream, len(block) == 0, part)
 		}

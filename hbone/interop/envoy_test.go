@@ -221,8 +221,10 @@ func TestEnvoyAsClientIsRejected(t *testing.T) {
 		"another target":      {"127.0.0.2:7000", hbonetest.ServerID, hbonetest.Leaf{IDs: []string{hbonetest.ClientID}}, ""},
 		"another identity":    {application, hbonetest.ServerID, hbonetest.Leaf{IDs: []string{"spiffe://cluster.local/ns/demo/sa/other"}}, ""},
 		"it rejects our name": {application, "spiffe://cluster.local/ns/demo/sa/other", hbonetest.Leaf{IDs: []string{hbonetest.ClientID}}, hbone.TLSRejected},
-		"expired": {application, hbonetest.ServerID, hbonetest.Leaf{IDs: []string{hbonetest.ClientID},
-			NotBefore: now.Add(-2 * time.Hour), NotAfter: now.Add(-time.Hour)}, hbone.TLSExpired},
+		"expired": {application, hbonetest.ServerID, hbonetest.Leaf{
+			IDs:       []string{hbonetest.ClientID},
+			NotBefore: now.Add(-2 * time.Hour), NotAfter: now.Add(-time.Hour),
+		}, hbone.TLSExpired},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -265,8 +267,10 @@ func TestEnvoyAsServer(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			tunnel, err := client.Open(t.Context(), key, &hbone.Request{Authority: application, Baggage: hbone.Baggage{Namespace: "demo"},
-				Forwarded: hbone.Forwarded{For: netip.MustParseAddrPort("10.0.0.1:4321")}, TraceParent: hbone.NewTraceParent()})
+			tunnel, err := client.Open(t.Context(), key, &hbone.Request{
+				Authority: application, Baggage: hbone.Baggage{Namespace: "demo"},
+				Forwarded: hbone.Forwarded{For: netip.MustParseAddrPort("10.0.0.1:4321")}, TraceParent: hbone.NewTraceParent(),
+			})
 			if err != nil {
 				t.Error(err)
 				return
@@ -302,8 +306,10 @@ func TestEnvoyAsServerRejects(t *testing.T) {
 	}{
 		"no client certificate": {func(c *tls.Config) { c.Certificates = nil }, hbone.TLSNoCertificate},
 		"expired": {func(c *tls.Config) {
-			c.Certificates = []tls.Certificate{ca.Issue(t, hbonetest.Leaf{IDs: []string{hbonetest.ClientID},
-				NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour)})}
+			c.Certificates = []tls.Certificate{ca.Issue(t, hbonetest.Leaf{
+				IDs:       []string{hbonetest.ClientID},
+				NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour),
+			})}
 		}, hbone.TLSExpired},
 		"foreign root": {func(c *tls.Config) {
 			cert := hbonetest.NewCA(t).Issue(t, hbonetest.Leaf{IDs: []string{hbonetest.ClientID}})

@@ -92,8 +92,10 @@ func TestClientSendsExactlyAConnect(t *testing.T) {
 		}
 	})
 	const trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-	tunnel, err := client.Open(t.Context(), key, &hbone.Request{Authority: application, TraceParent: trace,
-		Baggage: hbone.Baggage{Namespace: "demo"}, Forwarded: hbone.Forwarded{For: key.Remote, Host: "db"}})
+	tunnel, err := client.Open(t.Context(), key, &hbone.Request{
+		Authority: application, TraceParent: trace,
+		Baggage: hbone.Baggage{Namespace: "demo"}, Forwarded: hbone.Forwarded{For: key.Remote, Host: "db"},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

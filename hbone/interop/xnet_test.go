@@ -33,7 +33,7 @@ func xnetConnect(t *testing.T, s *server, id, target string) (*http.Response, xn
 	if err != nil {
 		t.Fatal(err)
 	}
-	cc, err := new(http2.Transport).NewClientConn(conn)
+	cc, err := new(http2.Transport).NewClientConn(conn) //nolint:staticcheck // a peer to test with
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +92,7 @@ func startXNetServer(t *testing.T, ca *hbonetest.CA, handler http.HandlerFunc) h
 					_ = raw.Close()
 					return
 				}
-				new(http2.Server).ServeConn(conn, &http2.ServeConnOpts{Handler: handler})
+				new(http2.Server).ServeConn(conn, &http2.ServeConnOpts{Handler: handler}) //nolint:staticcheck // a peer to test with
 			})
 		}
 	})
