@@ -37,7 +37,8 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 	defer s.end(f)
 	var app *tcpLeg
 	if err = checkPort(destination); err == nil {
-		app, err = s.admit(f, client)
+		// Not from the client's port: that connection's own socket is in the pod too.
+		app, err = s.admit(f, netip.AddrPortFrom(client.Addr(), 0))
 	}
 	if err != nil {
 		source.abort()

@@ -44,7 +44,8 @@ type Pod interface {
 	// DialTunnel and DialDirect reach remote from the pod's own address.
 	DialTunnel(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error)
 	DialDirect(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error)
-	// DialApp reaches the application at app from the client's address.
+	// DialApp reaches the application at app from the client's address, and from its port
+	// where that is not 0 and is free.
 	DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error)
 }
 
