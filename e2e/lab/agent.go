@@ -145,6 +145,7 @@ func (l *Lab) StartAgent(ctx context.Context, n *Node, args ...string) (*Agent, 
 		"--root-namespace", l.opts.RootNamespace,
 		"--socket", a.Socket,
 		"--bpf-dir", a.BPFDir,
+		"--state-dir", filepath.Join(l.dir, n.Name+".state"),
 		"--metrics-address", metricsAddr.String(),
 	}, args...)...)
 	p, err := n.start(cmd, agentProcess, "raceway-agent-"+n.Name+".log")

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	vnetns "github.com/vishvananda/netns"
@@ -175,7 +177,50 @@ func (s *space) addAddr(link string, p netip.Prefix) error {
 	if err := s.nl.AddrAdd(l, a); err != nil {
 		return fmt.Errorf("add %s to %s in %s: %w", p, link, s.name, err)
 	}
+	if p.Addr().Is6() {
+		return s.awaitGroup(link, solicitedNode(p.Addr()))
+	}
 	return nil
+}
+
+// solicitedNode is the multicast group that neighbours ask for a (RFC 4291, section 2.7.1).
+func solicitedNode(a netip.Addr) netip.Addr {
+	group := netip.MustParseAddr("ff02::1:ff00:0").As16()
+	b := a.As16()
+	copy(group[13:], b[13:])
+	return netip.AddrFrom16(group)
+}
+
+// groupTimeout is for a kernel worker to run.
+const groupTimeout = 10 * time.Second
+
+// awaitGroup waits until link has joined group. The kernel joins an address's group some
+// time after it has taken the address, and a neighbour that asks before is not heard and
+// asks again only after a second.
+func (s *space) awaitGroup(link string, group netip.Addr) error {
+	want := hex.EncodeToString(group.AsSlice())
+	deadline := time.Now().Add(groupTimeout)
+	for {
+		var joined bool
+		err := s.ns.Do(func() error {
+			groups, err := os.ReadFile("/proc/thread-self/net/igmp6")
+			for line := range strings.Lines(string(groups)) {
+				fields := strings.Fields(line) // index, device, group, users, flags, timer
+				joined = joined || len(fields) > 3 && fields[1] == link && fields[2] == want
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("read the groups of %s in %s: %w", link, s.name, err)
+		}
+		if joined {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s in %s did not join %s", link, s.name, group)
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // addRoute routes dst through link, on-link when via is the zero Addr.
