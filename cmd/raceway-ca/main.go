@@ -12,14 +12,14 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"github.com/raceway-mesh/raceway/certs/ca"
+	"github.com/raceway-mesh/raceway/cmd/internal/flagenv"
+	"github.com/raceway-mesh/raceway/cmd/internal/version"
 )
 
 func main() {
@@ -62,9 +62,10 @@ Agents need root-cert.pem, and a token of their own from the file --node-tokens.
 
 Every flag can also be set by a variable: --data-dir by ` + envPrefix + `DATA_DIR.`,
 		Args:          cobra.NoArgs,
+		Version:       version.String(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		PreRunE:       func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags(), os.LookupEnv) },
+		PreRunE:       func(cmd *cobra.Command, _ []string) error { return flagenv.Set(cmd.Flags(), envPrefix, os.LookupEnv) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := cfg.complete(); err != nil {
 				return err
@@ -86,20 +87,6 @@ Every flag can also be set by a variable: --data-dir by ` + envPrefix + `DATA_DI
 	f.StringVar(&cfg.metricsAddress, "metrics-address", "127.0.0.1:15014", "address of /metrics and /healthz, empty for none")
 	f.TextVar(&cfg.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	return cmd
-}
-
-// fromEnvironment sets each flag that the command line leaves alone from its variable.
-func fromEnvironment(flags *pflag.FlagSet, lookup func(string) (string, bool)) error {
-	var errs []error
-	flags.VisitAll(func(f *pflag.Flag) {
-		name := envPrefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		if value, ok := lookup(name); ok && !f.Changed {
-			if err := flags.Set(f.Name, value); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", name, err))
-			}
-		}
-	})
-	return errors.Join(errs...)
 }
 
 // complete fills in what depends on other settings and joins every complaint.
