@@ -76,6 +76,7 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.DurationVar(&cfg.CertTTL, "cert-ttl", 0, "lifetime to ask for certificates (default 24h)")
 	f.StringVar(&cfg.Socket, "socket", "", "admin socket (default /run/raceway/<node>.sock)")
 	f.StringVar(&cfg.BPFDir, "bpf-dir", "", "directory of pins on a BPF file system (default /sys/fs/bpf/raceway/<node>)")
+	f.StringVar(&cfg.StateDir, "state-dir", "", "directory of what a restarted agent needs to release pods (default /run/raceway/<node>)")
 	f.StringVar(&cfg.CgroupRoot, "cgroup-root", "", "root of the cgroup v2 hierarchy (default: found)")
 	f.StringVar(&cfg.MetricsAddress, "metrics-address", "127.0.0.1:15020", "address of /metrics and /readyz, empty for none")
 	f.StringVar((*string)(&cfg.Inbound), "inbound", "auto", "how inbound connections are captured: auto, sk_lookup or tc")

@@ -135,7 +135,7 @@ func (a *Agent) newProxy() (err error) {
 
 func (a *Agent) newCapture() (err error) {
 	a.datapath, err = kernel.Open(kernel.Config{
-		Dir: a.cfg.BPFDir, CgroupRoot: a.cfg.CgroupRoot, Inbound: a.cfg.Inbound, TC: a.cfg.TC,
+		Dir: a.cfg.BPFDir, StateDir: a.cfg.StateDir, CgroupRoot: a.cfg.CgroupRoot, Inbound: a.cfg.Inbound, TC: a.cfg.TC,
 		DisableGuard: a.cfg.DisableGuard, Log: a.cfg.Log.With("part", "kernel"),
 	})
 	if err != nil {

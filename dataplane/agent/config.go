@@ -36,6 +36,7 @@ type Config struct {
 
 	Socket         string // admin socket; default /run/raceway/<node>.sock
 	BPFDir         string // directory on a bpffs for pins; default /sys/fs/bpf/raceway/<node>
+	StateDir       string // what releasing a pod after a restart needs to know; default /run/raceway/<node>
 	CgroupRoot     string // cgroup v2 root; "" finds it
 	MetricsAddress string // "" serves none
 	Inbound        kernel.InboundMode
@@ -89,6 +90,7 @@ func (c Config) withDefaults() Config {
 		{&c.RootNamespace, "istio-system"},
 		{&c.ClusterID, "Kubernetes"},
 		{&c.Socket, filepath.Join("/run/raceway", c.Node+".sock")},
+		{&c.StateDir, filepath.Join("/run/raceway", c.Node)},
 		{&c.BPFDir, filepath.Join("/sys/fs/bpf/raceway", c.Node)},
 	}
 	for _, d := range defaults {
