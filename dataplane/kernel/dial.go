@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -33,44 +34,64 @@ func (p *Pod) dialOut(ctx context.Context, remote netip.AddrPort) (*net.TCPConn,
 }
 
 // attempts bounds how often DialApp tries another source port.
-const attempts = 8
+const attempts = 32
+
+// DialApp chooses source ports below those that clients choose from, Linux (32768 on) as
+// well as others (49152 on, RFC 6335 section 6).
+const (
+	firstAppPort = 1024
+	endAppPorts  = 32768
+)
 
 var errCollision = errors.New("the source port belongs to a connection of the client itself")
 
 // DialApp connects to the application at one of the pod's addresses from the address of
-// the client, which is what the application then sees. The source port is the kernel's choice.
+// the client, which is what the application then sees.
 //
-// A client whose plaintext connection was captured has a socket here already, with the
-// client's port. Should the kernel choose that port for us, our SYN would meet that socket
-// and never the application; it is found out, and another port is tried.
+// The client may have connections to the application that are not ours: it connected
+// before the enrolment, or after a release. Their sockets are here too, and a SYN of ours
+// with the same addresses and ports would meet one of them, as would a SYN of the client
+// meet our connection: both hang. So the port must be one that the client does not use for
+// the application: client's own, if it is that of a connection that the client tunnels
+// (it cannot use it twice); else, when client has port 0 or its port is taken, one from a
+// range that clients do not choose from. What collides even so is found out, and another
+// port is tried.
 func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
 	app = netip.AddrPortFrom(app.Addr().Unmap(), app.Port())
-	if !slices.Contains(p.addrs, app.Addr()) {
+	p.mu.Lock()
+	known := slices.Contains(p.rec.Addrs, app.Addr())
+	p.mu.Unlock()
+	if !known {
 		return nil, fmt.Errorf("dial the application at %v: %v is not an address of the pod", app, app.Addr())
 	}
+	local := client
 	var err error
 	for range attempts {
+		if local.Port() < firstAppPort {
+			local = netip.AddrPortFrom(client.Addr(), uint16(firstAppPort+rand.N(endAppPorts-firstAppPort)))
+		}
 		var conn *net.TCPConn
 		conn, err = p.ns.Dial(ctx, netns.DialConfig{
 			Remote:      app,
-			Local:       netip.AddrPortFrom(client.Addr(), 0),
+			Local:       local,
 			Transparent: true,
 			Device:      loopback,
 			Mark:        markApp,
 			Control:     p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE),
 			Pending:     p.checkCollision(client.Addr(), app),
 		})
-		if !errors.Is(err, errCollision) {
+		if !errors.Is(err, errCollision) && !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return conn, err
 		}
+		local = netip.AddrPort{}
 	}
 	return nil, err
 }
 
 // checkCollision looks at a dial that did not complete at once, which over loopback is
-// rare: has the agent a socket in the pod whose peer is the address and port that we
-// connect from?
+// rare: has the pod a socket, not the application's end of this very dial, whose peer is
+// the address and port that we connect from?
 func (p *Pod) checkCollision(client netip.Addr, app netip.AddrPort) func(fd int) error {
 	return func(fd int) error {
 		port, err := localPort(fd)
@@ -83,7 +104,9 @@ func (p *Pod) checkCollision(client netip.Addr, app netip.AddrPort) func(fd int)
 		}
 		local, remote := toAddr(app.Addr()), toAddr(client)
 		for _, c := range connections {
-			if c.Own != 0 && c.LocalPort == app.Port() && c.RemotePort == port && c.Local == local && c.Remote == remote {
+			same := c.LocalPort == app.Port() && c.RemotePort == port && c.Local == local && c.Remote == remote
+			opening := c.State == tcpSynRecv || c.State == tcpNewSynRecv
+			if same && (c.Own != 0 || !opening && c.Mark&markMask != markRedirect) {
 				return errCollision
 			}
 		}

@@ -220,18 +220,15 @@ func TestGuardPassesAnswersOfAcceptedConnections(t *testing.T) {
 	}
 }
 
+// A port that the client uses for the application itself, captured or direct, is not taken
+// for the agent's connection, even when it is asked for.
 func TestDialAppAvoidsTheClientsOwnPorts(t *testing.T) {
 	netnstest.Require(t)
-	f := enrolled(t, modes()[0])
-	netnstest.Do(t, f.web.Namespace, func() error {
-		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40003"), 0o644)
-	})
+	f := newFixture(t, modes()[0])
 	at := netip.AddrPortFrom(f.web.V4, 8080)
 	server := netnstest.Listen(t, f.web.Namespace, "tcp", at.String())
-	// The client holds three of the four ports that the pod's kernel may choose from.
-	var client netip.AddrPort
-	for _, port := range []uint16{40000, 40001, 40003} {
-		client = netip.AddrPortFrom(f.db.V4, port)
+	connect := func(port uint16) netip.AddrPort {
+		client := netip.AddrPortFrom(f.db.V4, port)
 		fd := socket(t, f.db.Namespace, unix.AF_INET, unix.IPPROTO_TCP)
 		if err := unix.Bind(fd, sockaddr(unix.AF_INET, client)); err != nil {
 			t.Fatal(err)
@@ -239,21 +236,32 @@ func TestDialAppAvoidsTheClientsOwnPorts(t *testing.T) {
 		if err := unix.Connect(fd, sockaddr(unix.AF_INET, at)); err != nil {
 			t.Fatal(err)
 		}
-		accept(t, f.pod.Inbound())
+		return client
 	}
+	direct := connect(40000)
+	accept(t, server)
+	f.enrol(t)
+	captured := connect(40001)
+	accept(t, f.pod.Inbound())
+	free := netip.AddrPortFrom(f.db.V4, 40002)
 	for range 8 {
-		began := time.Now()
-		conn, err := f.pod.DialApp(t.Context(), client, at)
-		if err != nil {
-			t.Fatalf("after %v: %v", time.Since(began), err)
-		}
-		app := accept(t, server)
-		if got := addrPort(app.RemoteAddr()); got.Port() != 40002 {
-			t.Errorf("connected from %v", got)
-		}
-		for _, c := range []net.Conn{conn, app} {
-			_ = c.(*net.TCPConn).SetLinger(0) // no TIME_WAIT, the port is needed again
-			_ = c.Close()
+		for _, client := range []netip.AddrPort{direct, captured, free} {
+			conn, err := f.pod.DialApp(t.Context(), client, at)
+			if err != nil {
+				t.Fatalf("for %v: %v", client, err)
+			}
+			app := accept(t, server)
+			got := addrPort(app.RemoteAddr())
+			if client == free && got != free {
+				t.Errorf("connected from %v, want the client's own %v", got, free)
+			}
+			if client != free && (got.Addr() != client.Addr() || got.Port() >= 32768) {
+				t.Errorf("connected from %v for %v, want one that clients do not choose", got, client)
+			}
+			for _, c := range []net.Conn{conn, app} {
+				_ = c.(*net.TCPConn).SetLinger(0) // no TIME_WAIT, the port is needed again
+				_ = c.Close()
+			}
 		}
 	}
 }

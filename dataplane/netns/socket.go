@@ -169,12 +169,16 @@ func prepareDial(fd int, cfg DialConfig) error {
 	if !cfg.Local.Addr().IsValid() {
 		return nil
 	}
+	// Either way the port is to be unique per destination and not per address: connect
+	// finds out, and tens of thousands of connections from one client to one pod are possible.
+	var err error
 	if cfg.Local.Port() == 0 {
-		// The port is then chosen at connect, unique per destination and not per address:
-		// tens of thousands of connections from one client to one pod are possible.
-		if err := setInt(fd, "IP_BIND_ADDRESS_NO_PORT", unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
-			return err
-		}
+		err = setInt(fd, "IP_BIND_ADDRESS_NO_PORT", unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	} else {
+		err = setInt(fd, "SO_REUSEADDR", unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	}
+	if err != nil {
+		return err
 	}
 	return os.NewSyscallError("bind", unix.Bind(fd, sockaddr(cfg.Local)))
 }
