@@ -12,6 +12,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/net/http2"
+
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h2"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
@@ -106,6 +108,33 @@ func TestServerBoundsConnections(t *testing.T) {
 	}
 	ping(t, tunnel)
 	_ = tunnel.Close()
+}
+
+func TestServerEndsAConnectionWhosePeerIsSilent(t *testing.T) {
+	for name, hello := range map[string]string{
+		"before its preface": "",
+		"after its SETTINGS": http2.ClientPreface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, nil)
+				raw, err := w.net.dial(t.Context(), key)
+				if err != nil {
+					t.Fatal(err)
+				}
+				conn := tls.Client(raw, w.ca.ClientTLS(t, hbonetest.ClientID, hbonetest.ServerID))
+				defer func() { _ = conn.Close() }()
+				start := time.Now()
+				if _, err := conn.Write([]byte(hello)); err != nil {
+					t.Fatal(err)
+				}
+				_, _ = io.Copy(io.Discard, conn) // its PINGs get no answer
+				if took := time.Since(start); took < 10*time.Second || took > 30*time.Second {
+					t.Errorf("connection ended after %v", took)
+				}
+			})
+		})
+	}
 }
 
 // tcpWorld is a server on loopback that drains and is forced apart.
