@@ -210,8 +210,15 @@ func (s *servedPod) liveFlows() []*flow {
 	return flows
 }
 
+// acceptor is a *net.TCPListener.
+type acceptor interface {
+	AcceptTCP() (*net.TCPConn, error)
+	SetDeadline(t time.Time) error
+	Addr() net.Addr
+}
+
 // accept hands each connection of l to serve, on a goroutine of its own, until ctx ends.
-func (s *servedPod) accept(ctx, live context.Context, l *net.TCPListener, serve func(context.Context, *net.TCPConn)) error {
+func (s *servedPod) accept(ctx, live context.Context, l acceptor, serve func(context.Context, *net.TCPConn)) error {
 	if err := l.SetDeadline(time.Time{}); err != nil { // of an earlier ServePod
 		return fmt.Errorf("accept on %s: %w", l.Addr(), err)
 	}

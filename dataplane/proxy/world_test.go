@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -136,6 +137,11 @@ func (w *world) serve(n *node, pod *fakePod) (drain, cut func(), done <-chan str
 		cut()
 		<-ended
 	})
+	if snapshot, _ := w.store.Load(); snapshot.Workload(pod.uid) != nil {
+		eventually(w.t, "the pod is served", func() bool {
+			return slices.ContainsFunc(n.serving(pod.uid), func(s *servedPod) bool { return s.pod == Pod(pod) })
+		})
+	}
 	return drain, cut, ended
 }
 
