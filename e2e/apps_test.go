@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -78,9 +79,14 @@ func ask(ctx context.Context, from *lab.Pod, to netip.AddrPort, message []byte) 
 	return nil
 }
 
-// nonce is a message that no packet contains by chance.
-func nonce() []byte {
-	b := make([]byte, 32)
+// noncePrefix begins every nonce, so that one search of a capture finds them all.
+var noncePrefix = random(16)
+
+// nonce is a message that is like no other, and that no packet contains by chance.
+func nonce() []byte { return slices.Concat(noncePrefix, random(16)) }
+
+func random(n int) []byte {
+	b := make([]byte, n)
 	_, _ = rand.Read(b) // never fails, see crypto/rand
 	return b
 }
@@ -91,9 +97,8 @@ type load struct {
 	done   sync.WaitGroup
 	count  atomic.Int64
 
-	mu     sync.Mutex
-	errs   []error
-	nonces [][]byte
+	mu   sync.Mutex
+	errs []error
 }
 
 func startLoad(t *testing.T, workers int, from *lab.Pod, to netip.AddrPort) *load {
@@ -102,17 +107,13 @@ func startLoad(t *testing.T, workers int, from *lab.Pod, to netip.AddrPort) *loa
 	for range workers {
 		l.done.Go(func() {
 			for ctx.Err() == nil {
-				message := nonce()
 				// Not ctx: a connection under way is to end by itself.
-				err := ask(context.WithoutCancel(ctx), from, to, message)
+				err := ask(context.WithoutCancel(ctx), from, to, nonce())
 				l.count.Add(1)
-				l.mu.Lock()
-				l.nonces = append(l.nonces, message)
 				if err != nil {
+					l.mu.Lock()
 					l.errs = append(l.errs, fmt.Errorf("%s: %w", time.Now().Format("15:04:05.000"), err))
-				}
-				l.mu.Unlock()
-				if err != nil {
+					l.mu.Unlock()
 					time.Sleep(5 * time.Millisecond) // refused at once is no reason to spin
 				}
 			}
@@ -127,13 +128,6 @@ func (l *load) stop() []error {
 	l.cancel()
 	l.done.Wait()
 	return l.errs
-}
-
-// sentNonces is every message so far; the last ones may be under way.
-func (l *load) sentNonces() [][]byte {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return append([][]byte(nil), l.nonces...)
 }
 
 // steady is one connection that stays open and is used now and then.
