@@ -327,10 +327,19 @@ func removeClsact(r *record, at point, l netlink.Link) error {
 	return nil
 }
 
-// removePin removes the pin, and so detaches the link.
+// removePin detaches the pinned link and removes the pin. The removal alone would detach it
+// as well, but some time later: the kernel leaves that to a worker.
 func removePin(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	l, err := link.LoadPinnedLink(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	return nil
+	if err != nil {
+		return fmt.Errorf("open pinned link %s: %w", path, err)
+	}
+	defer l.Close()
+	if err := l.Detach(); err != nil && !errors.Is(err, link.ErrNotSupported) {
+		return fmt.Errorf("detach %s: %w", path, err)
+	}
+	return os.Remove(path)
 }

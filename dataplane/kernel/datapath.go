@@ -173,9 +173,11 @@ func (d *Datapath) dropUnknownPods() error {
 			continue
 		}
 		d.log.Warn("letting go of a pod without a record; its routing rule and sysctls stay", "cookie", cookie)
-		errs = append(errs,
-			os.RemoveAll(filepath.Join(d.dir, podsDir, cookieName(cookie))),
-			ignoreMissing(d.loaded.maps.Pods.Delete(cookie)))
+		dir := filepath.Join(d.dir, podsDir, cookieName(cookie))
+		for _, pin := range []string{pinGuard, pinSteer, pinIngress, pinIngressLo} {
+			errs = append(errs, removePin(filepath.Join(dir, pin)))
+		}
+		errs = append(errs, os.RemoveAll(dir), ignoreMissing(d.loaded.maps.Pods.Delete(cookie)))
 	}
 	return errors.Join(errs...)
 }
@@ -271,7 +273,7 @@ func (d *Datapath) Unload() error {
 	for _, a := range d.Adopted() {
 		errs = append(errs, d.RemoveAdopted(a.UID))
 	}
-	errs = append(errs, os.RemoveAll(d.dir), d.Close())
+	errs = append(errs, removeLayout(d.loaded.hooks), os.RemoveAll(d.dir), d.Close())
 	if d.root.own {
 		errs = append(errs, outermost(d.log).unmountOwnBPFFS())
 	}

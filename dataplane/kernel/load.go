@@ -263,10 +263,19 @@ func removeOtherLayouts(dir string) error {
 	var errs []error
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), layoutPrefix) && e.Name() != layoutPrefix+bpf.Layout() {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+			errs = append(errs, removeLayout(filepath.Join(dir, e.Name())))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// removeLayout removes the maps of a layout once its hooks are detached.
+func removeLayout(dir string) error {
+	var errs []error
+	for _, h := range connectHooks() {
+		errs = append(errs, removePin(filepath.Join(dir, h.name)))
+	}
+	return errors.Join(append(errs, os.RemoveAll(dir))...)
 }
 
 // instance loads a per-pod program for the namespace with that cookie.
