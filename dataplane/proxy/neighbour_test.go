@@ -1,0 +1,223 @@
+package proxy
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// roleEnv makes the test binary play an application, in a process of its own so that its
+// goroutines do not queue with the proxy's.
+const roleEnv = "RACEWAY_PROXY_BENCH_ROLE"
+
+// neighbourFlows is how many bulk connections the noisy pod has.
+const neighbourFlows = 200
+
+// BenchmarkRequestBesideBulk measures a pod's request/response beside another pod of the
+// node that has 200 bulk connections, with the gate and without it. All that the proxy does
+// is in this process; the applications have their own.
+//
+//	go test -run '^$' -bench RequestBesideBulk -benchtime 3000x ./dataplane/proxy
+func BenchmarkRequestBesideBulk(b *testing.B) {
+	for _, way := range []string{"tunnel", "plain"} {
+		for _, c := range []struct {
+			name   string
+			bulk   bool
+			limits Limits
+		}{
+			{"alone", false, Limits{}},
+			{"gate", true, Limits{}},
+			{"no gate", true, Limits{PodActive: 1 << 20, NodeActive: 1 << 20}},
+		} {
+			b.Run(way+"/"+c.name, func(b *testing.B) { benchmarkNeighbour(b, way == "tunnel", c.bulk, c.limits) })
+		}
+	}
+}
+
+func benchmarkNeighbour(b *testing.B, tunnel, bulk bool, limits Limits) {
+	w := newWorld(b, func(c *Config) { c.Limits = limits })
+	server := netip.MustParseAddr("127.0.0.1")
+	if tunnel {
+		server = w.db.addr
+	}
+	quiet := newFakePod(b, "quiet", w.db.addr.Next().String())
+	pod := quiet.workload("node1")
+	pod.ServiceAccount = "web"
+	w.contents.Workloads = append(w.contents.Workloads, pod)
+	w.publish(nil)
+	w.serve(w.nodes[0], quiet)
+	echo := start(b, "echo", server.String())
+	sink := start(b, "sink", server.String())
+	targets := map[netip.AddrPort]netip.AddrPort{addrPort(w.web.outbound.Addr()): sink.addr, addrPort(quiet.outbound.Addr()): echo.addr}
+	w.nodes[0].addresses = func(c *net.TCPConn) (destination, client netip.AddrPort) {
+		return targets[addrPort(c.LocalAddr())], addrPort(c.RemoteAddr())
+	}
+	if bulk {
+		start(b, "bulk", w.web.outbound.Addr().String())
+		eventually(b, "all bulk connections are there", func() bool { return w.nodes[0].Live("web") == neighbourFlows })
+		time.Sleep(300 * time.Millisecond) // windows and socket buffers fill
+	}
+	before, began := w.moved(), time.Now()
+	ping := start(b, "ping", quiet.outbound.Addr().String(), strconv.Itoa(max(b.N, 100)))
+	b.ResetTimer()
+	fields := strings.Fields(ping.wait(b))
+	b.StopTimer()
+	for i, name := range []string{"p50-µs", "p99-µs", "p99.9-µs"} {
+		value, err := strconv.ParseFloat(fields[i], 64)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.ReportMetric(value, name)
+	}
+	b.ReportMetric(float64(w.moved()-before)/1e6/time.Since(began).Seconds(), "bulk-MB/s")
+}
+
+// moved is how many bytes the noisy pod has sent.
+func (w *world) moved() (sum uint64) {
+	for _, c := range w.nodes[0].telemetry.Connections() {
+		if c.Source.Workload == "web" {
+			sum += c.Sent
+		}
+	}
+	return sum
+}
+
+// role is a child process that plays an application. It ends with its standard input.
+type role struct {
+	addr netip.AddrPort // of one that listens
+	out  *bufio.Reader
+}
+
+func start(b *testing.B, args ...string) *role {
+	b.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), roleEnv+"="+strings.Join(args, " "))
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		_ = in.Close()
+		_ = cmd.Wait()
+	})
+	r := &role{out: bufio.NewReader(out)}
+	if args[0] == "echo" || args[0] == "sink" {
+		if r.addr, err = netip.ParseAddrPort(strings.TrimSpace(r.wait(b))); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return r
+}
+
+// wait returns the role's next line.
+func (r *role) wait(b *testing.B) string {
+	b.Helper()
+	line, err := r.out.ReadString('\n')
+	if err != nil {
+		b.Fatal("the application's process: ", err)
+	}
+	return line
+}
+
+// play is the child process.
+func play(args []string) error {
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		_, _ = io.Copy(io.Discard, os.Stdin)
+	}()
+	switch args[0] {
+	case "echo", "sink":
+		l, err := net.Listen("tcp", net.JoinHostPort(args[1], "0"))
+		if err != nil {
+			return err
+		}
+		fmt.Println(l.Addr())
+		go serveRole(l, args[0] == "echo")
+	case "bulk":
+		for range neighbourFlows {
+			c, err := net.Dial("tcp", args[1])
+			if err != nil {
+				return err
+			}
+			go func() {
+				chunk := make([]byte, 64<<10)
+				for err := error(nil); err == nil; {
+					_, err = c.Write(chunk)
+				}
+			}()
+		}
+	case "ping":
+		return ping(args[1], args[2])
+	}
+	<-over
+	return nil
+}
+
+func serveRole(l net.Listener, answer bool) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			buf := make([]byte, 64<<10)
+			for {
+				n, err := c.Read(buf)
+				if err != nil {
+					return
+				}
+				if answer {
+					_, _ = c.Write(buf[:n])
+				}
+			}
+		}()
+	}
+}
+
+// ping makes requests of 128 bytes one after the other, a millisecond apart, and prints
+// quantiles in microseconds.
+func ping(addr, count string) error {
+	n, err := strconv.Atoi(count)
+	if err != nil {
+		return err
+	}
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, 128)
+	took := make([]time.Duration, 0, n)
+	for range n {
+		start := time.Now()
+		if _, err := c.Write(buf); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(c, buf); err != nil {
+			return err
+		}
+		took = append(took, time.Since(start))
+		time.Sleep(time.Millisecond)
+	}
+	slices.Sort(took)
+	at := func(q float64) float64 { return float64(took[min(n-1, int(q*float64(n)))].Nanoseconds()) / 1000 }
+	fmt.Println(at(0.5), at(0.99), at(0.999))
+	return nil
+}
