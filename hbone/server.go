@@ -22,7 +22,8 @@ type ServerConfig struct {
 	// Handler serves each CONNECT on a goroutine of its own.
 	Handler Handler
 	// MaxHandshakes bounds the handshakes that go on at once; more wait in the kernel's
-	// backlog. 0 means 128.
+	// backlog. One address may have a quarter of them, and more are closed: whoever
+	// connects and says nothing must not keep everybody else out. 0 means 128.
 	MaxHandshakes int
 	// HandshakeTimeout bounds one. 0 means 10 seconds.
 	HandshakeTimeout time.Duration
@@ -30,7 +31,8 @@ type ServerConfig struct {
 	// 10,000.
 	MaxConns int
 	// OnHandshakeError, if set, is told of every connection that did not become a tunnel
-	// connection: a *TLSError, or ErrTooManyConns. It is called from several goroutines.
+	// connection: a *TLSError, ErrTooManyConns or ErrTooManyHandshakes. It is called from
+	// several goroutines.
 	OnHandshakeError func(remote netip.AddrPort, err error)
 	// Log receives what no caller is told. nil discards it.
 	Log *slog.Logger
@@ -60,16 +62,42 @@ func (c ServerConfig) withDefaults() ServerConfig {
 // ErrTooManyConns is told to OnHandshakeError when a listener's MaxConns bites.
 var ErrTooManyConns = errors.New("too many tunnel connections")
 
-// Server accepts tunnels. Its bound on handshakes is shared by all its listeners.
+// ErrTooManyHandshakes is told to OnHandshakeError when one address has its share of
+// MaxHandshakes under way.
+var ErrTooManyHandshakes = errors.New("too many handshakes of one address")
+
+// Server accepts tunnels. Its bounds on handshakes are shared by all its listeners.
 type Server struct {
 	cfg        ServerConfig
 	handshakes chan struct{} // a token for each handshake that may start
+
+	mu    sync.Mutex
+	peers map[netip.Addr]int // handshakes under way, by address
 }
 
 // NewServer starts nothing; Serve does.
 func NewServer(cfg ServerConfig) *Server {
 	cfg = cfg.withDefaults()
-	return &Server{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes)}
+	return &Server{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes), peers: make(map[netip.Addr]int)}
+}
+
+// admit counts a handshake of peer, unless peer has its share under way; settle ends it.
+func (s *Server) admit(peer netip.Addr) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.peers[peer] >= max(1, s.cfg.MaxHandshakes/4) {
+		return false
+	}
+	s.peers[peer]++
+	return true
+}
+
+func (s *Server) settle(peer netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.peers[peer]--; s.peers[peer] == 0 {
+		delete(s.peers, peer)
+	}
 }
 
 // Serve accepts tunnel connections on l until ctx ends. Then it accepts no more, tells its
@@ -105,12 +133,10 @@ func (s *Server) Serve(ctx, force context.Context, l net.Listener) error {
 			}
 			return fmt.Errorf("accept tunnel connections on %s: %w", l.Addr(), err)
 		}
-		select {
-		case slots <- struct{}{}:
-		default:
+		if err := s.take(raw, slots); err != nil {
 			<-s.handshakes
 			_ = raw.Close() // its peer sees that; nothing was promised
-			s.cfg.OnHandshakeError(addrPort(raw.RemoteAddr()), ErrTooManyConns)
+			s.cfg.OnHandshakeError(addrPort(raw.RemoteAddr()), err)
 			continue
 		}
 		work.Go(func() {
@@ -120,21 +146,51 @@ func (s *Server) Serve(ctx, force context.Context, l net.Listener) error {
 	}
 }
 
+// take counts raw among the connections and its peer's handshakes, or says which bound it
+// exceeds.
+func (s *Server) take(raw net.Conn, slots chan<- struct{}) error {
+	peer := addrPort(raw.RemoteAddr()).Addr()
+	if !s.admit(peer) {
+		return ErrTooManyHandshakes
+	}
+	select {
+	case slots <- struct{}{}:
+		return nil
+	default:
+		s.settle(peer)
+		return ErrTooManyConns
+	}
+}
+
 // serveConn owns raw.
 func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
 	// A peer that connected before the drain gets its handshake, and is then told.
 	conn, err := s.handshake(force, raw)
 	<-s.handshakes
 	remote := addrPort(raw.RemoteAddr())
+	s.settle(remote.Addr())
 	if err != nil {
 		if force.Err() == nil {
 			s.cfg.OnHandshakeError(remote, NewTLSError(remote, err))
 		}
 		return
 	}
+	ctx, cancel := untilExpiry(ctx, conn)
+	defer cancel()
 	if err := s.cfg.Transport.ServeConn(ctx, force, conn, s.cfg.Handler); err != nil {
 		s.cfg.Log.Debug("tunnel connection ended", "remote", remote, "error", err)
 	}
+}
+
+// untilExpiry ends when the certificate that the peer showed does. The connection drains
+// then: streams run on, and new ones need a connection with a certificate of the day. A peer
+// that is never idle would otherwise outlive its identity for as long as it likes.
+func untilExpiry(ctx context.Context, conn *tls.Conn) (context.Context, context.CancelFunc) {
+	shown := conn.ConnectionState().PeerCertificates
+	if len(shown) == 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, shown[0].NotAfter)
 }
 
 // handshake closes raw when it fails.

@@ -27,6 +27,7 @@ type serverState struct {
 	handlers  int
 	nuisances int // streams refused, or reset by the peer before their answer
 	final     bool
+	finalAt   *time.Timer // when final comes whatever the peer does; nil until the drain
 	linger    *time.Timer
 }
 
@@ -47,8 +48,10 @@ func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*h
 	c.server.work.Wait()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.server.linger != nil {
-		c.server.linger.Stop()
+	for _, timer := range []*time.Timer{c.server.linger, c.server.finalAt} {
+		if timer != nil {
+			timer.Stop()
+		}
 	}
 	return err
 }
@@ -74,8 +77,8 @@ func (c *conn) readPreface() error {
 }
 
 // drain starts the graceful end: a GOAWAY that excludes nothing and a PING. Streams that
-// the peer opened before it saw them are served; once the PING is answered there are no
-// more, and the final GOAWAY names the last.
+// the peer opened before it saw them are served; once the PING is answered, or was not for
+// as long as a peer may keep silent, there are no more, and the final GOAWAY names the last.
 func (c *conn) drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -85,10 +88,15 @@ func (c *conn) drain() {
 	c.draining = true
 	c.pushLocked(control{kind: controlGoAway, n: maxStreamID, code: http2.ErrCodeNo})
 	c.pushLocked(control{kind: controlPing, ping: drainPing})
+	c.server.finalAt = time.AfterFunc(c.values.pingTimeout, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.finalGoAwayLocked()
+	})
 }
 
 func (c *conn) finalGoAwayLocked() {
-	if !c.draining || c.server.final {
+	if !c.draining || c.server.final || c.err != nil {
 		return
 	}
 	c.server.final = true

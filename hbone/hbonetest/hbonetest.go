@@ -62,7 +62,7 @@ func (ca *CA) Issue(t testing.TB, l Leaf) tls.Certificate {
 		template.NotBefore = time.Now().Add(-time.Minute)
 	}
 	if template.NotAfter.IsZero() {
-		template.NotAfter = time.Now().Add(time.Hour)
+		template.NotAfter = time.Now().Add(24 * time.Hour)
 	}
 	if template.ExtKeyUsage == nil {
 		template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}
