@@ -342,3 +342,54 @@ func (u unclosable) Accept() (net.Conn, error) {
 		return nil, net.ErrClosed
 	}
 }
+
+func TestWaiterTakesAPlaceThatBecomesFree(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *hbone.ClientConfig, _ *hbone.ServerConfig) {
+			c.MaxStreamsPerConn = 1
+			dial, first := c.Dial, true
+			c.Dial = func(ctx context.Context, k hbone.Key) (net.Conn, error) {
+				if first {
+					first = false
+					return dial(ctx, k)
+				}
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+		})
+		holder := w.open(t)
+		time.AfterFunc(time.Second, func() { _ = holder.Close() })
+		start := time.Now()
+		tunnel := w.open(t)
+		if took := time.Since(start); took != time.Second || !tunnel.Reused {
+			t.Errorf("waited %v, reused %v", took, tunnel.Reused)
+		}
+		_ = tunnel.Close()
+	})
+}
+
+// stillborn makes sessions that are dead before anybody can use them.
+type stillborn struct{ hbone.ClientTransport }
+
+func (s stillborn) NewSession(ctx context.Context, conn *tls.Conn) (hbone.Session, error) {
+	session, err := s.ClientTransport.NewSession(ctx, conn)
+	if err == nil {
+		err = session.Close()
+		<-session.Done()
+	}
+	return session, err
+}
+
+func TestPeerThatHangsUpAtOnceIsNotDialledForever(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(c *hbone.ClientConfig, _ *hbone.ServerConfig) { c.Transport = stillborn{c.Transport} })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		if _, err := w.client.Open(ctx, key, request); !errors.Is(err, hbone.ErrRefused) {
+			t.Errorf("Open = %v", err)
+		}
+		if n := w.net.dialed(); n > 3 {
+			t.Errorf("%d dials", n)
+		}
+	})
+}

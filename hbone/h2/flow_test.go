@@ -234,3 +234,27 @@ func TestReservationsCount(t *testing.T) {
 		t.Errorf("capacity = %d after a stream ended, want 1", got)
 	}
 }
+
+func TestAbandonedBytesGiveTheConnectionsWindowBack(t *testing.T) {
+	p := newPair(t, h2.Client{ConnWindow: 1 << 20, StreamWindow: 256 << 10}, h2.Server{}, func(r *hbone.ServerRequest) {
+		s, err := r.Accept(hbone.Response{})
+		if err != nil {
+			return
+		}
+		for err == nil {
+			_, err = s.Write(make([]byte, 64<<10))
+		}
+	})
+	for range 40 { // ten times the connection's window
+		s := p.open(t)
+		time.Sleep(2 * time.Millisecond)
+		_ = s.Close()
+	}
+	s := p.open(t)
+	timer := time.AfterFunc(10*time.Second, func() { _ = s.Close() })
+	defer timer.Stop()
+	if _, err := io.CopyN(io.Discard, s, 4<<20); err != nil {
+		t.Errorf("after 40 abandoned streams: %v", err)
+	}
+	_ = s.Close()
+}

@@ -279,3 +279,29 @@ func TestClientRespectsTheServersBounds(t *testing.T) {
 	_ = tunnel.Close()
 	<-wrote
 }
+
+func TestClientGivesWindowBackForWhatItAbandoned(t *testing.T) {
+	checked := make(chan struct{})
+	client, key := rawServer(t, func(r *raw) {
+		defer close(checked)
+		id := r.next().Header().StreamID
+		r.headers(id, false, ":status", "200")
+		r.wantReset(id, http2.ErrCodeCancel)
+		for range 64 { // as if under way when the client closed: a quarter of its window
+			r.ok(r.WriteData(id, false, make([]byte, 64<<10)))
+		}
+		f, err := r.ReadFrame()
+		for err == nil && f.Header().Type != http2.FrameWindowUpdate {
+			f, err = r.ReadFrame()
+		}
+		if err != nil || f.Header().StreamID != 0 {
+			r.t.Errorf("got %v, %v, want the connection's window back", f, err)
+		}
+	})
+	tunnel, err := client.Open(t.Context(), key, &hbone.Request{Authority: application})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = tunnel.Close()
+	<-checked
+}
