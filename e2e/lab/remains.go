@@ -21,6 +21,9 @@ type owner struct {
 	Started   uint64       `json:"started"`
 	Keep      bool         `json:"keep,omitempty"`
 	Processes []ownProcess `json:"processes,omitempty"` // in the order of their start
+
+	// changing is a lab that is being made or closed at this moment: it has no file.
+	changing bool
 }
 
 type ownProcess struct {
@@ -260,7 +263,9 @@ func readOwner(dir string) (owner, error) {
 	var o owner
 	content, err := os.ReadFile(ownerFile(dir))
 	if errors.Is(err, fs.ErrNotExist) {
-		return o, nil // it was being made, or removed
+		info, statErr := os.Stat(dir)
+		o.changing = statErr != nil || time.Since(info.ModTime()) < changeTime
+		return o, nil
 	}
 	if err == nil {
 		err = json.Unmarshal(content, &o)
@@ -271,7 +276,12 @@ func readOwner(dir string) (owner, error) {
 	return o, nil
 }
 
-func (o owner) running() bool { return ownProcess{Pid: o.Pid, Started: o.Started}.running() }
+// changeTime is longer than it takes to make or to close a lab.
+const changeTime = time.Minute
+
+func (o owner) running() bool {
+	return o.changing || ownProcess{Pid: o.Pid, Started: o.Started}.running()
+}
 
 func (p ownProcess) running() bool {
 	if p.Pid == 0 {
