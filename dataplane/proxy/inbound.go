@@ -112,8 +112,12 @@ func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
 		MaxHandshakes: s.cfg.Limits.PodHandshakes,
 		MaxConns:      s.cfg.Limits.PodTunnels,
 		OnHandshakeError: func(remote netip.AddrPort, err error) {
-			if errors.Is(err, hbone.ErrTooManyConns) {
+			switch {
+			case errors.Is(err, hbone.ErrTooManyConns):
 				s.warn.bit(limitPodTunnels, s.uid, int64(s.cfg.Limits.PodTunnels))
+				return
+			case errors.Is(err, hbone.ErrTooManyHandshakes):
+				s.warn.bit(limitPodHandshakes, s.uid, int64(s.cfg.Limits.PodHandshakes))
 				return
 			}
 			s.cfg.Telemetry.HandshakeFailed(telemetry.Inbound, string(certs.CauseOf(err)))

@@ -20,7 +20,7 @@ type Limits struct {
 	// dialed; more are reset. 1,024.
 	PodPending int
 	// PodHandshakes bounds the TLS handshakes of tunnels to a pod that go on at one time;
-	// more wait in the kernel's backlog. 64.
+	// more wait in the kernel's backlog, and more than a quarter from one address are closed. 64.
 	PodHandshakes int
 	// PodTunnels bounds the tunnel connections to a pod; more are closed. 4,096.
 	PodTunnels int
@@ -68,6 +68,7 @@ const (
 	limitNodeConnections = "node_connections"
 	limitPodPending      = "pod_pending"
 	limitPodTunnels      = "pod_tunnels"
+	limitPodHandshakes   = "pod_handshakes"
 	limitBuffers         = "buffers"
 )
 

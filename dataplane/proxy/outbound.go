@@ -214,6 +214,11 @@ func (s *servedPod) openTunnel(f *flow, d route.Decision, trace string) (leg, er
 		return nil, err
 	}
 	f.setTunnel(s, tunnel.Conn)
+	// From here on recheckTrust sees the tunnel; what was revoked before is seen here.
+	if err := s.revoked(tunnel.Conn); err != nil {
+		_ = tunnel.Close()
+		return nil, err
+	}
 	return newStreamLeg(tunnel, "the peer", nil), nil
 }
 
