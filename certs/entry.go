@@ -186,7 +186,7 @@ func (k *Keeper) check(id spiffe.ID, key *ecdsa.PrivateKey, chain []*x509.Certif
 		return fmt.Errorf("the certificate is for %s", got)
 	}
 	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
-		if _, err := k.verifier.chain(id, chain, usage); err != nil {
+		if err := k.verifier.chain(id, chain, usage); err != nil {
 			return fmt.Errorf("our own roots do not accept it: %w", err)
 		}
 	}
@@ -205,7 +205,7 @@ func (k *Keeper) renewDistrusted() {
 	}
 	k.mu.Unlock()
 	for e, chain := range chains {
-		_, err := k.verifier.chain(e.id, chain, x509.ExtKeyUsageServerAuth)
+		err := k.verifier.chain(e.id, chain, x509.ExtKeyUsageServerAuth)
 		if err == nil {
 			continue
 		}

@@ -43,7 +43,7 @@ func (v *verifier) connection(state tls.ConnectionState, usage x509.ExtKeyUsage,
 	if state.NegotiatedProtocol != protocol {
 		return refuse(CauseALPN, id, "it offers no %q in ALPN", protocol)
 	}
-	if _, err := v.chain(id, state.PeerCertificates, usage); err != nil {
+	if err := v.chain(id, state.PeerCertificates, usage); err != nil {
 		return err
 	}
 	if len(expected) > 0 && !v.isOneOf(id, expected) {
@@ -52,16 +52,15 @@ func (v *verifier) connection(state tls.ConnectionState, usage x509.ExtKeyUsage,
 	return nil
 }
 
-// chain verifies certs, leaf first, against the roots of id's own trust domain and returns
-// the way that was found.
-func (v *verifier) chain(id spiffe.ID, certs []*x509.Certificate, usage x509.ExtKeyUsage) ([]*x509.Certificate, error) {
+// chain verifies certs, leaf first, against the roots of id's own trust domain.
+func (v *verifier) chain(id spiffe.ID, certs []*x509.Certificate, usage x509.ExtKeyUsage) error {
 	leaf := certs[0]
 	if !v.accepts(id.TrustDomain) {
-		return nil, refuse(CauseTrustDomain, id, "trust domain %s is neither the own one (%s), nor an alias, nor federated", id.TrustDomain, v.trustDomain)
+		return refuse(CauseTrustDomain, id, "trust domain %s is neither the own one (%s), nor an alias, nor federated", id.TrustDomain, v.trustDomain)
 	}
 	// X509-SVID section 5.2: a leaf is no CA and may not sign certificates or CRLs.
 	if leaf.IsCA || leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0 {
-		return nil, refuse(CauseUsage, id, "a signing certificate is not a workload's")
+		return refuse(CauseUsage, id, "a signing certificate is not a workload's")
 	}
 	intermediates := x509.NewCertPool()
 	for _, c := range certs[1:] {
@@ -75,14 +74,14 @@ func (v *verifier) chain(id spiffe.ID, certs []*x509.Certificate, usage x509.Ext
 		KeyUsages:     []x509.ExtKeyUsage{usage},
 	})
 	if err != nil {
-		return nil, explain(id, err, now)
+		return explain(id, err, now)
 	}
 	for _, chain := range chains {
 		if err = v.revoked(id, chain); err == nil {
-			return chain, nil
+			return nil
 		}
 	}
-	return nil, err
+	return err
 }
 
 // explain gives a chain's failure its cause and the operator's likely remedy.

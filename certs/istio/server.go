@@ -123,8 +123,10 @@ func (c ServerConfig) Validate() error {
 		missing bool
 		what    string
 	}{
-		{c.Signer == nil, "signer"}, {c.Authenticator == nil, "authenticator"},
-		{c.Authorizer == nil, "authorizer"}, {c.GetCertificate == nil, "serving certificate"},
+		{c.Signer == nil, "signer"},
+		{c.Authenticator == nil, "authenticator"},
+		{c.Authorizer == nil, "authorizer"},
+		{c.GetCertificate == nil, "serving certificate"},
 	} {
 		if required.missing {
 			errs = append(errs, fmt.Errorf("certificate service: no %s", required.what))

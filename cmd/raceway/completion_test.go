@@ -23,11 +23,9 @@ func TestCompletion(t *testing.T) {
 		{[]string{"workl"}, "workloads"},
 	} {
 		code, stdout, stderr := raceway(t, dir, append([]string{"__completeNoDesc"}, test.line...)...)
-		offers, _, _ := strings.Cut(stdout, ":")
-		if strings.Contains(stdout, "\n:") {
-			offers = stdout[:strings.LastIndex(stdout, "\n:")]
-		} else {
-			offers = ""
+		offers := ""
+		if end := strings.LastIndex(stdout, "\n:"); end >= 0 {
+			offers = stdout[:end]
 		}
 		if got := strings.Join(strings.Fields(offers), " "); code != exitOK || got != test.want {
 			t.Errorf("%q offers %q (%d, %s), want %q", test.line, got, code, stderr, test.want)

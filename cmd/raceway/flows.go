@@ -111,7 +111,7 @@ func eventCell(f admin.Flow) cell {
 		c.tone = toneBad
 	case admin.FlowOpen:
 		c.tone = toneGood
-	case admin.FlowUpdate, admin.FlowClose:
+	case admin.FlowUpdate, admin.FlowClose, admin.FlowLost:
 	}
 	return c
 }

@@ -93,7 +93,7 @@ type call struct {
 }
 
 func (p *pod) want(cfg *Config) bool {
-	return p.workload != nil && !p.misplaced(cfg) && !p.nameless(cfg)
+	return p.workload != nil && !p.misplaced() && !p.nameless(cfg)
 }
 
 // nameless pods cannot be captured for want of a network namespace.
@@ -103,7 +103,7 @@ func (p *pod) nameless(cfg *Config) bool {
 
 // misplaced reports that what is in force is for another namespace or other addresses than
 // the pod has now: it has to go before the pod can be prepared anew.
-func (p *pod) misplaced(cfg *Config) bool {
+func (p *pod) misplaced() bool {
 	if p.workload == nil || p.prepared == off {
 		return false
 	}

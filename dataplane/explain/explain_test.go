@@ -159,92 +159,130 @@ func answerCases() []answerCase {
 	const label = " raceway.dev/dataplane-mode=ambient"
 	return []answerCase{
 		{name: "tunnel without policies", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop"},
-		{name: "tunnel allowed by rule", src: "shop/web", dst: "db:3306", outcome: "tunnel", policy: "shop/allow-web rule 0", next: "raceway connections -n shop",
+		{
+			name: "tunnel allowed by rule", src: "shop/web", dst: "db:3306", outcome: "tunnel", policy: "shop/allow-web rule 0", next: "raceway connections -n shop",
 			change: func(c *cluster) {
 				c.Authorizations = []dataplane.AuthorizationPolicy{policy(dataplane.ActionAllow, "allow-web", webPrincipal)}
-			}},
-		{name: "denied by DENY", src: "shop/web", dst: "db:3306", outcome: "denied", policy: "shop/deny-web rule 0", next: "kubectl -n shop get authorizationpolicy deny-web -o yaml",
+			},
+		},
+		{
+			name: "denied by DENY", src: "shop/web", dst: "db:3306", outcome: "denied", policy: "shop/deny-web rule 0", next: "kubectl -n shop get authorizationpolicy deny-web -o yaml",
 			change: func(c *cluster) {
 				c.Authorizations = []dataplane.AuthorizationPolicy{policy(dataplane.ActionDeny, "deny-web", webPrincipal)}
-			}},
-		{name: "denied as no ALLOW matches", src: "shop/web", dst: "db:3306", outcome: "denied", policy: "shop/allow-cron", next: "kubectl -n shop get authorizationpolicy allow-cron -o yaml",
+			},
+		},
+		{
+			name: "denied as no ALLOW matches", src: "shop/web", dst: "db:3306", outcome: "denied", policy: "shop/allow-cron", next: "kubectl -n shop get authorizationpolicy allow-cron -o yaml",
 			change: func(c *cluster) {
 				c.Authorizations = []dataplane.AuthorizationPolicy{policy(dataplane.ActionAllow, "allow-cron", cronPrincipal)}
-			}},
-		{name: "dry run would deny", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
+			},
+		},
+		{
+			name: "dry run would deny", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
 			change: func(c *cluster) {
 				p := policy(dataplane.ActionDeny, "deny-web", webPrincipal)
 				p.DryRun = true
 				c.Authorizations = []dataplane.AuthorizationPolicy{p}
-			}},
-		{name: "dry run would allow", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
+			},
+		},
+		{
+			name: "dry run would allow", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
 			change: func(c *cluster) {
 				p := policy(dataplane.ActionDeny, "deny-cron", cronPrincipal)
 				p.DryRun = true
 				c.Authorizations = []dataplane.AuthorizationPolicy{p}
-			}},
-		{name: "plain because not labelled", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl label namespace shop" + label,
-			change: func(c *cluster) { c.unlabel("shop") }},
+			},
+		},
+		{
+			name: "plain because not labelled", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl label namespace shop" + label,
+			change: func(c *cluster) { c.unlabel("shop") },
+		},
 		{name: "plain source to captured destination", src: "old", dst: "shop/db:3306", outcome: "plain", next: "kubectl label namespace legacy" + label},
 		{name: "plain destination", src: "shop/web", dst: "legacy/sink:80", outcome: "plain", next: "kubectl label namespace legacy" + label},
-		{name: "STRICT refuses plaintext", src: "old", dst: "shop/db:3306", outcome: "denied", policy: "shop/strict", next: "kubectl label namespace legacy" + label,
-			change: func(c *cluster) { c.Authentications = []dataplane.PeerAuthentication{strict()} }},
-		{name: "STRICT passes the tunnel", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
-			change: func(c *cluster) { c.Authentications = []dataplane.PeerAuthentication{strict()} }},
-		{name: "ALLOW by principal denies plaintext", src: "old", dst: "shop/db:3306", outcome: "denied", policy: "shop/allow-web", next: "kubectl -n shop get authorizationpolicy allow-web -o yaml",
+		{
+			name: "STRICT refuses plaintext", src: "old", dst: "shop/db:3306", outcome: "denied", policy: "shop/strict", next: "kubectl label namespace legacy" + label,
+			change: func(c *cluster) { c.Authentications = []dataplane.PeerAuthentication{strict()} },
+		},
+		{
+			name: "STRICT passes the tunnel", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
+			change: func(c *cluster) { c.Authentications = []dataplane.PeerAuthentication{strict()} },
+		},
+		{
+			name: "ALLOW by principal denies plaintext", src: "old", dst: "shop/db:3306", outcome: "denied", policy: "shop/allow-web", next: "kubectl -n shop get authorizationpolicy allow-web -o yaml",
 			change: func(c *cluster) {
 				c.Authorizations = []dataplane.AuthorizationPolicy{policy(dataplane.ActionAllow, "allow-web", webPrincipal)}
-			}},
-		{name: "pod opted out", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl -n shop label pod web --overwrite" + label,
+			},
+		},
+		{
+			name: "pod opted out", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl -n shop label pod web --overwrite" + label,
 			change: func(c *cluster) {
 				c.setState("shop.web", dataplane.CaptureNone, "")
 				c.Workloads[0].Labels = map[string]string{dataplane.ModeLabel: dataplane.ModeNone}
-			}},
-		{name: "pod with a mistyped label", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl -n shop label pod web --overwrite" + label,
+			},
+		},
+		{
+			name: "pod with a mistyped label", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl -n shop label pod web --overwrite" + label,
 			change: func(c *cluster) {
 				c.setState("shop.web", dataplane.CaptureNone, "")
 				c.Workloads[0].Labels = map[string]string{dataplane.ModeLabel: "Ambient"}
-			}},
+			},
+		},
 		{name: "hostNetwork source", src: "node-exporter", dst: "shop/db:3306", outcome: "plain", next: "kubectl -n shop get pod node-exporter -o yaml"},
-		{name: "capture failed", src: "shop/web", dst: "db:3306", outcome: "unknown", next: "raceway check",
+		{
+			name: "capture failed", src: "shop/web", dst: "db:3306", outcome: "unknown", next: "raceway check",
 			change: func(c *cluster) {
 				c.setState("shop.web", dataplane.CaptureFailed, "attach the guard: no such device")
-			}},
-		{name: "capture pending", src: "shop/web", dst: "db:3306", outcome: "unknown", next: "raceway workloads -n shop",
+			},
+		},
+		{
+			name: "capture pending", src: "shop/web", dst: "db:3306", outcome: "unknown", next: "raceway workloads -n shop",
 			change: func(c *cluster) {
 				c.setState("shop.web", dataplane.CapturePending, "waiting for its certificate")
-			}},
-		{name: "capture pending but denied either way", src: "shop/web", dst: "db:3306", outcome: "denied", policy: "shop/deny-all rule 0", next: "kubectl -n shop get authorizationpolicy deny-all -o yaml",
+			},
+		},
+		{
+			name: "capture pending but denied either way", src: "shop/web", dst: "db:3306", outcome: "denied", policy: "shop/deny-all rule 0", next: "kubectl -n shop get authorizationpolicy deny-all -o yaml",
 			change: func(c *cluster) {
 				c.setState("shop.web", dataplane.CapturePending, "waiting for its certificate")
 				p := policy(dataplane.ActionDeny, "deny-all")
 				p.Rules = []dataplane.PolicyRule{{}}
 				c.Authorizations = []dataplane.AuthorizationPolicy{p}
-			}},
-		{name: "capture failed but plain either way", src: "shop/web", dst: "legacy/sink:80", outcome: "plain", next: "raceway check",
+			},
+		},
+		{
+			name: "capture failed but plain either way", src: "shop/web", dst: "legacy/sink:80", outcome: "plain", next: "raceway check",
 			change: func(c *cluster) {
 				c.setState("shop.web", dataplane.CaptureFailed, "attach the guard: no such device")
-			}},
-		{name: "source releasing", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl label namespace shop" + label,
+			},
+		},
+		{
+			name: "source releasing", src: "shop/web", dst: "db:3306", outcome: "plain", next: "kubectl label namespace shop" + label,
 			change: func(c *cluster) {
 				c.unlabel("shop")
 				c.setState("shop.web", dataplane.CaptureReleasing, "")
-			}},
+			},
+		},
 		{name: "source on another node", src: "other/web", dst: "db.shop:3306", outcome: "tunnel", next: "raceway connections -n other --agent n2"},
-		{name: "source on another node not published", src: "other/web", dst: "db.shop:3306", outcome: "unknown", next: "raceway workloads -n other --agent n2",
-			change: func(c *cluster) { c.Captured["other.web"] = false }},
-		{name: "destination enrolled but not captured", src: "shop/web", dst: "other/web:80", outcome: "plain", next: "raceway workloads -n other --agent n2",
-			change: func(c *cluster) { c.Captured["other.web"] = false }},
+		{
+			name: "source on another node not published", src: "other/web", dst: "db.shop:3306", outcome: "unknown", next: "raceway workloads -n other --agent n2",
+			change: func(c *cluster) { c.Captured["other.web"] = false },
+		},
+		{
+			name: "destination enrolled but not captured", src: "shop/web", dst: "other/web:80", outcome: "plain", next: "raceway workloads -n other --agent n2",
+			change: func(c *cluster) { c.Captured["other.web"] = false },
+		},
 		{name: "service without endpoints", src: "shop/web", dst: "empty:3306", outcome: "refused", next: "kubectl -n shop get endpointslices -l kubernetes.io/service-name=empty"},
 		{name: "service without endpoints from a plain source", src: "old", dst: "empty.shop:3306", outcome: "refused", next: "kubectl -n shop get endpointslices -l kubernetes.io/service-name=empty"},
 		{name: "service with no ready endpoint", src: "shop/web", dst: "starting:3306", outcome: "refused", next: "kubectl -n shop get endpointslices -l kubernetes.io/service-name=starting"},
 		{name: "service without the port", src: "shop/web", dst: "db:3307", outcome: "refused", next: "kubectl -n shop get service db -o yaml"},
 		{name: "headless service", src: "shop/web", dst: "db-headless:3306", outcome: "tunnel", next: "raceway connections -n shop"},
 		{name: "headless service without endpoints", src: "shop/web", dst: "headless-empty:3306", outcome: "refused", next: "kubectl -n shop get endpointslices -l kubernetes.io/service-name=headless-empty"},
-		{name: "no certificate", src: "shop/web", dst: "db:3306", outcome: "refused", next: "raceway certificates",
+		{
+			name: "no certificate", src: "shop/web", dst: "db:3306", outcome: "refused", next: "raceway certificates",
 			change: func(c *cluster) {
 				c.certs[spiffe.ID{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "web"}] = errors.New("the CA answers: not authorized for this identity")
-			}},
+			},
+		},
 		{name: "outside the cluster", src: "shop/web", dst: "93.184.216.34:443", outcome: "plain", next: "raceway flows -f"},
 		{name: "node address", src: "shop/web", dst: "192.168.0.2:10250", outcome: "plain", next: "raceway flows -f"},
 		{name: "unknown pod address", src: "shop/web", dst: "10.1.2.200:80", outcome: "refused", next: "kubectl get pods -A -o wide --field-selector status.podIP=10.1.2.200"},
@@ -253,8 +291,10 @@ func answerCases() []answerCase {
 		{name: "loopback", src: "shop/web", dst: "127.0.0.1:80", outcome: "plain", next: "raceway workloads -n shop"},
 		{name: "IPv6", src: "fd00:1::2", dst: "[fd00:2::3]:3306", outcome: "tunnel", next: "raceway connections -n shop"},
 		{name: "v4-mapped", src: "::ffff:10.1.1.2", dst: "[::ffff:10.1.2.3]:3306", outcome: "tunnel", next: "raceway connections -n shop"},
-		{name: "endpoints differ", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
-			change: func(c *cluster) { c.Captured["shop.db-1"] = false }},
+		{
+			name: "endpoints differ", src: "shop/web", dst: "db:3306", outcome: "tunnel", next: "raceway connections -n shop",
+			change: func(c *cluster) { c.Captured["shop.db-1"] = false },
+		},
 	}
 }
 

@@ -114,8 +114,10 @@ func (m *metrics) seriesLocked(l labels) *series {
 		}
 		m.overflown = true
 		m.limits.WithLabelValues("metric_series").Inc()
-		l = labels{reporter: l.reporter, source: unknownPeer(), destination: unknownPeer(), service: unknown,
-			serviceName: unknown, serviceNamespace: unknown, security: l.security}
+		l = labels{
+			reporter: l.reporter, source: unknownPeer(), destination: unknownPeer(), service: unknown,
+			serviceName: unknown, serviceNamespace: unknown, security: l.security,
+		}
 		if s := m.series[l]; s != nil {
 			return s
 		}

@@ -1,7 +1,6 @@
 package file
 
 import (
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -32,7 +31,7 @@ func newRig(t *testing.T, change func(*Config)) *rig {
 	if err := os.Mkdir(r.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	config := Config{Dir: r.dir, StatusDir: r.status, Settle: time.Hour, Log: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	config := Config{Dir: r.dir, StatusDir: r.status, Settle: time.Hour, Log: slog.New(slog.DiscardHandler)}
 	if change != nil {
 		change(&config)
 	}

@@ -3,7 +3,6 @@ package file
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -30,7 +29,7 @@ func run(t *testing.T, change func(*Config)) *live {
 	}
 	config := Config{
 		Dir: l.dir, StatusDir: filepath.Join(l.dir, "../status"), Resync: time.Hour,
-		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Log: slog.New(slog.DiscardHandler),
 	}
 	if change != nil {
 		change(&config)

@@ -2,7 +2,6 @@ package file
 
 import (
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -471,7 +470,7 @@ func TestProblemsAreTold(t *testing.T) {
 }
 
 func TestConfigIsChecked(t *testing.T) {
-	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	log := slog.New(slog.DiscardHandler)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
 	write(t, file, "")
