@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -34,7 +35,7 @@ the destination's. SENT is what the source sent, RECEIVED what came back to it.`
 			{name: "PROTOCOL", cell: func(n admin.Connection) cell { return protocolCell(n.Protocol) }},
 			{name: "SOURCE", cell: func(n admin.Connection) cell { return plain(peerName(n.Source)) }},
 			{name: "DESTINATION", cell: func(n admin.Connection) cell { return plain(peerPort(n.Destination)) }},
-			{name: "SERVICE", cell: func(n admin.Connection) cell { return plain(n.Service) }},
+			{name: "SERVICE", cell: func(n admin.Connection) cell { return plain(serviceName(n.Service)) }},
 			{name: "SENT", right: true, cell: func(n admin.Connection) cell { return plain(size(n.Sent)) }},
 			{name: "RECEIVED", right: true, cell: func(n admin.Connection) cell { return plain(size(n.Received)) }},
 			{name: "AGE", cell: func(n admin.Connection) cell { return plain(c.age(n.Opened)) }},
@@ -71,6 +72,16 @@ func peerPort(p admin.Peer) string {
 		return addrPort(p.Addr)
 	}
 	return fmt.Sprintf("%s:%d", peerName(p), p.Addr.Port())
+}
+
+// serviceName writes a service's host, db.shop.svc.cluster.local, as other names are
+// written. A host of another form stays as it is.
+func serviceName(host string) string {
+	labels := strings.SplitN(host, ".", 4)
+	if len(labels) < 3 || labels[2] != "svc" {
+		return host
+	}
+	return labels[1] + "/" + labels[0]
 }
 
 func rtt(micros uint32) string {

@@ -80,7 +80,7 @@ func connectionRows() []admin.Connection {
 	web := peer("10.1.1.2:41712", "shop", "web-7d4b9c", "web")
 	return []admin.Connection{
 		{ID: "n1-2", Direction: "outbound", Protocol: dataplane.ProtocolTCP, Source: web, Destination: peer("93.184.216.34:443", "", "", ""), Opened: ago(3 * time.Second), Sent: 517, Received: 4821},
-		{ID: "n1-1", Direction: "outbound", Protocol: dataplane.ProtocolHBONE, Source: web, Destination: peer("10.1.2.3:3306", "shop", "db-0", "db"), Service: "shop/db", Tunnel: netip.MustParseAddrPort("10.1.2.3:15008"), Opened: ago(90 * time.Second), Sent: 12_345_678, Received: 1_288_490_189, RTTMicros: 412, Retransmits: 1},
+		{ID: "n1-1", Direction: "outbound", Protocol: dataplane.ProtocolHBONE, Source: web, Destination: peer("10.1.2.3:3306", "shop", "db-0", "db"), Service: "db.shop.svc.cluster.local", Tunnel: netip.MustParseAddrPort("10.1.2.3:15008"), Opened: ago(90 * time.Second), Sent: 12_345_678, Received: 1_288_490_189, RTTMicros: 412, Retransmits: 1},
 		{ID: "n1-3", Direction: "inbound", Protocol: dataplane.ProtocolTCP, Source: peer("10.1.1.4:50000", "legacy", "old", ""), Destination: peer("10.1.1.2:8080", "shop", "web-7d4b9c", "web"), Opened: ago(3 * time.Second), Policy: "shop/allow-web rule 0"},
 	}
 }

@@ -23,8 +23,8 @@ func newRoot(c *cli) *cobra.Command {
 
 An agent answers on a unix socket in ` + defaultSocketDir + ` that root alone can open.
 
-Exit codes: 0 done; 1 something is wrong (check); 2 the command line, or a name on it,
-cannot be used; 3 no agent could be asked, or it could not answer.`,
+Exit codes: 0 done; 1 something is wrong (check, demo); 2 the command line, or a name on
+it, cannot be used; 3 no agent could be asked, or it could not answer.`,
 		Example: `  raceway workloads                    which pods are captured
   raceway why web db:3306              what becomes of a connection, and why
   raceway flows -f -n shop             connections as they open, close and are denied
@@ -49,7 +49,7 @@ cannot be used; 3 no agent could be asked, or it could not answer.`,
 	c.addGlobalFlags(root)
 	root.AddCommand(
 		newWorkloads(c), newServices(c), newPolicies(c), newCertificates(c), newConnections(c),
-		newFlows(c), newWhy(c), newCheck(c), newLogLevel(c), newVersion(c),
+		newFlows(c), newWhy(c), newCheck(c), newLogLevel(c), newDemo(c), newVersion(c),
 	)
 	return root
 }
