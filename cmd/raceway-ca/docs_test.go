@@ -1,0 +1,45 @@
+package main
+
+import (
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/raceway-mesh/raceway/certs/ca"
+)
+
+func TestMetricsAreThoseOfThePage(t *testing.T) {
+	page, err := os.ReadFile("../../docs/telemetry.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for _, match := range regexp.MustCompile("(?m)^\\| `(raceway_ca_[a-z_]+)` ").FindAllSubmatch(page, -1) {
+		want = append(want, string(match[1]))
+	}
+	authority, err := ca.New(ca.Config{Dir: t.TempDir(), TrustDomain: "cluster.local"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = authority.Close() }()
+	m, err := newMetrics(authority)
+	if err != nil {
+		t.Fatal(err)
+	}
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, f := range families {
+		if strings.HasPrefix(f.GetName(), "raceway_") {
+			got = append(got, f.GetName())
+		}
+	}
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("metrics are %q, the page has %q", got, want)
+	}
+}
