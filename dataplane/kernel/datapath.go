@@ -76,7 +76,7 @@ func (d *Datapath) open() error {
 	if d.records, err = d.ledger.load(); err != nil {
 		return err
 	}
-	if d.root, err = findPinRoot(d.cfg.Dir, d.log); err != nil {
+	if d.root, err = openPinRoot(d.cfg.Dir, d.log); err != nil {
 		return err
 	}
 	d.dir = d.root.dir
@@ -274,8 +274,8 @@ func (d *Datapath) Unload() error {
 		errs = append(errs, d.RemoveAdopted(a.UID))
 	}
 	errs = append(errs, removeLayout(d.loaded.hooks), os.RemoveAll(d.dir), d.Close())
-	if d.root.own {
-		errs = append(errs, outermost(d.log).unmountOwnBPFFS())
+	if d.root.own != "" {
+		errs = append(errs, outermost(d.log).removePinRoot(d.root.own))
 	}
 	if errors.Join(errs...) == nil {
 		errs = append(errs, os.RemoveAll(d.cfg.StateDir))

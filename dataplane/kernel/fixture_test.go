@@ -66,7 +66,7 @@ func inAllModes(t *testing.T, test func(t *testing.T, m mode)) {
 }
 
 // newFixture loads the data plane; the pod is neither open nor enrolled.
-func newFixture(t *testing.T, m mode) *fixture {
+func newFixture(t testing.TB, m mode) *fixture {
 	t.Helper()
 	node := netnstest.NewNode(t)
 	f := &fixture{node: node, web: node.NewPod(t), db: node.NewPod(t)}
@@ -90,7 +90,7 @@ func newFixture(t *testing.T, m mode) *fixture {
 	return f
 }
 
-func (f *fixture) open(t *testing.T) {
+func (f *fixture) open(t testing.TB) {
 	t.Helper()
 	var err error
 	if f.dp, err = kernel.Open(f.cfg); err != nil {

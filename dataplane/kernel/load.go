@@ -77,9 +77,6 @@ func load(dir string, cfg Config, records map[string]*record) (_ *loaded, err er
 			err = errors.Join(err, l.close())
 		}
 	}()
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
-	}
 	// A load that died half-way attached nothing that the pins below do not hold.
 	if err := os.RemoveAll(filepath.Join(dir, newDir)); err != nil {
 		return nil, fmt.Errorf("clear an unfinished load: %w", err)

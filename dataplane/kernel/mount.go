@@ -26,7 +26,7 @@ const (
 // one, which ends with it, and where /sys is a new mount without BPF file system.
 type pinRoot struct {
 	dir  string
-	own  bool     // below bpffsOwn, which we unmount when it is empty
+	own  string   // the same as a path below bpffsOwn, which we unmount when it is empty; or ""
 	held *os.File // what dir starts from when it is not visible here; nil otherwise
 }
 
@@ -37,8 +37,19 @@ func (r *pinRoot) close() error {
 	return r.held.Close()
 }
 
-// findPinRoot finds the directory in a BPF file system that dir stands for, and mounts one
-// if there is none.
+// openPinRoot finds the directory in a BPF file system that dir stands for, mounts one if
+// there is none, and makes the directory.
+func openPinRoot(dir string, log *slog.Logger) (r *pinRoot, err error) {
+	// From the look at the mount until our directory is in it, nobody must unmount it.
+	err = lockedRunDir(func() error {
+		if r, err = findPinRoot(dir, log); err != nil {
+			return err
+		}
+		return os.MkdirAll(r.dir, 0o700)
+	})
+	return r, err
+}
+
 func findPinRoot(dir string, log *slog.Logger) (*pinRoot, error) {
 	out := outermost(log)
 	rel, err := filepath.Rel(bpffsDefault, dir)
@@ -81,7 +92,10 @@ func outermost(log *slog.Logger) mounts {
 
 // find looks for path here, and then in the outer view. nil means that it is in neither.
 func (m mounts) find(path string, good func(string) bool) (*pinRoot, error) {
-	own := strings.HasPrefix(path, bpffsOwn+"/")
+	own := ""
+	if strings.HasPrefix(path, bpffsOwn+"/") {
+		own = path
+	}
 	if good(path) {
 		return &pinRoot{dir: path, own: own}, nil
 	}
@@ -127,38 +141,48 @@ func onBPFFS(path string) bool {
 
 func (m mounts) mountOwnBPFFS() error {
 	return m.do(func() error {
-		return lockedRunDir(func() error {
-			if err := os.MkdirAll(bpffsOwn, 0o700); err != nil {
-				return err
+		if err := os.MkdirAll(bpffsOwn, 0o700); err != nil {
+			return err
+		}
+		if onBPFFS(bpffsOwn) {
+			return nil
+		}
+		return unix.Mount("bpf", bpffsOwn, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
+	})
+}
+
+// removePinRoot removes what is empty above the directory of an agent that is gone, and
+// the mount of ours with the last agent.
+func (m mounts) removePinRoot(own string) error {
+	return lockedRunDir(func() error {
+		return m.do(func() error {
+			for dir := filepath.Dir(own); dir != bpffsOwn; dir = filepath.Dir(dir) {
+				if err := os.Remove(dir); errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, fs.ErrNotExist) {
+					break
+				} else if err != nil {
+					return err
+				}
 			}
-			if onBPFFS(bpffsOwn) {
-				return nil
-			}
-			return unix.Mount("bpf", bpffsOwn, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
+			return unmountEmpty()
 		})
 	})
 }
 
-// unmountOwnBPFFS takes the mount away again once the last agent's pins are gone.
-func (m mounts) unmountOwnBPFFS() error {
-	return m.do(func() error {
-		return lockedRunDir(func() error {
-			if !onBPFFS(bpffsOwn) {
-				return nil
-			}
-			if err := removeEmptyDirs(bpffsOwn); err != nil {
-				return err
-			}
-			entries, err := os.ReadDir(bpffsOwn)
-			if err != nil || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !isPreloaded(e.Name()) }) {
-				return err
-			}
-			if err := ignoreBusy(unix.Unmount(bpffsOwn, 0)); err != nil {
-				return fmt.Errorf("unmount %s: %w", bpffsOwn, err)
-			}
-			return ignoreBusy(os.Remove(bpffsOwn))
-		})
-	})
+func unmountEmpty() error {
+	if !onBPFFS(bpffsOwn) {
+		return nil
+	}
+	entries, err := os.ReadDir(bpffsOwn)
+	if err != nil || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !isPreloaded(e.Name()) }) {
+		return err
+	}
+	if err := ignoreBusy(unix.Unmount(bpffsOwn, 0)); err != nil {
+		return fmt.Errorf("unmount %s: %w", bpffsOwn, err)
+	}
+	if err := os.Remove(bpffsOwn); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+		return ignoreBusy(err)
+	}
+	return nil
 }
 
 // isPreloaded tells the two iterators that the kernel itself puts into every BPF file
@@ -170,27 +194,6 @@ func ignoreBusy(err error) error {
 		return nil
 	}
 	return err
-}
-
-// removeEmptyDirs removes the directories below root that hold no pin.
-func removeEmptyDirs(root string) error {
-	entries, err := os.ReadDir(root)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if !e.IsDir() {
-			continue
-		}
-		path := filepath.Join(root, e.Name())
-		if err := removeEmptyDirs(path); err != nil {
-			return err
-		}
-		if err := os.Remove(path); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
-			return err
-		}
-	}
-	return nil
 }
 
 // lockedRunDir keeps agents of one machine from mounting or unmounting at the same time.
