@@ -27,9 +27,11 @@ type Limits struct {
 	// PodBuffers and NodeBuffers bound the bytes of large copy buffers; without one a
 	// direction copies through a small buffer. 64 MiB and 256 MiB.
 	PodBuffers, NodeBuffers int64
-	// PodActive and NodeActive bound the chunks that are moved at one time. A pod gets as
-	// many as there are CPUs, the node twice that, so that a pod that uses all of its own
-	// leaves room for the others.
+	// PodActive and NodeActive bound the chunks that are moved at one time. GOMAXPROCS/2
+	// and GOMAXPROCS-1: a pod that uses all of its own leaves room for the others, and one
+	// of Go's processors stays idle, which is what makes it look at the network at once:
+	// while all are busy Go polls it every 10 ms. An agent that runs with GOMAXPROCS twice
+	// the CPUs leaves the CPUs' scheduling to the kernel, which prefers who slept.
 	PodActive, NodeActive int
 
 	// lease is how long a turn may be held while others wait, before its holder counts as
@@ -48,8 +50,8 @@ func (l Limits) withDefaults() Limits {
 	set(&l.PodPending, 1024)
 	set(&l.PodHandshakes, 64)
 	set(&l.PodTunnels, 4096)
-	set(&l.PodActive, runtime.GOMAXPROCS(0))
-	set(&l.NodeActive, 2*runtime.GOMAXPROCS(0))
+	set(&l.PodActive, max(1, runtime.GOMAXPROCS(0)/2))
+	set(&l.NodeActive, max(1, runtime.GOMAXPROCS(0)-1))
 	if l.PodBuffers <= 0 {
 		l.PodBuffers = 64 << 20
 	}
