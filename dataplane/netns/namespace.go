@@ -27,15 +27,30 @@ type Namespace struct {
 // Open opens the network namespace that path names, for example /run/netns/web or
 // /proc/4711/ns/net.
 func Open(path string) (*Namespace, error) {
-	file, err := os.Open(path)
+	// Not to wait for a writer, should path be a FIFO.
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open network namespace: %w", err)
+	}
+	if err := checkNamespace(file); err != nil {
+		return nil, errors.Join(fmt.Errorf("open network namespace %s: %w", path, err), file.Close())
 	}
 	n := &Namespace{path: path, file: file}
 	if err := n.Do(n.readCookie); err != nil {
 		return nil, errors.Join(fmt.Errorf("network namespace %s: %w", path, err), file.Close())
 	}
 	return n, nil
+}
+
+func checkNamespace(file *os.File) error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(file.Fd()), &st); err != nil {
+		return fmt.Errorf("look at its file system: %w", err)
+	}
+	if st.Type != unix.NSFS_MAGIC {
+		return errors.New("it is no namespace: the path may be mistyped, or the pod's namespace gone and its mount with it")
+	}
+	return nil
 }
 
 func (n *Namespace) readCookie() error {
