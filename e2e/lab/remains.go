@@ -238,6 +238,13 @@ func killStrays(inodes map[uint64]bool) error {
 	}
 }
 
+// DirOf is what Dir says of the lab of that name, also when there is none.
+func DirOf(name string) string { return filepath.Join(runDir, name) }
+
+// ownerless is how long a directory without owner belongs to a process that is just making
+// or removing it.
+const ownerless = 5 * time.Second
+
 // Known lists the labs on this machine by name, and says of each whether the process that
 // made it still runs.
 func Known() (map[string]bool, error) {
@@ -255,6 +262,17 @@ func Known() (map[string]bool, error) {
 			return nil, err
 		}
 		known[e.Name()] = o.running()
+		if o.Pid == 0 {
+			info, err := e.Info()
+			if errors.Is(err, fs.ErrNotExist) {
+				delete(known, e.Name()) // it was being removed
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("list the labs: %w", err)
+			}
+			known[e.Name()] = time.Since(info.ModTime()) < ownerless
+		}
 	}
 	return known, nil
 }
