@@ -93,7 +93,7 @@ func (b backend) Policies(context.Context) ([]admin.Policy, error) {
 	var rows []admin.Policy
 	for i := range s.AuthorizationPolicies() {
 		p := &s.AuthorizationPolicies()[i]
-		d := b.telemetry.PolicyCounts(string(authz.KindAuthorization), p.Name)
+		d := b.telemetry.PolicyCounts(string(authz.KindAuthorization), p.Name, p.DryRun)
 		rows = append(rows, admin.Policy{
 			Kind: string(authz.KindAuthorization), Namespace: p.Name.Namespace, Name: p.Name.Name,
 			Action: string(p.Action), DryRun: p.DryRun, Issues: authz.Issues(p),
@@ -103,7 +103,7 @@ func (b backend) Policies(context.Context) ([]admin.Policy, error) {
 	}
 	for i := range s.PeerAuthentications() {
 		p := &s.PeerAuthentications()[i]
-		d := b.telemetry.PolicyCounts(string(authz.KindAuthentication), p.Name)
+		d := b.telemetry.PolicyCounts(string(authz.KindAuthentication), p.Name, false)
 		rows = append(rows, admin.Policy{
 			Kind: string(authz.KindAuthentication), Namespace: p.Name.Namespace, Name: p.Name.Name,
 			Action: string(p.Mode), Allowed: d.Allowed, Denied: d.Denied, Issues: authz.AuthenticationIssues(s, p),

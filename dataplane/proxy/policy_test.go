@@ -53,7 +53,7 @@ func TestPolicyChangeCutsWhatItDenies(t *testing.T) {
 			t.Errorf("flags %s, cause %q", f.Flags, f.Cause)
 		}
 	}
-	count := w.nodes[1].telemetry.PolicyCounts(string(authz.KindAuthorization), dataplane.Name{Namespace: "shop", Name: "deny-port"})
+	count := w.nodes[1].telemetry.PolicyCounts(string(authz.KindAuthorization), dataplane.Name{Namespace: "shop", Name: "deny-port"}, false)
 	if count.Denied != 2 {
 		t.Errorf("the policy is counted as denying %d, want 2", count.Denied)
 	}
@@ -66,7 +66,7 @@ func TestDryRunOnlyCounts(t *testing.T) {
 	sendText(t, c, "x")
 	receive(t, c, "x")
 	count := func() telemetry.PolicyCount {
-		return w.nodes[1].telemetry.PolicyCounts(string(authz.KindAuthorization), dataplane.Name{Namespace: "shop", Name: "trial"})
+		return w.nodes[1].telemetry.PolicyCounts(string(authz.KindAuthorization), dataplane.Name{Namespace: "shop", Name: "trial"}, true)
 	}
 	trial := denyAll("trial")
 	trial.DryRun = true
@@ -81,6 +81,10 @@ func TestDryRunOnlyCounts(t *testing.T) {
 	receive(t, c, "still")
 	if got := count(); got.Denied != 2 {
 		t.Errorf("counted %+v, want 2 denied", got)
+	}
+	inForce := w.nodes[1].telemetry.PolicyCounts(string(authz.KindAuthorization), dataplane.Name{Namespace: "shop", Name: "trial"}, false)
+	if inForce != (telemetry.PolicyCount{}) {
+		t.Errorf("in force it is counted as %+v: a dry run decides nothing", inForce)
 	}
 }
 

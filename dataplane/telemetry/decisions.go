@@ -62,19 +62,16 @@ func (k policyKey) values(outcome string) []string {
 	return []string{kind, namespace, name, outcome, strconv.FormatBool(k.dryRun)}
 }
 
-// PolicyCounts is what the policy of that kind and name decided since the start, in force
-// and in dry runs.
-func (t *Telemetry) PolicyCounts(kind string, name dataplane.Name) PolicyCount {
+// PolicyCounts is what the policy of that kind and name decided since the start: in force,
+// or in dry runs. One that went from the one to the other has both, which do not add up: a
+// dry run denied nothing.
+func (t *Telemetry) PolicyCounts(kind string, name dataplane.Name, dryRun bool) PolicyCount {
 	t.metrics.mu.Lock()
 	defer t.metrics.mu.Unlock()
-	var sum PolicyCount
-	for _, dryRun := range []bool{false, true} {
-		if s := t.metrics.policies[policyKey{kind: kind, name: name, dryRun: dryRun}]; s != nil {
-			sum.Allowed += s.Allowed
-			sum.Denied += s.Denied
-		}
+	if s := t.metrics.policies[policyKey{kind: kind, name: name, dryRun: dryRun}]; s != nil {
+		return s.PolicyCount
 	}
-	return sum
+	return PolicyCount{}
 }
 
 func (m *metrics) sweepPoliciesLocked(now time.Time, s *dataplane.Snapshot) {
