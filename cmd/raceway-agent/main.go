@@ -85,8 +85,8 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.DurationVar(&cfg.Grace, "grace", 0, "time that a released pod still takes tunnels (default 2s)")
 	f.DurationVar(&cfg.DrainTimeout, "drain-timeout", 0, "time for live connections to end after SIGTERM (default 10s)")
 	f.DurationVar(&cfg.FlowInterval, "flow-interval", 0, "how often live connections report (default 10s)")
-	f.IntVar(&cfg.Limits.PodConnections, "pod-connections", 0, "bound on one pod's connections (default 10000)")
-	f.IntVar(&cfg.Limits.NodeConnections, "node-connections", 0, "bound on all pods' connections (default 50000)")
+	f.IntVar(&cfg.Limits.PodConnections, "pod-connections", 0, "bound on one pod's connections (default 10000, or fewer where the limit of open files is low)")
+	f.IntVar(&cfg.Limits.NodeConnections, "node-connections", 0, "bound on all pods' connections (default 50000, or fewer where the limit of open files is low)")
 	f.TextVar(cfg.Level, "log-level", new(slog.LevelVar), "debug, info, warn or error; also `raceway log-level`")
 	f.BoolVar(&cfg.DisableGuard, "disable-guard", false, "leave pods' interfaces unguarded")
 	if err := f.MarkHidden("disable-guard"); err != nil {
@@ -108,6 +108,11 @@ func run(ctx context.Context, cfg agent.Config, accessLog string, stdout io.Writ
 		defer func() { err = errors.Join(err, f.Close()) }()
 		cfg.AccessLog = f
 	}
+	var files syscall.Rlimit // which Go has raised to the hard limit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return fmt.Errorf("read the limit of open files: %w", err)
+	}
+	cfg.Limits = cfg.Limits.Within(files.Cur)
 	a, err := agent.New(cfg)
 	if err != nil {
 		return err

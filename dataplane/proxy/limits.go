@@ -39,6 +39,22 @@ type Limits struct {
 	lease time.Duration
 }
 
+// Within sets PodConnections and NodeConnections, where they are not set, to what a process
+// can carry that may have so many open files: two for each connection, and a quarter of them
+// for listeners and tunnels. One pod gets half of the node's at most, so that it cannot use
+// up the files of all.
+func (l Limits) Within(files uint64) Limits {
+	const filesPerConnection = 2
+	usable := int(min(files, 1<<20) / 4 * 3)
+	if l.NodeConnections <= 0 {
+		l.NodeConnections = min(50_000, max(1, usable/filesPerConnection))
+	}
+	if l.PodConnections <= 0 {
+		l.PodConnections = min(10_000, max(1, l.NodeConnections/2))
+	}
+	return l
+}
+
 func (l Limits) withDefaults() Limits {
 	set := func(value *int, fallback int) {
 		if *value <= 0 {

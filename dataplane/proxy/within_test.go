@@ -1,0 +1,24 @@
+package proxy
+
+import "testing"
+
+func TestDefaultLimitsFitTheOpenFiles(t *testing.T) {
+	for _, test := range []struct {
+		name      string
+		files     uint64
+		set       Limits
+		pod, node int
+	}{
+		{"plenty", 1 << 20, Limits{}, 10_000, 50_000},
+		{"no limit at all", ^uint64(0), Limits{}, 10_000, 50_000},
+		{"a pod must leave half to the others", 20_000, Limits{}, 3750, 7500},
+		{"hardly any", 1, Limits{}, 1, 1},
+		{"what is set stays", 20_000, Limits{PodConnections: 6000, NodeConnections: 9000}, 6000, 9000},
+		{"a node's bound that is set bounds its pods", 20_000, Limits{NodeConnections: 100}, 50, 100},
+	} {
+		l := test.set.Within(test.files)
+		if l.PodConnections != test.pod || l.NodeConnections != test.node {
+			t.Errorf("%s: %d connections of a pod and %d of the node, want %d and %d", test.name, l.PodConnections, l.NodeConnections, test.pod, test.node)
+		}
+	}
+}
