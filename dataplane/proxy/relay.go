@@ -92,6 +92,10 @@ func (r *relay) direction(i int) {
 // pump returns nil when src has ended cleanly. A turn of the gate is held only to move a
 // chunk; while src or dst make it wait it holds neither turn nor, where src is a socket, a
 // buffer.
+//
+// Why not splice between two sockets: measured on loopback with 256 KiB pipes it took 1.02
+// CPU seconds per GiB, source and sink included, where these buffers took 0.92, and each
+// connection in flight takes two descriptors more.
 func (r *relay) pump(src, dst leg, count func(int)) error {
 	socket, _ := src.(waiter)
 	turn := r.share.turn()
