@@ -2,7 +2,8 @@
 /*
  * TC ingress on the host's end of a pod's veth: nothing that an enrolled pod says in
  * clear over TCP gets past it, however it was sent. It trusts no mark. A packet still
- * carries the socket that sent it here, and the agent's sockets are known by `own`.
+ * carries the socket that sent it here, the agent's sockets are known by `own`, and they
+ * vouch for packets to the peer that they are connected to.
  *
  * Judged are a SYN that opens a connection and any segment with payload. The rest (ACK,
  * RST, FIN, SYN-ACK) often comes from request sockets, TIME_WAIT or no socket at all and
@@ -30,14 +31,30 @@ static __always_inline bool source_allowed(const struct pod *pod, const struct p
 	return addr_is_link_local(&p->src) && (datagram || p->protocol == IPPROTO_ICMPV6);
 }
 
-static __always_inline bool is_own(struct __sk_buff *skb)
+/* A packet of the agent's that goes where the agent's socket is connected to. The pod's
+ * namespace is the pod's: one with CAP_NET_ADMIN may rewrite addresses there (NAT, TC), and
+ * what the agent says in clear to one peer must not reach another. */
+static __always_inline bool is_own(struct __sk_buff *skb, const struct packet *p, const struct segment *s)
 {
 	struct bpf_sock *sk = skb->sk;
+	struct addr peer;
 
 	if (!sk)
 		return false;
 	sk = bpf_sk_fullsock(sk);
-	return sk && bpf_sk_storage_get(&own, sk, 0, 0);
+	if (!sk || !bpf_sk_storage_get(&own, sk, 0, 0) || sk->dst_port != s->tcp.dest)
+		return false;
+	/* volatile, or clang computes the field's address, which the verifier forbids. The
+	 * kernel keeps an IPv4 peer in dst_ip4 for IPv6 sockets as well. */
+	if (addr_is_v4(&p->dst)) {
+		addr_set_v4(&peer, *(volatile __u32 *)&sk->dst_ip4);
+	} else {
+		peer.word[0] = *(volatile __u32 *)&sk->dst_ip6[0];
+		peer.word[1] = *(volatile __u32 *)&sk->dst_ip6[1];
+		peer.word[2] = *(volatile __u32 *)&sk->dst_ip6[2];
+		peer.word[3] = *(volatile __u32 *)&sk->dst_ip6[3];
+	}
+	return addr_equal(&peer, &p->dst);
 }
 
 static __always_inline bool is_established(__u64 netns, const struct packet *p, const struct segment *s)
@@ -65,7 +82,7 @@ static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns
 	opens = s.tcp.syn && !s.tcp.ack;
 	if (!opens && !s.payload)
 		return GUARD_PASSED_NO_DATA;
-	if (is_own(skb))
+	if (is_own(skb, p, &s))
 		return GUARD_PASSED_OWN;
 	if (is_established(netns, p, &s))
 		return GUARD_PASSED_ESTABLISHED;

@@ -59,6 +59,10 @@ func (d *Datapath) claim(p *Pod) error {
 		d.mu.Unlock()
 		return os.ErrClosed
 	}
+	if p.ns.Cookie() == d.host.Cookie() {
+		d.mu.Unlock()
+		return fmt.Errorf("its network namespace %s is the host's, whose traffic is never captured", p.ns.Path())
+	}
 	if d.pods[p.uid] != nil {
 		d.mu.Unlock()
 		return errors.New("it is open already")
