@@ -59,10 +59,19 @@ var errCollision = errors.New("the source port belongs to a connection of the cl
 func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
 	app = netip.AddrPortFrom(app.Addr().Unmap(), app.Port())
-	if !slices.Contains(p.addrs, app.Addr()) {
+	p.mu.Lock()
+	known := slices.Contains(p.rec.Addrs, app.Addr())
+	p.mu.Unlock()
+	if !known {
 		return nil, fmt.Errorf("dial the application at %v: %v is not an address of the pod", app, app.Addr())
 	}
-	local := client
+	local, device := client, loopback
+	if slices.Contains(p.addrs, client.Addr()) {
+		// The pod itself, by way of a service. What goes from one of its own addresses to
+		// another is looked up in the local table before ours, and then counts as received
+		// on the interface that has the address, though it passes through lo.
+		device = ""
+	}
 	var err error
 	for range attempts {
 		if local.Port() < firstAppPort {
@@ -73,7 +82,7 @@ func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCP
 			Remote:      app,
 			Local:       local,
 			Transparent: true,
-			Device:      loopback,
+			Device:      device,
 			Mark:        markApp,
 			Control:     p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE),
 			Pending:     p.checkCollision(client.Addr(), app),

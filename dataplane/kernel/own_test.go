@@ -2,6 +2,7 @@ package kernel_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"io"
 	"net"
@@ -72,9 +73,6 @@ func TestGuardPassesTheAgentsTraffic(t *testing.T) {
 
 func write(t *testing.T, conn net.Conn, payload []byte) {
 	t.Helper()
-	if err := conn.SetWriteDeadline(time.Now().Add(4 * patience)); err != nil {
-		t.Fatal(err)
-	}
 	if _, err := conn.Write(payload); err != nil {
 		t.Fatal(err)
 	}
@@ -267,6 +265,29 @@ func TestDialAppAvoidsTheClientsOwnPorts(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A pod that connects to a service may get itself as the endpoint.
+func TestDialAppReachesThePodFromItself(t *testing.T) {
+	inAllModes(t, func(t *testing.T, m mode) {
+		f := enrolled(t, m)
+		for _, fam := range families() {
+			at := netip.AddrPortFrom(fam.of(f.web), 8080)
+			server := netnstest.Listen(t, f.web.Namespace, "tcp", at.String())
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			conn, err := f.pod.DialApp(ctx, netip.AddrPortFrom(fam.of(f.web), 40000), at)
+			if err != nil {
+				t.Fatalf("%s: %v", fam.name, err)
+			}
+			defer conn.Close()
+			app := accept(t, server)
+			if got := addrPort(app.RemoteAddr()).Addr(); got != fam.of(f.web) {
+				t.Errorf("%s: connected from %v, want %v", fam.name, got, fam.of(f.web))
+			}
+			send(t, conn, app, "to myself")
+		}
+	})
 }
 
 func TestDialAppToForeignAddressFails(t *testing.T) {
