@@ -153,7 +153,9 @@ func (s *space) up(name string) error {
 // join makes a veth pair with one end in each namespace, never one in the caller's.
 func (s *space) join(name string, peer *space, peerName string) error {
 	err := peer.ns.WithFD(func(fd int) error {
-		veth := netlink.NewVeth(netlink.LinkAttrs{Name: name})
+		attrs := netlink.NewLinkAttrs() // with the kernel's queue length: a qdisc would set it anyway
+		attrs.Name = name
+		veth := netlink.NewVeth(attrs)
 		veth.PeerName = peerName
 		veth.PeerNamespace = netlink.NsFd(fd)
 		return s.nl.LinkAdd(veth)
