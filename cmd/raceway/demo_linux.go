@@ -38,9 +38,12 @@ func newDemo(c *cli) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			ctx, stop := endable(cmd.Context())
 			defer stop()
-			if remove {
+			switch {
+			case remove && cfg != (demo.Config{}):
+				return usagef("--remove goes with no other flag: remove first, and then run %q again", "raceway demo")
+			case remove:
 				err = demo.Remove(c.out)
-			} else {
+			default:
 				err = c.demo(ctx, cfg)
 			}
 			if err != nil {
@@ -54,9 +57,6 @@ func newDemo(c *cli) *cobra.Command {
 	f.BoolVar(&cfg.Keep, "keep", false, "leave everything running at the end, and say what to try")
 	f.BoolVar(&cfg.MariaDB, "mariadb", false, "insist on a real MariaDB, which is used only where it is installed otherwise")
 	f.BoolVar(&remove, "remove", false, "remove what --keep or a killed demo left, and do nothing else")
-	cmd.MarkFlagsMutuallyExclusive("remove", "ipv6")
-	cmd.MarkFlagsMutuallyExclusive("remove", "keep")
-	cmd.MarkFlagsMutuallyExclusive("remove", "mariadb")
 	cmd.AddCommand(newDemoServer(), newDemoClient())
 	return cmd
 }

@@ -87,8 +87,7 @@ func machineBusy() (time.Duration, error) {
 
 func (s *story) showCost() {
 	p := s.page
-	p.say("What it cost, for %d requests of 1 KiB a second from web to db on %d connections, in %s each:", loadRate, loadConns, loadDuration)
-	p.line("")
+	p.say("What it cost, for %d requests of 1 KiB a second from web to db on %d connections, in %d s each:", loadRate, loadConns, loadDuration/time.Second)
 	p.block(costTable(s.plainly, s.meshed))
 	p.note("Clients, servers, both nodes and whatever else runs share this machine's %d processors. \"make bench\" measures with more care.", runtime.NumCPU())
 }

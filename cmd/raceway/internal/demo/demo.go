@@ -20,6 +20,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/e2e/lab"
 )
 
@@ -47,7 +48,7 @@ const namePrefix = "demo-"
 type MissingError struct{ Lines []string }
 
 func (e *MissingError) Error() string {
-	return "this machine lacks " + strings.Join(e.Lines, "\nthis machine lacks ")
+	return "the demo needs " + strings.Join(e.Lines, "\nthe demo needs ")
 }
 
 // StepError says which step failed, and why.
@@ -57,8 +58,10 @@ type StepError struct {
 	Err    error
 }
 
+// Error is one line: the logs, whose ends the lab's errors have, were shown already.
 func (e *StepError) Error() string {
-	return fmt.Sprintf("step %d (%s): %v", e.Number, e.Title, e.Err)
+	reason, _, _ := strings.Cut(e.Err.Error(), "; its log ends with:")
+	return fmt.Sprintf("step %d (%s) failed: %s", e.Number, e.Title, strings.ReplaceAll(reason, "\n", "; "))
 }
 
 func (e *StepError) Unwrap() error { return e.Err }
@@ -98,29 +101,35 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := s.removeDead(); err != nil {
 		return err
 	}
-	err = s.tell(ctx)
-	if err == nil && cfg.Keep {
-		return s.keep()
+	if err = s.tell(ctx); err == nil && cfg.Keep {
+		err = s.keep(ctx)
+		if err == nil {
+			return nil
+		}
+	}
+	return errors.Join(s.finish(ctx, err), s.page.err)
+}
+
+// finish ends what was begun, also when ctx has ended, and says how it all ended.
+func (s *story) finish(ctx context.Context, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		err = ErrInterrupted
+		s.page.heading("Interrupted: removing everything, which takes a few seconds")
+	case err != nil && s.lab != nil:
+		s.reportFailure(err)
 	}
 	if s.lab == nil {
 		return err
 	}
-	interrupted := ctx.Err() != nil
-	if interrupted {
-		err = ErrInterrupted
-		s.page.heading("Interrupted: removing everything, which takes a few seconds")
-	} else if err != nil {
-		s.reportFailure(err)
-	}
-	// What was begun is ended, also when the context has ended.
 	if remains := s.clear(context.WithoutCancel(ctx)); remains != nil {
 		return errors.Join(err, remains)
 	}
 	if err == nil {
-		s.page.line("")
-		s.page.say("That was it, in %s.", s.page.paint(styleBold, seconds(time.Since(s.began))))
+		s.page.gap()
+		s.page.say("That was it, in %s.", seconds(time.Since(s.began)))
 	}
-	return errors.Join(err, s.page.err)
+	return err
 }
 
 func (s *story) tell(ctx context.Context) error {
@@ -148,16 +157,17 @@ func (s *story) tell(ctx context.Context) error {
 
 // reportFailure shows the end of the logs beside the reason.
 func (s *story) reportFailure(err error) {
-	s.page.line("")
+	s.page.gap()
 	s.page.bad("%v", err)
-	for _, path := range s.logs() {
-		tail := logTail(path)
-		if tail == "" {
-			continue
+	logs, globErr := filepath.Glob(filepath.Join(s.lab.Dir(), "log", "*.log"))
+	if globErr != nil {
+		return // the pattern is ours and good
+	}
+	for _, path := range logs {
+		if tail := logTail(path); tail != "" {
+			s.page.note("the log %s ends with", filepath.Base(path))
+			s.page.lines(tail)
 		}
-		s.page.line("")
-		s.page.note("the log %s ends with", filepath.Base(path))
-		s.page.block(tail)
 	}
 }
 
@@ -172,66 +182,65 @@ func logTail(path string) string {
 	all = all[max(0, len(all)-lines):]
 	for i, l := range all {
 		if len(l) > length {
-			all[i] = l[:length] + " …"
+			all[i] = strings.ToValidUTF8(l[:length], "") + " …"
 		}
 	}
 	return strings.Join(all, "\n")
 }
 
-// logs are those of whatever runs or ran.
-func (s *story) logs() []string {
-	found, err := filepath.Glob(filepath.Join(s.lab.Dir(), "log", "*.log"))
-	if err != nil {
-		return nil // the pattern is ours and good
-	}
-	return found
-}
-
-// keep leaves everything running and says what to do with it.
-func (s *story) keep() error {
-	if err := s.markKept(); err != nil {
+// keep leaves everything running, with the label on, and says what to do with it.
+func (s *story) keep(ctx context.Context) error {
+	if err := s.lab.LabelNamespace(namespace, dataplane.ModeAmbient); err != nil {
 		return err
+	}
+	if err := s.awaitCapture(ctx, dataplane.ProtocolHBONE, dataplane.CaptureInForce, s.lab.Pods()...); err != nil {
+		return err
+	}
+	if err := os.WriteFile(keptFile(s.lab.Name()), nil, 0o644); err != nil {
+		return fmt.Errorf("mark the lab as kept: %w", err)
 	}
 	p := s.page
 	p.heading("It goes on running")
-	p.say("Two nodes, their agents, the CA and the applications are left as they are now: without the label, the policy there. Try, as root:")
-	p.line("")
-	for _, l := range []string{
-		"export PATH=" + filepath.Dir(s.cfg.Program) + ":$PATH",
-		"export RACEWAY_AGENT=" + strings.Join(s.sockets(), ","),
-		"cd " + s.lab.Dir(),
-		"",
-		"raceway workloads",
-		"sed -i 's,^  labels:,&\\n    raceway.dev/dataplane-mode: ambient,' cluster/namespace-shop.yaml",
-		"raceway flows -f",
-		"raceway why batch db:3306",
-		"raceway check",
-		"cat cluster/" + policyFile,
-		"ip netns exec " + filepath.Base(s.lab.Fabric().NetNS()) + " tcpdump -nAi node1 tcp",
-		"tail -f log/*",
-	} {
-		p.line(strings.TrimRight("      "+l, " "))
+	p.say("The namespace has its label again, the policy is in force, and web and batch make their requests. In a shell of root:")
+	p.gap()
+	for _, l := range s.invitation() {
+		line := l.command
+		if l.what != "" {
+			line = fmt.Sprintf("%-54s # %s", l.command, l.what)
+		}
+		p.line(strings.TrimRight("      "+line, " "))
 	}
-	p.line("")
 	p.say("And when you have seen enough:")
 	p.line("")
-	p.line("      " + s.cfg.Program + " demo --remove")
-	p.line("")
+	p.line("      raceway demo --remove")
 	return p.err
 }
 
-// The lab is told from one whose demo was killed by this file.
-func keptFile(dir string) string { return filepath.Join(dir, "kept") }
-
-func (s *story) markKept() error {
-	if err := os.WriteFile(keptFile(s.lab.Dir()), nil, 0o644); err != nil {
-		return fmt.Errorf("mark the lab as kept: %w", err)
+// invitation is what to type, and what that does. It is not folded: lines are to be copied.
+func (s *story) invitation() []struct{ command, what string } {
+	var sockets []string
+	for _, path := range s.sockets() {
+		sockets = append(sockets, "$PWD/"+filepath.Base(path))
 	}
-	return nil
+	return []struct{ command, what string }{
+		{"cd " + s.lab.Dir(), ""},
+		{"export PATH=" + filepath.Dir(s.cfg.Program) + ":$PATH", ""},
+		{"export RACEWAY_AGENT=" + strings.Join(sockets, ","), ""},
+		{"", ""},
+		{"raceway workloads -o wide", ""},
+		{"raceway flows -f", "what opens, closes, is denied"},
+		{"raceway why batch db:3306", ""},
+		{"raceway check", "prove that capture is in force"},
+		{"ip netns exec " + filepath.Base(s.lab.Fabric().NetNS()) + " tcpdump -nAi node1 tcp", "read along on the link"},
+		{"rm cluster/" + policyFile, "the policy goes"},
+		{"sed -i /dataplane-mode/d cluster/namespace-" + namespace + ".yaml", "the label goes"},
+		{"tail -f log/*", ""},
+		{"", ""},
+	}
 }
 
-// labDir is where a lab of that name would be: its siblings share the parent.
-func labDir(name string) string { return filepath.Join("/run/raceway-lab", name) }
+// keptFile tells a lab that was kept from one whose demo was killed.
+func keptFile(name string) string { return filepath.Join(lab.DirOf(name), "kept") }
 
 // deadDemos lists the demos whose process has gone; kept ones too if they are asked for.
 func deadDemos(withKept bool) ([]string, error) {
@@ -244,7 +253,7 @@ func deadDemos(withKept bool) ([]string, error) {
 		if running || !strings.HasPrefix(name, namePrefix) {
 			continue
 		}
-		if _, err := os.Stat(keptFile(labDir(name))); err == nil && !withKept {
+		if _, err := os.Stat(keptFile(name)); err == nil && !withKept {
 			continue
 		}
 		dead = append(dead, name)
@@ -260,6 +269,9 @@ func (s *story) removeDead() error {
 	}
 	for _, name := range dead {
 		if _, err := lab.Remove(name); err != nil {
+			if _, gone := os.Stat(lab.DirOf(name)); errors.Is(gone, os.ErrNotExist) {
+				continue // somebody else was faster
+			}
 			return err
 		}
 		s.page.note("removed what an earlier demo, %s, left behind when it was killed", name)

@@ -39,7 +39,7 @@ func findMariaDB(required bool) (*mariaDB, error) {
 	case len(lacking) == 0:
 		return &m, nil
 	case required:
-		return nil, &MissingError{[]string{strings.Join(lacking, ", ") + ", which --mariadb asks for: install MariaDB (on Debian and Ubuntu: apt-get install mariadb-server)"}}
+		return nil, &MissingError{[]string{strings.Join(lacking, ", ") + ", because of --mariadb: install MariaDB (on Debian and Ubuntu: apt-get install mariadb-server)"}}
 	}
 	return nil, nil
 }
@@ -92,7 +92,6 @@ func (s *story) showGreeting(ctx context.Context) error {
 	if r.Seen.Addr() != s.web.pod.Addr() {
 		return fmt.Errorf("the server greets %s, and not web's address %s", r.Seen.Addr(), s.web.pod.Addr())
 	}
-	s.page.line("")
 	s.page.block(fmt.Sprintf("◄── hello %s, this is db\n%s ──►\n◄── done %s", r.Seen, payment(r.Nonce), r.Nonce))
 	s.page.good("the server spoke first, through the tunnel, to web's real address; %s in all", micros(r.Took))
 	return nil

@@ -11,7 +11,7 @@ import (
 )
 
 // need is something that the demo cannot do without. check says what is missing, in one
-// line, or nothing.
+// line to go behind "the demo needs", or nothing.
 type need struct {
 	name  string
 	check func() string
@@ -52,7 +52,7 @@ func needs(binDir string) []need {
 func missing(binDir string) []string {
 	if os.Geteuid() != 0 {
 		// Nothing else can be found out.
-		return []string{"root: network namespaces and BPF need it; run this with sudo"}
+		return []string{"root, for network namespaces and BPF: run it with sudo"}
 	}
 	var lines []string
 	for _, n := range needs(binDir) {
@@ -67,7 +67,7 @@ func missingCapability() string {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&header, &data[0]); err != nil {
-		return fmt.Sprintf("its own capabilities: capget: %v", err)
+		return fmt.Sprintf("to know its own capabilities: capget: %v", err)
 	}
 	var lacking []string
 	for _, c := range []struct {
@@ -85,7 +85,7 @@ func missingCapability() string {
 	if len(lacking) == 0 {
 		return ""
 	}
-	return strings.Join(lacking, ", ") + ": root without them, as in a container, is not enough; a privileged one has them"
+	return strings.Join(lacking, ", ") + ": root without them, as in an ordinary container, is not enough"
 }
 
 // missingNamespaceCookie asks for what tells a pod's sockets from another's.

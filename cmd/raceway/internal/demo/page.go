@@ -20,7 +20,6 @@ const (
 	styleDim   = "\x1b[2m"
 	styleGood  = "\x1b[32m"
 	styleBad   = "\x1b[31m"
-	styleWarn  = "\x1b[33m"
 )
 
 // page is where the story is told. The first error of writing is kept and ends the story:
@@ -29,6 +28,7 @@ type page struct {
 	out   io.Writer
 	color bool
 	width int
+	blank bool // the last line is
 	err   error
 }
 
@@ -40,8 +40,16 @@ func newPage(out io.Writer, color bool, width int) *page {
 }
 
 func (p *page) line(text string) {
+	p.blank = text == ""
 	if p.err == nil {
 		_, p.err = fmt.Fprintln(p.out, text)
+	}
+}
+
+// gap sets off what follows, once.
+func (p *page) gap() {
+	if !p.blank {
+		p.line("")
 	}
 }
 
@@ -54,7 +62,7 @@ func (p *page) paint(style, text string) string {
 
 // heading begins a part of the story.
 func (p *page) heading(text string) {
-	p.line("")
+	p.gap()
 	rule := strings.Repeat("─", max(0, p.width-utf8.RuneCountInString(text)-4))
 	p.line(p.paint(styleBold, "─ "+text) + " " + p.paint(styleDim, rule))
 }
@@ -96,13 +104,18 @@ func (p *page) marked(mark, style, text string) {
 
 // command is a line that the reader could type, and what it printed.
 func (p *page) command(line, output string) {
-	p.line("")
+	p.gap()
 	p.line(indent + p.paint(styleBold, "$ "+line))
-	p.block(output)
+	p.lines(output)
 }
 
-// block shows text as it is, folded to the page.
+// block shows text as it is, set off and folded to the page.
 func (p *page) block(text string) {
+	p.gap()
+	p.lines(text)
+}
+
+func (p *page) lines(text string) {
 	for _, l := range fold(strings.TrimRight(text, "\n"), p.width-len(indent)) {
 		p.line(strings.TrimRight(indent+l, " "))
 	}

@@ -70,7 +70,6 @@ func (s *story) applyPolicy(ctx context.Context, dryRun bool) error {
 func (s *story) rehearse(ctx context.Context) error {
 	p := s.page
 	p.say("batch opens a connection to db:%d and keeps it. Then comes a policy that allows web alone, as a dry run:", dbPort)
-	p.line("")
 	p.block(policyYAML(true))
 	if err := s.applyPolicy(ctx, true); err != nil {
 		return err
@@ -121,7 +120,7 @@ func (s *story) enforce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.good("batch's open connection was cut %s later: %s", seconds(cut.Ended.Sub(start)), cut.Error)
+	p.good("batch's open connection was cut %s later: %s", seconds(cut.Ended.Sub(start)), cause(cut.Error))
 	since := time.Now()
 	refused, err := s.watch(ctx, s.batch)
 	if err != nil {
@@ -131,7 +130,7 @@ func (s *story) enforce(ctx context.Context) error {
 	if failed < len(refused) {
 		return fmt.Errorf("%d of batch's %d requests passed in spite of the policy", len(refused)-failed, len(refused))
 	}
-	p.good("batch's new connections are refused, all %d: %s", failed, first)
+	p.good("batch's new connections are refused, all %d: %s", failed, cause(first))
 	allowed, err := s.report(ctx, s.web, since)
 	if err != nil {
 		return err
@@ -171,7 +170,6 @@ func (s *story) showDecisions(ctx context.Context, labels ...string) (int, error
 			return 0, fmt.Errorf("nothing was counted: %s", strings.TrimSpace(line))
 		}
 		s.page.say("And the metrics of %s's agent, for Prometheus:", s.db.pod.Node.Name)
-		s.page.line("")
 		s.page.block(line)
 		return int(value), nil
 	}

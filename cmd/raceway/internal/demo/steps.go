@@ -25,7 +25,7 @@ const (
 func (s *story) plain(ctx context.Context) error {
 	p := s.page
 	p.say("Making two nodes and three pods out of network namespaces, and starting the applications, a CA and an agent on each node …")
-	if err := errors.Join(s.build(ctx)); err != nil {
+	if err := s.build(ctx); err != nil {
 		return err
 	}
 	if err := s.startMesh(ctx); err != nil {
@@ -47,10 +47,13 @@ func (s *story) plain(ctx context.Context) error {
 		return fmt.Errorf("the capture has %d of %d requests in clear: it would not notice if one was", len(found), len(requests))
 	}
 	first := found[0]
-	p.line("")
 	p.block(fmt.Sprintf("%s > %s\n    %s", first.Source, first.Destination, strings.TrimSpace(string(first.Payload))))
 	p.good("plain TCP: the capture has the payload of all %d requests in clear", len(requests))
-	return s.raceway(ctx, "workloads")
+	if err := s.raceway(ctx, "workloads"); err != nil {
+		return err
+	}
+	p.note("RACEWAY_AGENT tells the command whom to ask: the demo's two agents")
+	return nil
 }
 
 // findInClear looks for the segments with the nonces of requests.
@@ -88,7 +91,7 @@ func (s *story) label(ctx context.Context) error {
 	if err := s.raceway(ctx, "workloads"); err != nil {
 		return err
 	}
-	p.say("The first thing that the link sees of a tunnel:")
+	p.say("The first that the link sees of a tunnel:")
 	if err := s.showHandshake(ctx); err != nil {
 		return err
 	}
@@ -131,7 +134,6 @@ func (s *story) showHandshake(ctx context.Context) error {
 	if len(hello.Payload) < 16 || hello.Payload[0] != 22 || hello.Payload[1] != 3 || hello.Payload[5] != 1 {
 		return fmt.Errorf("what opens a tunnel is no TLS ClientHello: % x", hello.Payload[:min(16, len(hello.Payload))])
 	}
-	s.page.line("")
 	s.page.block(fmt.Sprintf("%s > %s\n    % x …  (TLS ClientHello)", hello.Source, hello.Destination, hello.Payload[:16]))
 	return nil
 }
@@ -171,7 +173,7 @@ func (s *story) proveHidden(ctx context.Context, requests []request) error {
 	if dropped > 0 {
 		return fmt.Errorf("the capture dropped %d packets, so it proves nothing", dropped)
 	}
-	s.page.good("%d new connections: none of their nonces, nor any card number, in %d packets on port %d; the capture dropped 0",
+	s.page.good("%d new connections, and the capture has none of their nonces and no card number in any packet; %d packets were of tunnels to port %d, and it dropped 0",
 		len(requests), tunnel, dataplane.PortTunnel)
 	return nil
 }
@@ -230,6 +232,9 @@ func (s *story) identities(ctx context.Context) error {
 	p.good("db sees its clients' real addresses: %s; and nobody else", strings.Join(seen, "; "))
 	p.say("web opens one more connection and keeps it, this time to the service: db:%d, which is %s.", dbPort, s.vip)
 	if err := s.open(ctx, s.web, underLabel, s.vip); err != nil {
+		return err
+	}
+	if err := sleep(ctx, time.Second/2); err != nil { // for some bytes to show
 		return err
 	}
 	first, at, err := s.look(ctx)
@@ -309,10 +314,13 @@ func (s *story) unlabel(ctx context.Context) (err error) {
 		return err
 	}
 	p.good("traffic is plain again %s later: the capture finds payloads as in step 1", seconds(time.Since(start)))
-	if err := s.raceway(ctx, "workloads"); err != nil {
+	if err := s.proveLasting(ctx); err != nil {
 		return err
 	}
-	if err := s.proveLasting(ctx); err != nil {
+	if err := s.lab.WaitCapture(wait, dataplane.CaptureNone, s.lab.Pods()...); err != nil {
+		return err
+	}
+	if err := s.raceway(ctx, "workloads"); err != nil {
 		return err
 	}
 	if s.plainly, err = s.measure(ctx); err != nil {

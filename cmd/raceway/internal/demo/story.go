@@ -120,7 +120,7 @@ func (s *story) startMesh(ctx context.Context) error {
 		return err
 	}
 	for _, n := range s.lab.Nodes() {
-		accessLog := filepath.Join(s.lab.Dir(), "log", "access-"+n.Name+".json")
+		accessLog := filepath.Join(s.lab.Dir(), "log", "access-"+n.Name+".txt")
 		if _, err := s.lab.StartAgent(ctx, n, "--access-log", accessLog); err != nil {
 			return err
 		}
@@ -258,6 +258,12 @@ func sleep(ctx context.Context, d time.Duration) error {
 	case <-time.After(d):
 		return nil
 	}
+}
+
+// cause is the last part of an error, without the addresses of this one connection.
+func cause(text string) string {
+	parts := strings.Split(text, ": ")
+	return parts[len(parts)-1]
 }
 
 func seconds(d time.Duration) string {
