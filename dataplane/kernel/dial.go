@@ -59,10 +59,7 @@ var errCollision = errors.New("the source port belongs to a connection of the cl
 func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
 	app = netip.AddrPortFrom(app.Addr().Unmap(), app.Port())
-	p.mu.Lock()
-	known := slices.Contains(p.rec.Addrs, app.Addr())
-	p.mu.Unlock()
-	if !known {
+	if !slices.Contains(p.addrs, app.Addr()) {
 		return nil, fmt.Errorf("dial the application at %v: %v is not an address of the pod", app, app.Addr())
 	}
 	local, device := client, loopback

@@ -73,6 +73,9 @@ func TestGuardPassesTheAgentsTraffic(t *testing.T) {
 
 func write(t *testing.T, conn net.Conn, payload []byte) {
 	t.Helper()
+	if err := conn.SetWriteDeadline(time.Now().Add(4 * patience)); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := conn.Write(payload); err != nil {
 		t.Fatal(err)
 	}
