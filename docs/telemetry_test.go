@@ -19,12 +19,12 @@ import (
 )
 
 // table returns the rows of the table below <!-- mark -->.
-func table(t *testing.T, mark string) [][]string {
+func table(t *testing.T, name, mark string) [][]string {
 	t.Helper()
-	lines := page(t, "telemetry.md")
+	lines := page(t, name)
 	at := slices.Index(lines, "<!-- "+mark+" -->")
 	if at < 0 {
-		t.Fatalf("the page has no %s", mark)
+		t.Fatalf("%s has no %s", name, mark)
 	}
 	var rows [][]string
 	for _, line := range lines[at+3:] {
@@ -57,15 +57,15 @@ type described struct {
 func documented(t *testing.T) map[string]described {
 	t.Helper()
 	var labels []string
-	for _, row := range table(t, "labels: connections") {
+	for _, row := range table(t, "telemetry.md", "labels: connections") {
 		labels = append(labels, words(row[0])...)
 	}
 	slices.Sort(labels)
 	all := map[string]described{}
-	for _, row := range table(t, "metrics: connections") {
+	for _, row := range table(t, "telemetry.md", "metrics: connections") {
 		all[words(row[0])[0]] = described{row[1], strings.Join(labels, " ")}
 	}
-	for _, row := range table(t, "metrics: own") {
+	for _, row := range table(t, "telemetry.md", "metrics: own") {
 		all[words(row[0])[0]] = described{row[1], strings.Join(words(row[2]), " ")}
 	}
 	return all
@@ -160,7 +160,7 @@ func TestMetricsAreThoseOfThePage(t *testing.T) {
 
 func TestResponseFlagsAreThoseOfThePage(t *testing.T) {
 	var got []string
-	for _, row := range table(t, "flags") {
+	for _, row := range table(t, "telemetry.md", "flags") {
 		got = append(got, words(row[0])[0])
 	}
 	want := []telemetry.Flags{
