@@ -122,23 +122,32 @@ func (p *pods) Live(uid string) int { return p.proxy.Live(uid) }
 func (p *pods) Remove(_ context.Context, uid string) error {
 	s := p.get(uid)
 	if s == nil {
-		return p.datapath.RemoveAdopted(uid)
+		return p.removeAdopted(uid)
 	}
 	s.stop()
 	s.cut()
 	<-s.done
-	if err := s.Pod.Remove(); err != nil {
-		return err
-	}
+	// Whatever comes of it the pod is closed then; what is left of it is an earlier agent's.
+	err := s.Pod.Remove()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.served, uid)
 	for _, other := range p.served {
 		if other.identity == s.identity {
-			return nil
+			return err
 		}
 	}
 	p.keeper.Forget(s.identity)
+	return err
+}
+
+// removeAdopted has nothing to do for a pod that never was in force: Prepare failed first.
+func (p *pods) removeAdopted(uid string) error {
+	for _, adopted := range p.datapath.Adopted() {
+		if adopted.UID == uid {
+			return p.datapath.RemoveAdopted(uid)
+		}
+	}
 	return nil
 }
 
