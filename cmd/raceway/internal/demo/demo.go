@@ -58,16 +58,20 @@ type StepError struct {
 	Err    error
 }
 
-// Error is one line: the logs, whose ends the lab's errors have, were shown already.
+// Error is one line. Of the end of a log, which the lab's errors have, it is the last one.
 func (e *StepError) Error() string {
-	reason, _, _ := strings.Cut(e.Err.Error(), "; its log ends with:")
+	reason, log, found := strings.Cut(e.Err.Error(), "; its log ends with:")
+	if found {
+		log = strings.TrimSpace(log)
+		reason += "; its last words: " + strings.TrimSpace(log[strings.LastIndexByte(log, '\n')+1:])
+	}
 	return fmt.Sprintf("step %d (%s) failed: %s", e.Number, e.Title, strings.ReplaceAll(reason, "\n", "; "))
 }
 
 func (e *StepError) Unwrap() error { return e.Err }
 
 // ErrInterrupted is the end of a demo by its context.
-var ErrInterrupted = errors.New("interrupted; everything was removed again")
+var ErrInterrupted = errors.New("interrupted")
 
 // step is a part of the story.
 type step struct {
@@ -107,7 +111,10 @@ func Run(ctx context.Context, cfg Config) error {
 			return nil
 		}
 	}
-	return errors.Join(s.finish(ctx, err), s.page.err)
+	if err = s.finish(ctx, err); err == nil {
+		err = s.page.err
+	}
+	return err
 }
 
 // finish ends what was begun, also when ctx has ended, and says how it all ended.
@@ -120,14 +127,17 @@ func (s *story) finish(ctx context.Context, err error) error {
 		s.reportFailure(err)
 	}
 	if s.lab == nil {
-		return err
+		return err // nothing was begun, or it was taken back
 	}
 	if remains := s.clear(context.WithoutCancel(ctx)); remains != nil {
 		return errors.Join(err, remains)
 	}
-	if err == nil {
+	switch {
+	case err == nil:
 		s.page.gap()
 		s.page.say("That was it, in %s.", seconds(time.Since(s.began)))
+	case errors.Is(err, ErrInterrupted):
+		err = fmt.Errorf("%w; everything was removed again", err)
 	}
 	return err
 }
