@@ -25,6 +25,10 @@ import (
 // that the guard forgets those that ended.
 const pruneInterval = 30 * time.Second
 
+// watchInterval is how often the pods' network namespaces are looked for. Nothing tells of
+// their end: the kernel keeps them for as long as the agent has sockets in them.
+const watchInterval = time.Second
+
 // Agent serves one node.
 type Agent struct {
 	cfg Config
@@ -183,6 +187,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	run(a.proxy.Run)
 	run(a.admin.Run)
 	run(a.prune)
+	run(a.watchNamespaces)
 	if a.metrics != nil {
 		run(a.metrics.Run)
 	}
@@ -253,6 +258,22 @@ func (a *Agent) prune(ctx context.Context) error {
 			return nil
 		case <-ticker.C:
 			a.pods.prune()
+		}
+	}
+}
+
+// watchNamespaces tells enrolment of pods whose network namespace is gone.
+func (a *Agent) watchNamespaces(ctx context.Context) error {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+			for _, uid := range a.pods.vanished() {
+				a.reconciler.Vanished(uid)
+			}
 		}
 	}
 }

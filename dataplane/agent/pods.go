@@ -176,6 +176,17 @@ func (p *pods) prune() {
 	}
 }
 
+// vanished are the pods whose network namespace is gone.
+func (p *pods) vanished() []string {
+	var uids []string
+	for _, s := range p.all() {
+		if s.Pod.Vanished() {
+			uids = append(uids, s.UID())
+		}
+	}
+	return uids
+}
+
 func (p *pods) get(uid string) *servedPod {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -60,6 +60,7 @@ func (d *driver) loop(ctx context.Context) error {
 	for {
 		snapshot, changed := d.cfg.Store.Load()
 		now := time.Now()
+		d.lose()
 		d.desire(snapshot, now)
 		wake := d.advance(ctx, now)
 		d.report(now)
@@ -74,6 +75,7 @@ func (d *driver) loop(ctx context.Context) error {
 		case <-ctx.Done():
 			return d.stopped(context.Cause(ctx))
 		case <-changed:
+		case <-d.wake:
 		case o := <-d.outcomes:
 			d.absorb(o)
 		case <-timer.C:
@@ -109,6 +111,21 @@ func (d *driver) join() {
 		p.queued = false
 	}
 	d.report(time.Now())
+}
+
+// lose takes in which namespaces are gone. A pod that is not wholly prepared is left to its
+// next step, which finds out by itself.
+func (d *driver) lose() {
+	d.mu.Lock()
+	lost := d.lost
+	d.lost = make(map[string]bool)
+	d.mu.Unlock()
+	for uid := range lost {
+		if p := d.pods[uid]; p != nil && p.prepared == on {
+			p.lost = true
+			d.cfg.Log.Warn("the pod's network namespace is gone: removing what was in force there", "uid", uid, "netns", p.netns)
+		}
+	}
 }
 
 // desire takes in a snapshot: which pods are wanted, and which exist no more.

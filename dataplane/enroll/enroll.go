@@ -152,9 +152,12 @@ type Status struct {
 type Reconciler struct {
 	cfg Config
 
+	wake chan struct{} // there is something in lost
+
 	mu      sync.Mutex
 	driving bool              // Run or ReleaseAll is under way
 	status  map[string]Status // by UID
+	lost    map[string]bool   // UIDs that Vanished was told
 
 	// What follows belongs to whoever drives.
 	pods        map[string]*pod
@@ -169,7 +172,10 @@ func New(cfg Config) (*Reconciler, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("configure enrolment: %w", err)
 	}
-	r := &Reconciler{cfg: cfg.withDefaults(), status: make(map[string]Status), pods: make(map[string]*pod), claims: make(map[string][]string)}
+	r := &Reconciler{
+		cfg: cfg.withDefaults(), status: make(map[string]Status), pods: make(map[string]*pod), claims: make(map[string][]string),
+		wake: make(chan struct{}, 1), lost: make(map[string]bool),
+	}
 	for _, a := range cfg.Adopted {
 		p := &pod{uid: a.UID, netns: a.NetNS, resumed: a.Published, prepared: unsure, outbound: unsure, inbound: unsure, guard: unsure, published: unsure}
 		if a.Published {
@@ -194,6 +200,20 @@ func (r *Reconciler) Run(ctx context.Context) error {
 // the error names what is left.
 func (r *Reconciler) ReleaseAll(ctx context.Context) error {
 	return r.drive(ctx, true)
+}
+
+// Vanished tells that the network namespace that a pod was prepared in is gone, or that
+// another one took its place. What was in force for the pod is removed, without pauses, and
+// it is prepared anew if it is still wanted: in the other namespace, or failing with the
+// reason why it cannot be.
+func (r *Reconciler) Vanished(uid string) {
+	r.mu.Lock()
+	r.lost[uid] = true
+	r.mu.Unlock()
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
 }
 
 // Status returns every pod that is captured, on its way in or out, or should be captured

@@ -223,6 +223,24 @@ func TestPodInAnotherNamespaceIsPreparedAnewAtOnce(t *testing.T) {
 	})
 }
 
+func TestPodWhoseNetworkNamespaceIsGoneIsPreparedAnew(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a"), workload("b")), nil)
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.fake.forgetLog()
+		g.fake.edit("a", func(p *fakePod) { p.moved, p.live = true, 1 })
+		g.r.Vanished("a")
+		g.r.Vanished("nobody")
+		g.expectLog("1s unguard a", "1s release-inbound a", "1s publish [b]", "1s release-outbound a", "1s remove a", "1s prepare a", "1s publish [a b]")
+		time.Sleep(time.Second)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.expectState("b", dataplane.CaptureInForce, "")
+		g.halt()
+	})
+}
+
 func TestPodThatTurnsRoundDoesNotWaitForItsRetry(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		g := newRig(t, newCluster(workload("a")), nil)

@@ -62,6 +62,7 @@ type pod struct {
 	// What is in force.
 	netns     string       // where it was prepared
 	addrs     []netip.Addr // with which addresses, sorted
+	lost      bool         // that namespace is gone
 	resumed   bool         // an earlier agent had captured it, and this one is about to
 	prepared  fact
 	published fact
@@ -101,13 +102,13 @@ func (p *pod) nameless(cfg *Config) bool {
 	return cfg.RequireNetNS && p.workload != nil && p.workload.NetNS == ""
 }
 
-// misplaced reports that what is in force is for another namespace or other addresses than
-// the pod has now: it has to go before the pod can be prepared anew.
+// misplaced reports that what is in force is for another namespace, or one that is gone, or
+// other addresses than the pod has now: it has to go before the pod can be prepared anew.
 func (p *pod) misplaced() bool {
 	if p.workload == nil || p.prepared == off {
 		return false
 	}
-	return p.moved() || p.addrs != nil && !slices.Equal(p.addrs, sorted(p.workload.Addrs))
+	return p.lost || p.moved() || p.addrs != nil && !slices.Equal(p.addrs, sorted(p.workload.Addrs))
 }
 
 func (p *pod) moved() bool {
@@ -156,7 +157,7 @@ func (p *pod) forward(now time.Time, cfg *Config, occupant string) plan {
 }
 
 func (p *pod) backward(now time.Time, cfg *Config) plan {
-	gone := p.gone || p.moved()
+	gone := p.gone || p.moved() || p.lost
 	inForce := p.published != off || p.publish
 	switch {
 	case p.prepared != on && inForce:
@@ -244,7 +245,7 @@ func (p *pod) done(do step, now time.Time) {
 		p.outbound, p.outboundOffAt, p.drained = off, now, false
 	case remove:
 		p.prepared, p.outbound, p.inbound, p.guard = off, off, off, off
-		p.netns, p.addrs, p.drained = "", nil, false
+		p.netns, p.addrs, p.lost, p.drained = "", nil, false, false
 		p.publishedAt, p.unpublishedAt, p.outboundAt, p.outboundOffAt = time.Time{}, time.Time{}, time.Time{}, time.Time{}
 	case prepare:
 		p.prepared = on

@@ -156,6 +156,10 @@ func (p *Pod) prepare(oldLayout bool) error {
 // UID is the pod's.
 func (p *Pod) UID() string { return p.uid }
 
+// Vanished reports that the network namespace that the pod was opened in is gone, or that
+// its name leads to another one now. Remove is then all that can be done for it.
+func (p *Pod) Vanished() bool { return p.ns.Gone() }
+
 // Outbound accepts what the pod's applications connect to: LocalAddr of a connection is
 // the original destination, RemoteAddr the application.
 func (p *Pod) Outbound() *net.TCPListener { return p.outbound }

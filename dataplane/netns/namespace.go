@@ -73,6 +73,22 @@ func (n *Namespace) Cookie() uint64 { return n.cookie }
 // Path is what Open was given.
 func (n *Namespace) Path() string { return n.path }
 
+// Gone reports that Path does not name the namespace any more: there is nothing, or another
+// namespace took its place, as when a pod's sandbox is made anew. What cannot be told is false.
+func (n *Namespace) Gone() bool {
+	gone := false
+	_ = n.WithFD(func(fd int) error { // closed, it says nothing
+		var held, named unix.Stat_t
+		if err := unix.Fstat(fd, &held); err != nil {
+			return err
+		}
+		err := unix.Stat(n.path, &named)
+		gone = errors.Is(err, unix.ENOENT) || err == nil && (held.Dev != named.Dev || held.Ino != named.Ino)
+		return err
+	})
+	return gone
+}
+
 // Close is idempotent. Sockets made in the namespace live on.
 func (n *Namespace) Close() error {
 	n.mu.Lock()

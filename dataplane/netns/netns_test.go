@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
 	"syscall"
 	"testing"
@@ -65,6 +66,42 @@ func TestCookieTellsNamespacesApart(t *testing.T) {
 	defer again.Close()
 	if again.Cookie() != a.Cookie() {
 		t.Errorf("opened again: cookie %d, want %d", again.Cookie(), a.Cookie())
+	}
+}
+
+func TestNamespaceIsGoneWithItsName(t *testing.T) {
+	netnstest.Require(t)
+	dir := t.TempDir()
+	first, second := netnstest.New(t), netnstest.New(t)
+	name := filepath.Join(dir, "pod")
+	if err := os.Symlink(first.Path(), name); err != nil {
+		t.Fatal(err)
+	}
+	ns, err := netns.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	if ns.Gone() {
+		t.Error("gone while its name leads to it")
+	}
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	if !ns.Gone() {
+		t.Error("not gone without its name")
+	}
+	if err := os.Symlink(second.Path(), name); err != nil {
+		t.Fatal(err)
+	}
+	if !ns.Gone() {
+		t.Error("not gone though its name leads to another")
+	}
+	if err := ns.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if ns.Gone() {
+		t.Error("what is closed was said to be gone")
 	}
 }
 
