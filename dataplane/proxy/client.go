@@ -143,7 +143,7 @@ func flagsOf(err error) telemetry.Flags {
 		return telemetry.FlagsDeny
 	case errors.As(err, &limit):
 		return telemetry.FlagsLimit
-	case errors.Is(err, errForced), errors.Is(err, errStopped):
+	case errors.Is(err, errForced):
 		return telemetry.FlagsDrained
 	case errors.As(err, &status) && status.Status == 401:
 		return telemetry.FlagsDeny

@@ -20,7 +20,7 @@ import (
 // serveInbound owns conn, plaintext that somebody opened to the pod.
 func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 	destination, client := s.addresses(conn)
-	f := s.inboundFlow(live, telemetry.Peer{Addr: client}, destination, client.Addr())
+	ctx, f := s.inboundFlow(live, telemetry.Peer{Addr: client}, destination, client.Addr())
 	f.attempt.Socket = conn
 	source, err := newTCPLeg(conn, "the client")
 	if err == nil {
@@ -31,25 +31,25 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 	}
 	if err != nil {
 		f.cancel(nil)
-		s.refused(f, err)
+		s.refused(ctx, f, err)
 		return
 	}
 	defer s.end(f)
 	var app *tcpLeg
 	if err = checkPort(destination); err == nil {
 		// Not from the client's port: that connection's own socket is in the pod too.
-		app, err = s.admit(f, netip.AddrPortFrom(client.Addr(), 0))
+		app, err = s.admit(ctx, f, netip.AddrPortFrom(client.Addr(), 0))
 	}
 	if err != nil {
 		source.abort()
-		s.refused(f, err)
+		s.refused(ctx, f, err)
 		return
 	}
-	s.relay(f, source, app)
+	s.relay(ctx, f, source, app)
 }
 
 // inboundFlow is a connection to the pod, before anything is decided.
-func (s *servedPod) inboundFlow(live context.Context, source telemetry.Peer, destination netip.AddrPort, from netip.Addr) *flow {
+func (s *servedPod) inboundFlow(live context.Context, source telemetry.Peer, destination netip.AddrPort, from netip.Addr) (context.Context, *flow) {
 	snapshot, _, own := s.workload()
 	if snapshot != nil {
 		source.Workload = snapshot.WorkloadAt(from)
@@ -61,22 +61,23 @@ func (s *servedPod) inboundFlow(live context.Context, source telemetry.Peer, des
 		},
 		guarded: &guarded{request: authz.Request{Peer: source.Identity, Source: from, Destination: destination}},
 	}
-	f.ctx, f.cancel = context.WithCancelCause(live)
-	return f
+	ctx, cancel := context.WithCancelCause(live)
+	f.cancel = cancel
+	return ctx, f
 }
 
 // errNotServed is a pod that is not one of this node's any more.
 var errNotServed = errors.New("the pod is not one of this node's enrolled pods")
 
 // admit authorizes f and dials the application from the client's address.
-func (s *servedPod) admit(f *flow, client netip.AddrPort) (*tcpLeg, error) {
+func (s *servedPod) admit(ctx context.Context, f *flow, client netip.AddrPort) (*tcpLeg, error) {
 	if err := s.authorize(f); err != nil {
 		return nil, err
 	}
 	if _, now, _ := s.workload(); now == nil || now.Node != s.cfg.Node && s.cfg.Node != "" {
 		return nil, errNotServed
 	}
-	ctx, cancel := context.WithTimeout(f.ctx, s.cfg.ConnectTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
 	defer cancel()
 	app := f.guarded.request.Destination
 	conn, err := s.pod.DialApp(ctx, client, app)
@@ -131,7 +132,7 @@ func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
 func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	identity, identityErr := certs.PeerIdentity(r.Conn.TLS)
 	client := clientOf(r)
-	f := s.inboundFlow(live, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
+	ctx, f := s.inboundFlow(live, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
 	defer context.AfterFunc(r.Context, func() {
 		f.cancel(cmp.Or(context.Cause(live), errStreamEnded)) // live's end is the stream's as well
 	})()
@@ -143,7 +144,7 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	if err := s.begin(f); err != nil {
 		f.cancel(nil)
 		r.Reject(503)
-		s.refused(f, err)
+		s.refused(ctx, f, err)
 		return
 	}
 	defer s.end(f)
@@ -156,11 +157,11 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	}
 	var app *tcpLeg
 	if err == nil {
-		app, err = s.admit(f, client)
+		app, err = s.admit(ctx, f, client)
 	}
 	if err != nil {
 		r.Reject(statusOf(err))
-		s.refused(f, err)
+		s.refused(ctx, f, err)
 		return
 	}
 	var own hbone.Baggage
@@ -170,10 +171,10 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	stream, err := r.Accept(hbone.Response{Baggage: own})
 	if err != nil {
 		app.abort()
-		s.refused(f, fmt.Errorf("answer the peer: %w", err))
+		s.refused(ctx, f, fmt.Errorf("answer the peer: %w", err))
 		return
 	}
-	s.relay(f, newStreamLeg(stream, "the peer", r.Context.Done()), app)
+	s.relay(ctx, f, newStreamLeg(stream, "the peer", r.Context.Done()), app)
 }
 
 // errStreamEnded is a tunnel that its peer gave up, or whose connection was lost.

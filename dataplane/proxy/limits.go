@@ -27,11 +27,10 @@ type Limits struct {
 	// PodBuffers and NodeBuffers bound the bytes of large copy buffers; without one a
 	// direction copies through a small buffer. 64 MiB and 256 MiB.
 	PodBuffers, NodeBuffers int64
-	// PodActive and NodeActive bound the chunks that are moved at one time. GOMAXPROCS/2
-	// and GOMAXPROCS-1: a pod that uses all of its own leaves room for the others, and one
-	// of Go's processors stays idle, which is what makes it look at the network at once:
-	// while all are busy Go polls it every 10 ms. An agent that runs with GOMAXPROCS twice
-	// the CPUs leaves the CPUs' scheduling to the kernel, which prefers who slept.
+	// PodActive and NodeActive bound the chunks that are moved at one time. Half the CPUs,
+	// and as many as there are but 2 at least: a pod that uses all of its own leaves CPUs
+	// to the others. GOMAXPROCS of twice the CPUs helps as much again: while all of Go's
+	// processors are busy it looks at the network every 10 ms only.
 	PodActive, NodeActive int
 
 	// lease is how long a turn may be held while others wait, before its holder counts as
@@ -66,8 +65,9 @@ func (l Limits) withDefaults() Limits {
 	set(&l.PodPending, 1024)
 	set(&l.PodHandshakes, 64)
 	set(&l.PodTunnels, 4096)
-	set(&l.PodActive, max(1, runtime.GOMAXPROCS(0)/2))
-	set(&l.NodeActive, max(1, runtime.GOMAXPROCS(0)-1))
+	cpus := min(runtime.NumCPU(), runtime.GOMAXPROCS(0)) // the latter knows of a cgroup's quota
+	set(&l.PodActive, max(1, cpus/2))
+	set(&l.NodeActive, max(2, cpus))
 	if l.PodBuffers <= 0 {
 		l.PodBuffers = 64 << 20
 	}
@@ -75,7 +75,7 @@ func (l Limits) withDefaults() Limits {
 		l.NodeBuffers = 256 << 20
 	}
 	if l.lease <= 0 {
-		l.lease = 500 * time.Microsecond
+		l.lease = 200 * time.Microsecond
 	}
 	return l
 }

@@ -35,40 +35,41 @@ func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 		s.cfg.Telemetry.Refuse(f.attempt, telemetry.FlagsReset, err)
 		return
 	}
-	f.ctx, f.cancel = context.WithCancelCause(live)
+	ctx, cancel := context.WithCancelCause(live)
+	f.cancel = cancel
 	if err := s.begin(f); err != nil {
 		f.cancel(nil)
 		app.abort()
-		s.refused(f, err)
+		s.refused(ctx, f, err)
 		return
 	}
 	defer s.end(f)
-	out, err := s.connect(f, destination, trace)
+	out, err := s.connect(ctx, f, destination, trace)
 	if err != nil {
 		app.abort()
-		s.refused(f, err)
+		s.refused(ctx, f, err)
 		return
 	}
-	s.relay(f, app, out)
+	s.relay(ctx, f, app, out)
 }
 
 // traceParentID is the parent ID of a traceparent: what a peer sees of a connection's ID.
 func traceParentID(trace string) string { return trace[36:52] }
 
 // refused tells of a connection that did not come up.
-func (s *servedPod) refused(f *flow, err error) {
-	if cause := context.Cause(f.ctx); cause != nil && f.ctx.Err() != nil && errors.Is(err, context.Canceled) {
+func (s *servedPod) refused(ctx context.Context, f *flow, err error) {
+	if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
 		err = cause
 	}
 	s.cfg.Telemetry.Refuse(f.attempt, flagsOf(err), err)
 }
 
 // relay carries f between its source and its destination until it ends.
-func (s *servedPod) relay(f *flow, source, destination leg) {
+func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg) {
 	s.settle(f)
 	record := s.cfg.Telemetry.Open(f.attempt)
 	r := &relay{legs: [2]leg{source, destination}, share: s.share, buffers: &s.buffers, count: [2]func(int){record.Sent, record.Received}}
-	err := r.run(f.ctx)
+	err := r.run(ctx)
 	flags := telemetry.FlagsNone
 	if err != nil {
 		flags = endFlags(err)
@@ -79,12 +80,12 @@ func (s *servedPod) relay(f *flow, source, destination leg) {
 // connect reaches destination, through a tunnel or in clear as the route says. Endpoints of
 // a service are tried one after the other. A connection that a tunnel was tried for is
 // never made in clear.
-func (s *servedPod) connect(f *flow, destination netip.AddrPort, trace string) (leg, error) {
+func (s *servedPod) connect(ctx context.Context, f *flow, destination netip.AddrPort, trace string) (leg, error) {
 	query := route.Flow{Source: f.attempt.Source.Workload, Node: s.cfg.Node, Dst: destination}
 	tunnelled := false
 	var failed error
 	for range maxEndpoints {
-		d, err := s.route(f.ctx, query)
+		d, err := s.route(ctx, query)
 		f.routed(d, destination)
 		switch {
 		case err != nil:
@@ -96,15 +97,15 @@ func (s *servedPod) connect(f *flow, destination netip.AddrPort, trace string) (
 		var out leg
 		if d.Action == route.Tunnel {
 			tunnelled = true
-			out, err = s.openTunnel(f, d, trace)
+			out, err = s.openTunnel(ctx, f, d, trace)
 		} else {
-			out, err = s.dialDirect(f, d.Target)
+			out, err = s.dialDirect(ctx, f, d.Target)
 		}
 		if err == nil {
 			return out, nil
 		}
 		failed = then(failed, err)
-		if d.Alternates == 0 || f.ctx.Err() != nil || isDenied(err) {
+		if d.Alternates == 0 || ctx.Err() != nil || isDenied(err) {
 			break
 		}
 		query.Exclude = append(query.Exclude, d.Target)
@@ -170,8 +171,8 @@ func (s *servedPod) route(ctx context.Context, query route.Flow) (route.Decision
 	}
 }
 
-func (s *servedPod) dialDirect(f *flow, target netip.AddrPort) (leg, error) {
-	ctx, cancel := context.WithTimeout(f.ctx, s.cfg.ConnectTimeout)
+func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPort) (leg, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
 	defer cancel()
 	conn, err := s.pod.DialDirect(ctx, target)
 	if err != nil {
@@ -182,7 +183,7 @@ func (s *servedPod) dialDirect(f *flow, target netip.AddrPort) (leg, error) {
 }
 
 // openTunnel asks the peer at d.Target for a stream to it.
-func (s *servedPod) openTunnel(f *flow, d route.Decision, trace string) (leg, error) {
+func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, trace string) (leg, error) {
 	remote := netip.AddrPortFrom(d.Target.Addr(), dataplane.PortTunnel)
 	f.attempt.Tunnel = remote
 	f.attempt.Source.Identity, f.attempt.Destination.Identity = s.identity, d.Workload.Identity
@@ -202,7 +203,7 @@ func (s *servedPod) openTunnel(f *flow, d route.Decision, trace string) (leg, er
 	if source.Workload != nil {
 		request.Baggage = s.baggage(source.Workload)
 	}
-	ctx, cancel := context.WithTimeout(f.ctx, s.cfg.ConnectTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
 	defer cancel()
 	if err := s.cfg.Certs.Ready(ctx, s.identity); err != nil {
 		return nil, &credentialError{err}

@@ -39,11 +39,8 @@ type servedPod struct {
 	known *dataplane.Workload // as of the last snapshot that had it
 }
 
-// Causes of an end that nobody but this agent wanted.
-var (
-	errForced  = errors.New("the agent stops serving the pod and its patience is over")
-	errStopped = errors.New("the agent stops serving the pod")
-)
+// errForced is an end that nobody but this agent wanted.
+var errForced = errors.New("the agent stops serving the pod and its patience is over")
 
 // ServePod serves the pod's three listeners until ctx ends. Then it accepts no more, tells
 // peers to open no more streams, and returns when the connections that live have ended, or
@@ -129,8 +126,7 @@ func (s *servedPod) workload() (snapshot *dataplane.Snapshot, now, last *datapla
 
 // flow is a connection from its acceptance to its end.
 type flow struct {
-	ctx     context.Context // of the connection; ends with the reason to cut it
-	cancel  context.CancelCauseFunc
+	cancel  context.CancelCauseFunc // cuts it, with the reason
 	attempt telemetry.Attempt
 	guarded *guarded // what policy looks at again when it changes; nil for outbound ones
 	tunnel  *hbone.Conn

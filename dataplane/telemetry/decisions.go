@@ -4,8 +4,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/raceway-mesh/raceway/dataplane"
 )
 
@@ -103,8 +101,3 @@ func (t *Telemetry) HandshakeFailed(d Direction, cause string) {
 
 // LimitReached counts that a limit bit. limit is a short stable word.
 func (t *Telemetry) LimitReached(limit string) { t.metrics.limits.WithLabelValues(limit).Inc() }
-
-// Limit returns the counter behind LimitReached for one limit, for a path that counts often.
-func (t *Telemetry) Limit(limit string) prometheus.Counter {
-	return t.metrics.limits.WithLabelValues(limit)
-}
