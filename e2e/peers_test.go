@@ -277,7 +277,13 @@ func TestClientRefusesBadServers(t *testing.T) {
 
 		shown := make(chan tls.Certificate, 1)
 		serve(t, rogue, dataplane.PortTunnel, func(conn *net.TCPConn) {
-			config := &tls.Config{Certificates: []tls.Certificate{<-shown}, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"h2"}}
+			config := &tls.Config{ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"h2"}}
+			select {
+			case certificate := <-shown:
+				config.Certificates = []tls.Certificate{certificate}
+			case <-t.Context().Done(): // one connection more than refusals
+				return
+			}
 			server := tls.Server(conn, config)
 			_ = server.Handshake()
 			_, _ = io.Copy(io.Discard, server)
