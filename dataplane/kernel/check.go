@@ -21,6 +21,12 @@ import (
 // bpfQueryEffective asks for the programs that run, inherited ones included (BPF_F_QUERY_EFFECTIVE).
 const bpfQueryEffective = 1
 
+// What Check advises where Repair mends.
+const (
+	putBack  = "the agent puts it back within seconds, look at its log if it stays so"
+	detached = "something detached it; " + putBack
+)
+
 // Check looks at everything that capture of the pod rests on, in the kernel and not in our
 // own books. A pod that is prepared but not captured fails the checks of what is not on.
 func (p *Pod) Check(ctx context.Context) []Finding {
@@ -35,14 +41,14 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 		look   func() error
 		remedy string
 	}{
-		{"connect hooks", p.checkHooks, "another program may have replaced them; restart the agent"},
+		{"connect hooks", p.d.checkHooks, detached},
 		{"outbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_OUTBOUND) }, "the pod is being enrolled or released"},
 		{"inbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_INBOUND) }, "the pod is being enrolled or released"},
-		{"steering", p.checkInbound, "restart the agent"},
+		{"steering", p.checkInbound, detached},
 		{"listeners", p.checkListeners, "restart the agent"},
-		{"routing", p.checkRouting, "something in the pod deleted it; restart the agent"},
-		{"sysctls", p.checkSysctls, "something in the pod changed them; restart the agent"},
-		{"guard", p.checkGuard, "plaintext that escapes capture is not stopped; restart the agent"},
+		{"routing", p.checkRouting, "something in the pod deleted it; " + putBack},
+		{"sysctls", p.checkSysctls, "something in the pod changed them; " + putBack},
+		{"guard", p.checkGuard, "plaintext that escapes capture is not stopped; " + putBack},
 		{"guard's view", p.checkOffloads, "the guard cannot see whose packets they are and drops all: turn GRO and XDP off there"},
 	} {
 		if err := ctx.Err(); err != nil {
@@ -58,8 +64,8 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 	return findings
 }
 
-func (p *Pod) checkHooks() error {
-	root, release, err := cgroupRoot(p.d.cfg.CgroupRoot)
+func (d *Datapath) checkHooks() error {
+	root, release, err := cgroupRoot(d.cfg.CgroupRoot)
 	if err != nil {
 		return err
 	}
@@ -70,7 +76,7 @@ func (p *Pod) checkHooks() error {
 	}
 	defer dir.Close()
 	for _, h := range connectHooks() {
-		want, err := programOf(filepath.Join(p.d.loaded.hooks, h.name))
+		want, err := programOf(filepath.Join(d.loaded.hooks, h.name))
 		if err != nil {
 			return err
 		}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
 
 	"github.com/raceway-mesh/raceway/bpf"
 	"github.com/raceway-mesh/raceway/dataplane"
@@ -186,6 +188,9 @@ func (l *loaded) attachHook(h hook, pin string, cfg Config) error {
 		return fmt.Errorf("find the cgroup v2 root: %w", err)
 	}
 	lnk, err := link.AttachCgroup(link.CgroupOptions{Path: root, Attach: h.attach, Program: l.coll.Programs[h.name]})
+	if errors.Is(err, unix.E2BIG) { // BPF_CGROUP_MAX_PROGS
+		err = errors.New("the kernel takes no more than 64 programs there: find whose they are with bpftool cgroup show " + root)
+	}
 	if err := errors.Join(err, release()); err != nil {
 		return fmt.Errorf("attach %s to cgroup %s: %w", h.name, root, err)
 	}
@@ -212,12 +217,7 @@ func (l *loaded) adopt(cfg Config) (err error) {
 		}
 	}()
 	for _, h := range connectHooks() {
-		pin := filepath.Join(l.hooks, h.name)
-		u, err := replaceProgram(pin, l.coll.Programs[h.name])
-		if errors.Is(err, os.ErrNotExist) {
-			err = l.attachHook(h, pin, cfg)
-			u = func() error { return os.Remove(pin) }
-		}
+		u, err := l.renewHook(h, cfg)
 		if err != nil {
 			return fmt.Errorf("update %s: %w", h.name, err)
 		}
@@ -226,7 +226,19 @@ func (l *loaded) adopt(cfg Config) (err error) {
 	return nil
 }
 
-// replaceProgram updates the link pinned at pin, and returns what brings the old program back.
+// renewHook puts this agent's program behind the pinned link of a hook, or attaches it anew.
+func (l *loaded) renewHook(h hook, cfg Config) (undo func() error, err error) {
+	pin := filepath.Join(l.hooks, h.name)
+	undo, err = replaceProgram(pin, l.coll.Programs[h.name])
+	if errors.Is(err, fs.ErrNotExist) {
+		return func() error { return os.Remove(pin) }, l.attachHook(h, pin, cfg)
+	}
+	return undo, err
+}
+
+// replaceProgram updates the link pinned at pin, and returns what brings the old program
+// back. A link that somebody detached cannot be attached again; its pin goes, and the error
+// is fs.ErrNotExist.
 func replaceProgram(pin string, prog *ebpf.Program) (undo func() error, err error) {
 	lnk, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
@@ -238,7 +250,11 @@ func replaceProgram(pin string, prog *ebpf.Program) (undo func() error, err erro
 		return nil, err
 	}
 	id := info.Program
-	if err := lnk.Update(prog); err != nil {
+	err = lnk.Update(prog)
+	if errors.Is(err, unix.ENOLINK) {
+		return nil, errors.Join(fs.ErrNotExist, os.Remove(pin))
+	}
+	if err != nil {
 		return nil, err
 	}
 	return func() error {

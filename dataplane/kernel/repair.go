@@ -1,0 +1,116 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/raceway-mesh/raceway/bpf"
+)
+
+// part is something that capture rests on, how to see whether it is there, and how to put
+// it back.
+type part struct {
+	name  string
+	check func() error
+	mend  func() error
+}
+
+// repair puts back what a check misses, and returns the checks that hold again because of it.
+func repair(parts []part) (mended []string, err error) {
+	var errs []error
+	for _, p := range parts {
+		cause := p.check()
+		if cause == nil {
+			continue
+		}
+		if err := p.mend(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w, and putting it back: %w", p.name, cause, err))
+			continue
+		}
+		if err := p.check(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: put back, but: %w", p.name, err))
+			continue
+		}
+		mended = append(mended, p.name+": "+cause.Error())
+	}
+	return mended, errors.Join(errs...)
+}
+
+// Repair puts the connect hooks back if somebody detached them, and says what was missing.
+func (d *Datapath) Repair() (mended []string, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil, nil
+	}
+	return repair([]part{{"connect hooks", d.checkHooks, d.mendHooks}})
+}
+
+func (d *Datapath) mendHooks() error {
+	for _, h := range connectHooks() {
+		if _, err := d.loaded.renewHook(h, d.cfg); err != nil {
+			return fmt.Errorf("%s: %w", h.name, err)
+		}
+	}
+	return nil
+}
+
+// Repair puts back what should be in force for the pod and is not: its namespace belongs to
+// others as well, who may flush rules or set sysctls, and its veth pair may be made anew.
+// It says what was missing. A step of enrolment that was not taken yet is not taken here.
+func (p *Pod) Repair() (mended []string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, nil
+	}
+	parts := []part{
+		{"routing", p.checkRouting, p.setUpRouting},
+		{"sysctls", p.checkSysctls, p.setUpRouting},
+		{"entry", p.checkEntry, p.enter},
+		{"listeners", p.checkListeners, p.registerAll},
+		{"steering", p.checkInbound, p.attachInbound},
+	}
+	if p.rec.HostIfindex != 0 {
+		// What got out while the guard was off is not older than the enrolment.
+		parts = append(parts, part{"guard", p.checkGuard, p.attachGuard})
+	}
+	if mended, err = repair(parts); err != nil {
+		err = fmt.Errorf("repair pod %s: %w", p.uid, err)
+	}
+	return mended, err
+}
+
+// checkEntry compares the programs' view of the pod with the record.
+func (p *Pod) checkEntry() error {
+	var v bpf.RacewayPod
+	if err := p.d.loaded.maps.Pods.Lookup(p.rec.Cookie, &v); err != nil {
+		return fmt.Errorf("the pod is not in the map: %w", err)
+	}
+	if v != podValue(p.rec) {
+		return errors.New("the pod's entry in the map was changed")
+	}
+	return nil
+}
+
+func (p *Pod) enter() error {
+	if err := p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)); err != nil {
+		return fmt.Errorf("enter the pod: %w", err)
+	}
+	return nil
+}
+
+// registerAll makes the listeners known again. It cannot revive one that was destroyed.
+func (p *Pod) registerAll() error {
+	for kind, l := range map[bpf.RacewayListener]*net.TCPListener{
+		bpf.RacewayListenerLISTENER_OUTBOUND: p.outbound,
+		bpf.RacewayListenerLISTENER_INBOUND:  p.inbound,
+		bpf.RacewayListenerLISTENER_TUNNEL:   p.tunnel,
+	} {
+		if err := p.register(l, kind); err != nil {
+			return err
+		}
+	}
+	return nil
+}
