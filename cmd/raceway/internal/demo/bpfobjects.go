@@ -36,16 +36,25 @@ func (o object) String() string { return fmt.Sprintf("BPF %s %d", o.kind, o.id) 
 
 // bpfObjectExists asks the kernel for an object by its number.
 func bpfObjectExists(kind objectKind, id uint32) (bool, error) {
-	attr := struct{ id, next, flags uint32 }{id: id}
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(kind), uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	switch errno {
-	case 0:
-		unix.Close(int(fd))
+	fd, err := bpf(int(kind), &struct{ id, next, flags uint32 }{id: id})
+	switch {
+	case err == nil:
+		unix.Close(fd)
 		return true, nil
-	case unix.ENOENT:
+	case errors.Is(err, unix.ENOENT):
 		return false, nil
 	}
-	return false, fmt.Errorf("ask for BPF %s %d: %w", kind, id, errno)
+	return false, fmt.Errorf("ask for BPF %s %d: %w", kind, id, err)
+}
+
+// bpf is bpf(2) for commands that give a descriptor. The BPF library is the data plane's
+// alone, and two commands are no reason to share it.
+func bpf[T any](command int, attr *T) (fd int, err error) {
+	r, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(command), uintptr(unsafe.Pointer(attr)), unsafe.Sizeof(*attr))
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(r), nil
 }
 
 // objectsOf finds what BPF objects a process holds, from what the kernel says of its

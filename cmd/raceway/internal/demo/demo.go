@@ -143,6 +143,9 @@ func (s *story) finish(ctx context.Context, err error) error {
 }
 
 func (s *story) tell(ctx context.Context) error {
+	ctx, s.fail = context.WithCancelCause(ctx)
+	defer s.watchers.Wait()
+	defer s.fail(nil)
 	steps := s.steps()
 	family := "IPv4"
 	if s.cfg.IPv6 {
@@ -157,6 +160,9 @@ func (s *story) tell(ctx context.Context) error {
 		}
 		if err == nil {
 			err = s.page.err
+		}
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
 		}
 		if err != nil {
 			return &StepError{i + 1, st.title, err}

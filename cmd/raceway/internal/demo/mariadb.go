@@ -2,7 +2,6 @@ package demo
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -113,13 +112,11 @@ func (s *story) startMariaDB(ctx context.Context) (netip.AddrPort, error) {
 	if err != nil {
 		return netip.AddrPort{}, err
 	}
+	s.watchProcess(ctx, "mariadbd", server)
 	if err := s.awaitCapture(ctx, dataplane.ProtocolHBONE, dataplane.CaptureInForce, pod); err != nil {
 		return netip.AddrPort{}, err
 	}
 	err = until(ctx, func(ctx context.Context) error {
-		if !server.Running() {
-			return errors.New("mariadbd ended" + server.LogTail())
-		}
 		conn, err := pod.Dial(ctx, pod.AddrPort(dbPort))
 		if err != nil {
 			return fmt.Errorf("mariadbd does not listen yet: %w", err)

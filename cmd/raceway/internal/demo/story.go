@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/raceway-mesh/raceway/e2e/lab"
@@ -40,6 +41,9 @@ type story struct {
 	vip        netip.AddrPort // of the service db
 	mariaDB    *mariaDB       // nil where it is not installed
 
+	fail     context.CancelCauseFunc // ends the step that is on
+	watchers sync.WaitGroup
+
 	denied  time.Time // when the policy came into force; zero before
 	plainly measurement
 	meshed  measurement
@@ -61,7 +65,7 @@ func (s *story) build(ctx context.Context) error {
 		return err
 	}
 	s.lab = l
-	if s.db, err = s.addApp("db", 2, "server"); err != nil {
+	if s.db, err = s.addApp(ctx, "db", 2, "server"); err != nil {
 		return err
 	}
 	service, err := l.AddService(lab.ServiceSpec{
@@ -76,10 +80,10 @@ func (s *story) build(ctx context.Context) error {
 	}
 	// There is no kube-proxy in the lab: before the mesh, a cluster IP leads nowhere.
 	target := s.db.pod.AddrPort(dbPort).String()
-	if s.web, err = s.addApp("web", 1, "client", "--target", target); err != nil {
+	if s.web, err = s.addApp(ctx, "web", 1, "client", "--target", target); err != nil {
 		return err
 	}
-	if s.batch, err = s.addApp("batch", 1, "client", "--target", target); err != nil {
+	if s.batch, err = s.addApp(ctx, "batch", 1, "client", "--target", target); err != nil {
 		return err
 	}
 	if s.link, err = l.Capture(ctx, l.Node(1)); err != nil {
@@ -89,7 +93,7 @@ func (s *story) build(ctx context.Context) error {
 }
 
 // addApp makes a pod whose service account has its name, and starts its application.
-func (s *story) addApp(name string, node int, command string, args ...string) (*app, error) {
+func (s *story) addApp(ctx context.Context, name string, node int, command string, args ...string) (*app, error) {
 	pod, err := s.lab.AddPod(lab.PodSpec{Namespace: namespace, Name: name, Node: node, ServiceAccount: name})
 	if err != nil {
 		return nil, err
@@ -100,15 +104,13 @@ func (s *story) addApp(name string, node int, command string, args ...string) (*
 	if err != nil {
 		return nil, err
 	}
+	s.watchProcess(ctx, name, process)
 	return &app{newControl(name, socket), pod, process}, nil
 }
 
 // await waits until the application answers.
 func (a *app) await(ctx context.Context, question string) error {
 	return until(ctx, func(ctx context.Context) error {
-		if !a.process.Running() {
-			return fmt.Errorf("%s ended%s", a.name, a.process.LogTail())
-		}
 		var answer any
 		return a.ask(ctx, question, struct{}{}, &answer)
 	})
@@ -116,14 +118,18 @@ func (a *app) await(ctx context.Context, question string) error {
 
 // startMesh starts the real CA and the real agents. Their access logs go to files of their own.
 func (s *story) startMesh(ctx context.Context) error {
-	if _, err := s.lab.StartCA(ctx); err != nil {
+	ca, err := s.lab.StartCA(ctx)
+	if err != nil {
 		return err
 	}
+	s.watchProcess(ctx, "raceway-ca", ca.Process)
 	for _, n := range s.lab.Nodes() {
 		accessLog := filepath.Join(s.lab.Dir(), "log", "access-"+n.Name+".txt")
-		if _, err := s.lab.StartAgent(ctx, n, "--access-log", accessLog); err != nil {
+		agent, err := s.lab.StartAgent(ctx, n, "--access-log", accessLog)
+		if err != nil {
 			return err
 		}
+		s.watchProcess(ctx, "raceway-agent on "+n.Name, agent.Process)
 	}
 	return nil
 }
@@ -180,18 +186,20 @@ func (s *story) watch(ctx context.Context, a *app) ([]request, error) {
 	return r.Requests, err
 }
 
-// stillWell ends every step: nobody was restarted, no request failed that should not have,
+// watchProcess fails the step that is on when a process ends that should not.
+func (s *story) watchProcess(ctx context.Context, name string, p *lab.Process) {
+	s.watchers.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-p.Done():
+			s.fail(fmt.Errorf("%s (process %d) ended by itself%s", name, p.Pid(), p.LogTail()))
+		}
+	})
+}
+
+// stillWell ends every step: no request failed that should not have,
 // and every connection that is to last goes on.
 func (s *story) stillWell(ctx context.Context) error {
-	processes := []*lab.Process{s.web.process, s.batch.process, s.db.process, s.lab.CA().Process}
-	for _, n := range s.lab.Nodes() {
-		processes = append(processes, s.lab.Agent(n).Process)
-	}
-	for _, p := range processes {
-		if !p.Running() {
-			return fmt.Errorf("process %d on %s ended by itself%s", p.Pid(), p.Host.Name, p.LogTail())
-		}
-	}
 	var lines []string
 	for _, a := range []*app{s.web, s.batch} {
 		r, err := s.report(ctx, a, s.began)
