@@ -89,6 +89,9 @@ func (s *story) showCost() {
 	p := s.page
 	p.say("What it cost, for %d requests of 1 KiB a second from web to db on %d connections, in %d s each:", loadRate, loadConns, loadDuration/time.Second)
 	p.block(costTable(s.plainly, s.meshed))
+	if busy := time.Duration(runtime.NumCPU()) * loadDuration * 9 / 10; max(s.plainly.machine, s.meshed.machine) > busy {
+		p.note("This machine was busy throughout, so the numbers mean little: something else runs on it.")
+	}
 	p.note("Clients, servers, both nodes and whatever else runs share this machine's %d processors. \"make bench\" measures with more care.", runtime.NumCPU())
 }
 

@@ -173,7 +173,7 @@ func (s *story) proveHidden(ctx context.Context, requests []request) error {
 	if dropped > 0 {
 		return fmt.Errorf("the capture dropped %d packets, so it proves nothing", dropped)
 	}
-	s.page.good("%d new connections, and the capture has none of their nonces and no card number in any packet; %d packets were of tunnels to port %d, and it dropped 0",
+	s.page.good("%d new connections: no packet of the capture has one of their nonces, nor any card number; %d were of tunnels to port %d, and it dropped none",
 		len(requests), tunnel, dataplane.PortTunnel)
 	return nil
 }
