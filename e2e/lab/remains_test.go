@@ -19,7 +19,11 @@ func TestALabIsNotTakenForDeadWhileItIsMade(t *testing.T) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	defer lab.Remove(name)
+	t.Cleanup(func() {
+		if _, err := lab.Remove(name); err != nil {
+			t.Error(err)
+		}
+	})
 	running := func() bool {
 		t.Helper()
 		known, err := lab.Known()
