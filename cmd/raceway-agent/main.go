@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -21,6 +22,8 @@ import (
 )
 
 func main() {
+	// Whoever reads the log may end; the Go runtime would end the agent at its next line.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	err := command().ExecuteContext(ctx)
 	stop()
@@ -52,6 +55,9 @@ Every flag can also be set by a variable: --node by ` + envPrefix + `NODE.`,
 		SilenceErrors: true,
 		PreRunE:       func(cmd *cobra.Command, _ []string) error { return flagenv.Set(cmd.Flags(), envPrefix, os.LookupEnv) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := required(cmd.Flags(), "node", "cluster-dir", "ca-address", "ca-root", "ca-token-file"); err != nil {
+				return err
+			}
 			cfg.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: cfg.Level}))
 			return run(cmd.Context(), cfg, accessLog, cmd.OutOrStdout())
 		},
@@ -87,11 +93,22 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.DurationVar(&cfg.FlowInterval, "flow-interval", 0, "how often live connections report (default 10s)")
 	f.IntVar(&cfg.Limits.PodConnections, "pod-connections", 0, "bound on one pod's connections (default 10000, or fewer where the limit of open files is low)")
 	f.IntVar(&cfg.Limits.NodeConnections, "node-connections", 0, "bound on all pods' connections (default 50000, or fewer where the limit of open files is low)")
-	f.TextVar(cfg.Level, "log-level", new(slog.LevelVar), "debug, info, warn or error; also `raceway log-level`")
+	f.TextVar(cfg.Level, "log-level", new(slog.LevelVar), "`level` of the log: debug, info, warn or error; raceway log-level changes it later")
 	f.BoolVar(&cfg.DisableGuard, "disable-guard", false, "leave pods' interfaces unguarded")
 	if err := f.MarkHidden("disable-guard"); err != nil {
 		panic(err) // the flag is defined one line above
 	}
+}
+
+// required complains, in the words of the command line, of every flag that is empty.
+func required(f *pflag.FlagSet, names ...string) error {
+	var errs []error
+	for _, name := range names {
+		if f.Lookup(name).Value.String() == "" {
+			errs = append(errs, fmt.Errorf("--%s is not set", name))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // run serves until ctx ends.
@@ -114,6 +131,9 @@ func run(ctx context.Context, cfg agent.Config, accessLog string, stdout io.Writ
 	}
 	cfg.Limits = cfg.Limits.Within(files.Cur)
 	a, err := agent.New(cfg)
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w: the agent has to run as root", err)
+	}
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,8 @@ import (
 )
 
 func main() {
+	// Whoever reads the log may end; the Go runtime would end the CA at its next line.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	err := command().ExecuteContext(ctx)
 	stop()
@@ -78,14 +80,14 @@ Every flag can also be set by a variable: --data-dir by ` + envPrefix + `DATA_DI
 	f.StringVar(&cfg.listen, "listen", ":15012", "address of the certificate API")
 	f.StringVar(&cfg.dataDir, "data-dir", "/var/lib/raceway-ca", "directory of the authority's key and certificates")
 	f.StringVar(&cfg.clusterDir, "cluster-dir", "", "directory of Kubernetes YAML that says which pods run on which node (required)")
-	f.StringVar(&cfg.nodeTokens, "node-tokens", "", "YAML file of `node: token` lines, mode 0600 (required)")
+	f.StringVar(&cfg.nodeTokens, "node-tokens", "", "YAML `file` of lines \"node: token\", mode 0600 (required)")
 	f.StringVar(&cfg.trustDomain, "trust-domain", "cluster.local", "trust domain of the identities")
 	f.StringVar(&cfg.rootNamespace, "root-namespace", "istio-system", "namespace of mesh-wide policies")
 	f.StringSliceVar(&cfg.tlsNames, "tls-name", nil, "DNS name or IP address by which agents reach the API (repeatable; default: the host of --listen)")
 	f.DurationVar(&cfg.ttl, "ttl", 24*time.Hour, "lifetime of a certificate for which none is asked")
 	f.DurationVar(&cfg.maxTTL, "max-ttl", 0, "longest lifetime of a certificate (default: that of --ttl)")
 	f.StringVar(&cfg.metricsAddress, "metrics-address", "127.0.0.1:15014", "address of /metrics and /healthz, empty for none")
-	f.TextVar(&cfg.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	f.TextVar(&cfg.logLevel, "log-level", slog.LevelInfo, "`level` of the log: debug, info, warn or error")
 	return cmd
 }
 

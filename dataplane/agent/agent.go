@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -99,6 +100,10 @@ func (a *Agent) newCertificates() (err error) {
 		}
 		config.Revocations = a.revocations
 	}
+	// It is read anew at every call; that it cannot be read now means a wrong path.
+	if _, err := os.ReadFile(a.cfg.CATokenFile); err != nil {
+		return fmt.Errorf("token for the CA: %w", err)
+	}
 	a.signer, err = istio.NewClient(istio.ClientConfig{
 		Address: a.cfg.CAAddress, ServerName: a.cfg.CAName,
 		RootFile: a.cfg.CARootFile, TokenFile: a.cfg.CATokenFile, Cluster: a.cfg.ClusterID,
@@ -188,6 +193,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	run(a.admin.Run)
 	run(a.prune)
 	run(a.watchNamespaces)
+	run(a.lookForNode)
 	if a.metrics != nil {
 		run(a.metrics.Run)
 	}
@@ -196,7 +202,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	enrolling, stopEnrolling := context.WithCancel(ctx)
 	defer stopEnrolling()
 	context.AfterFunc(parts, stopEnrolling) // a part that failed ends it all
+	background.Go(func() error { return a.repair(enrolling) })
 	err := a.reconciler.Run(enrolling)
+	stopEnrolling()
 	a.drain(parts)
 	stopParts()
 	return errors.Join(err, background.Wait())

@@ -214,7 +214,11 @@ func rank(subject string) int {
 
 func (b backend) checkAgent() []admin.Finding {
 	cluster := admin.Finding{Subject: agentSubject, Check: "cluster state", OK: true}
-	if _, err := b.snapshot(); err != nil {
+	s, err := b.snapshot()
+	if err == nil {
+		err = knowsNode(s, b.cfg.Node)
+	}
+	if err != nil {
 		cluster.OK, cluster.Detail = false, err.Error()
 	}
 	findings := []admin.Finding{cluster}

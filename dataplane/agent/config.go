@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane/kernel"
 	"github.com/raceway-mesh/raceway/dataplane/proxy"
 )
@@ -74,8 +75,36 @@ func (c Config) Validate() error {
 	if filepath.Base(c.Node) != c.Node && c.Node != "" {
 		errs = append(errs, fmt.Errorf("node %q is not a name", c.Node))
 	}
-	if c.DrainTimeout < 0 {
-		errs = append(errs, fmt.Errorf("drain timeout %v is negative", c.DrainTimeout))
+	if c.TrustDomain != "" {
+		// The other parts of an identity are not known here.
+		if err := (spiffe.ID{TrustDomain: c.TrustDomain, Namespace: "any", ServiceAccount: "any"}).Validate(); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	for _, d := range []struct {
+		name  string
+		value time.Duration
+	}{
+		{"settle", c.Settle},
+		{"grace", c.Grace},
+		{"drain timeout", c.DrainTimeout},
+		{"flow interval", c.FlowInterval},
+		{"certificate lifetime", c.CertTTL},
+	} {
+		if d.value < 0 {
+			errs = append(errs, fmt.Errorf("%s of %v is negative", d.name, d.value))
+		}
+	}
+	for _, bound := range []struct {
+		name  string
+		value int
+	}{
+		{"pod's connections", c.Limits.PodConnections},
+		{"node's connections", c.Limits.NodeConnections},
+	} {
+		if bound.value < 0 {
+			errs = append(errs, fmt.Errorf("bound of %d on a %s is negative", bound.value, bound.name))
+		}
 	}
 	return errors.Join(errs...)
 }

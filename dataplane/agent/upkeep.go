@@ -1,0 +1,95 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// repairInterval is how often it is made sure that what capture rests on is still there.
+// Rules, routes and sysctls of a pod can be changed by whoever has CAP_NET_ADMIN in it, and
+// links by any root of the node.
+const repairInterval = 5 * time.Second
+
+// repair puts back what was taken from the capture, until ctx ends.
+func (a *Agent) repair(ctx context.Context) error {
+	ticker := time.NewTicker(repairInterval)
+	defer ticker.Stop()
+	r := repairs{log: a.cfg.Log.With("part", "repair")}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+			things := map[string]repairable{a.cfg.Node: a.datapath}
+			for _, s := range a.pods.all() {
+				things[s.UID()] = s.Pod
+			}
+			r.round(things)
+		}
+	}
+}
+
+// repairable is a part of the data plane that can be put in order: Repair says what was
+// missing and is there again.
+type repairable interface {
+	Repair() (mended []string, err error)
+}
+
+// repairs tells what was put back, and once what cannot be.
+type repairs struct {
+	log     *slog.Logger
+	trouble map[string]string
+}
+
+func (r *repairs) round(things map[string]repairable) {
+	trouble := make(map[string]string)
+	for name, thing := range things {
+		mended, err := thing.Repair()
+		if len(mended) > 0 {
+			r.log.Warn("put back what somebody took from the capture", "of", name, "missing", strings.Join(mended, "; "))
+		}
+		if err == nil || errors.Is(err, net.ErrClosed) { // its listeners are closed first when a pod is released
+			continue
+		}
+		trouble[name] = err.Error()
+		if r.trouble[name] != trouble[name] {
+			r.log.Error("the capture is not whole, and cannot be repaired", "of", name, "error", err)
+		}
+	}
+	r.trouble = trouble
+}
+
+// lookForNode warns once if the first view of the cluster knows nothing of this node.
+func (a *Agent) lookForNode(ctx context.Context) error {
+	for {
+		s, changed := a.store.Load()
+		if s != nil {
+			if err := knowsNode(s, a.cfg.Node); err != nil {
+				a.cfg.Log.Warn("this agent has no pod to serve", "error", err)
+			}
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// knowsNode is for a --node that is misspelt: nothing else would tell.
+func knowsNode(s *dataplane.Snapshot, node string) error {
+	workloads := s.Workloads()
+	if s.Node(node) != nil || slices.ContainsFunc(workloads, func(w dataplane.Workload) bool { return w.Node == node }) {
+		return nil
+	}
+	return fmt.Errorf("the cluster has no node %q and no pod on it: --node must be the name in the pods' spec.nodeName", node)
+}
