@@ -107,6 +107,6 @@ ci: ## everything that CI checks (needs root and apt-get; installs what is missi
 	@.ci/step "build" $(MAKE) build
 	@.ci/step "tests" $(MAKE) test
 	@.ci/step "fuzzing" $(MAKE) fuzz
-	@.ci/step "demo on IPv4" $(MAKE) demo
+	@.ci/step "demo on IPv4" $(MAKE) demo ARGS=--mariadb
 	@.ci/step "demo on IPv6" $(MAKE) demo ARGS=--ipv6
 	@.ci/step "benchmarks" $(MAKE) bench ARGS=--short
