@@ -30,7 +30,11 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer os.RemoveAll(dir)
+	defer func() {
+		if err := os.RemoveAll(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}()
 	if os.Geteuid() == 0 {
 		if err := build(dir); err != nil {
 			fmt.Fprintln(os.Stderr, err)

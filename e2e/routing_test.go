@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -113,7 +114,7 @@ func whoAnswers(from *lab.Pod, to netip.AddrPort) (string, error) {
 	}
 	defer conn.Close()
 	if peer, err := peerName(conn); err != nil || peer != to {
-		return "", fmt.Errorf("getpeername is %v, %v", peer, err)
+		return "", errors.Join(fmt.Errorf("getpeername is %v, want %v", peer, to), err)
 	}
 	said, err := io.ReadAll(conn)
 	return string(said), err

@@ -114,7 +114,7 @@ func serverHalfClose(t *testing.T, s *shop) {
 		sum <- sha256.Sum256(all)
 	})
 	conn := dialFrom(t, s.web, s.db.AddrPort(portHalf))
-	if n, err := conn.Read(make([]byte, 1)); err != io.EOF {
+	if n, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Fatalf("read %d bytes and %v, want the server's end", n, err)
 	}
 	message := random(returned)
@@ -134,7 +134,7 @@ func resetOf(conn *net.TCPConn) error {
 	}
 	n, err := io.Copy(io.Discard, conn)
 	if !isReset(err) {
-		return fmt.Errorf("it ended after %d bytes with %v, want a reset", n, err)
+		return errors.Join(fmt.Errorf("it ended after %d bytes and not with a reset", n), err)
 	}
 	return nil
 }
@@ -254,7 +254,7 @@ func checkNames(from *lab.Pod, target netip.AddrPort, want netip.Addr) error {
 	}
 	defer conn.Close()
 	if peer, err := peerName(conn); err != nil || peer != target {
-		return fmt.Errorf("the client's getpeername is %v, %v", peer, err)
+		return errors.Join(fmt.Errorf("the client's getpeername is %v, want %v", peer, target), err)
 	}
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return err

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -101,7 +102,7 @@ func connect(fd int, remote netip.AddrPort) error {
 			continue
 		}
 		if err != nil || n == 0 {
-			return fmt.Errorf("wait for the connection: %d events, %v", n, err)
+			return errors.Join(fmt.Errorf("wait for the connection: %d events", n), err)
 		}
 		break
 	}

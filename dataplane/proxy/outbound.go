@@ -155,6 +155,7 @@ func (s *servedPod) route(ctx context.Context, query route.Flow) (route.Decision
 			return d, nil
 		case route.Refuse:
 			return d, &routeError{d.Reason}
+		case route.Wait:
 		}
 		if timeout == nil {
 			timer := time.NewTimer(s.cfg.DiscoveryWait)

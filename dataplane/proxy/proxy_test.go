@@ -391,12 +391,18 @@ func TestTunnelRequestsAreChecked(t *testing.T) {
 		"tunnel port":            {func(w *world, _ netip.AddrPort) string { return w.db.addr.String() + ":15008" }, nil, 400},
 		"own port before policy": {func(w *world, _ netip.AddrPort) string { return w.db.addr.String() + ":15008" }, denyChange, 400},
 		"policy":                 {func(_ *world, app netip.AddrPort) string { return app.String() }, denyChange, 401},
-		"policy before unknown pod": {func(_ *world, app netip.AddrPort) string { return app.String() },
-			func(c *dataplane.Contents) { denyChange(c); c.Workloads[1].Node = "node3" }, 401},
-		"unknown pod": {func(_ *world, app netip.AddrPort) string { return app.String() },
-			func(c *dataplane.Contents) { c.Workloads = c.Workloads[:1] }, 503},
-		"pod of another node": {func(_ *world, app netip.AddrPort) string { return app.String() },
-			func(c *dataplane.Contents) { c.Workloads[1].Node = "node3" }, 503},
+		"policy before unknown pod": {
+			func(_ *world, app netip.AddrPort) string { return app.String() },
+			func(c *dataplane.Contents) { denyChange(c); c.Workloads[1].Node = "node3" }, 401,
+		},
+		"unknown pod": {
+			func(_ *world, app netip.AddrPort) string { return app.String() },
+			func(c *dataplane.Contents) { c.Workloads = c.Workloads[:1] }, 503,
+		},
+		"pod of another node": {
+			func(_ *world, app netip.AddrPort) string { return app.String() },
+			func(c *dataplane.Contents) { c.Workloads[1].Node = "node3" }, 503,
+		},
 		"closed port": {func(w *world, _ netip.AddrPort) string { return w.unused(w.db).String() }, nil, 503},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -422,8 +428,10 @@ func TestTunnelRequestsAreChecked(t *testing.T) {
 }
 
 func (w *world) key() hbone.Key {
-	return hbone.Key{Source: workloadID("web").String(), Peer: workloadID("db").String(),
-		Remote: netip.AddrPortFrom(w.db.addr, dataplane.PortTunnel), Local: w.web.addr}
+	return hbone.Key{
+		Source: workloadID("web").String(), Peer: workloadID("db").String(),
+		Remote: netip.AddrPortFrom(w.db.addr, dataplane.PortTunnel), Local: w.web.addr,
+	}
 }
 
 func TestForwardedAddressIsBelievedForTheTunnelsOwnHostAlone(t *testing.T) {

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -121,9 +122,9 @@ func (r *relay) pump(src, dst leg, count func(int)) error {
 		hot = n == len(buf.p)
 		r.buffers.give(buf)
 		turn.release()
-		switch err {
-		case nil, errAgain:
-		case io.EOF:
+		switch {
+		case err == nil, errors.Is(err, errAgain):
+		case errors.Is(err, io.EOF): // nothing but a clean end wraps it
 			return nil
 		default:
 			return err
@@ -139,7 +140,7 @@ func send(dst leg, p []byte, turn *turn, count func(int)) error {
 			count(n)
 		}
 		p = p[n:]
-		if err != errAgain {
+		if !errors.Is(err, errAgain) {
 			return err
 		}
 		turn.release()

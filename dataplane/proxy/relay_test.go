@@ -294,12 +294,12 @@ func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer l.Close() //nolint:errcheck // the test's own
+			defer l.Close()
 			client, err := net.Dial("tcp", l.Addr().String())
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer client.Close() //nolint:errcheck // the test's own
+			defer client.Close()
 			c, err := l.Accept()
 			if err != nil {
 				t.Fatal(err)

@@ -26,7 +26,7 @@ func newStreamLeg(s hbone.Stream, name string, done <-chan struct{}) *streamLeg 
 // read waits for bytes.
 func (l *streamLeg) read(p []byte) (int, error) {
 	n, err := l.stream.Read(p)
-	if err == io.EOF && n == 0 {
+	if errors.Is(err, io.EOF) && n == 0 {
 		return 0, io.EOF
 	}
 	if n > 0 {

@@ -85,7 +85,7 @@ func (l *tcpLeg) read(p []byte) (int, error) {
 	}
 	l.in.p = nil
 	switch {
-	case l.in.err == unix.EAGAIN:
+	case errors.Is(l.in.err, unix.EAGAIN):
 		return 0, errAgain
 	case l.in.err != nil:
 		return 0, l.fail("read from", l.in.err)
@@ -98,7 +98,7 @@ func (l *tcpLeg) read(p []byte) (int, error) {
 func (t *transfer) read(fd uintptr) bool {
 	for {
 		t.n, t.err = unix.Read(int(fd), t.p)
-		if t.err != unix.EINTR {
+		if !errors.Is(t.err, unix.EINTR) {
 			return true
 		}
 	}
@@ -112,7 +112,7 @@ func (l *tcpLeg) write(p []byte) (int, error) {
 	}
 	l.out.p = nil
 	switch {
-	case l.out.err == unix.EAGAIN:
+	case errors.Is(l.out.err, unix.EAGAIN):
 		return l.out.n, errAgain
 	case l.out.err != nil:
 		return l.out.n, l.fail("write to", l.out.err)

@@ -198,7 +198,7 @@ func (w *world) listen(addr netip.Addr, serve func(c *net.TCPConn)) netip.AddrPo
 			}
 			_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 			work.Go(func() {
-				defer c.Close() //nolint:errcheck // the test's own
+				defer c.Close()
 				serve(c)
 			})
 		}

@@ -196,6 +196,7 @@ func TestOpenedLessClosedIsLiveAndBytesAreExactUnderLoad(t *testing.T) {
 			if f.Cause == "" {
 				t.Error("a close without a cause")
 			}
+		default:
 		}
 		return nil
 	}); err != nil {
@@ -216,12 +217,12 @@ func TestLongConnectionsReportWhileTheyLive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // the test's own
+	defer l.Close()
 	c, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close() //nolint:errcheck // the test's own
+	defer c.Close()
 	tel, registry := newTelemetry(t, Config{Interval: 10 * time.Second})
 	a := attempt()
 	a.Socket = c.(*net.TCPConn)
@@ -387,8 +388,10 @@ func TestDecisionsAreCountedByPolicyAndDryRunApart(t *testing.T) {
 	tel, registry := newTelemetry(t, Config{})
 	policy := dataplane.Name{Namespace: "shop", Name: "p"}
 	for _, d := range []Decision{
-		{Kind: "AuthorizationPolicy", Policy: policy, Allowed: true}, {Kind: "AuthorizationPolicy", Policy: policy},
-		{Kind: "AuthorizationPolicy", Policy: policy, DryRun: true}, {Allowed: true},
+		{Kind: "AuthorizationPolicy", Policy: policy, Allowed: true},
+		{Kind: "AuthorizationPolicy", Policy: policy},
+		{Kind: "AuthorizationPolicy", Policy: policy, DryRun: true},
+		{Allowed: true},
 	} {
 		tel.Decided(d)
 	}
