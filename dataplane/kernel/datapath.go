@@ -29,7 +29,7 @@ type Datapath struct {
 	root    *pinRoot
 	dir     string // of the pins: root.dir
 	host    *netns.Namespace
-	lock    *os.File // held while this agent lives
+	locks   []*os.File // held while this agent lives
 	ledger  ledger
 	loaded  *loaded
 	inbound InboundMode
@@ -65,11 +65,10 @@ func (d *Datapath) open() error {
 	if err := os.MkdirAll(d.ledger.dir, 0o700); err != nil {
 		return err
 	}
-	lock, err := lockDir(d.cfg.StateDir)
-	if err != nil {
+	if err := d.lock(d.cfg.StateDir); err != nil {
 		return err
 	}
-	d.lock = lock
+	var err error
 	if d.host, err = netns.Open(d.cfg.HostNetNS); err != nil {
 		return err
 	}
@@ -80,6 +79,10 @@ func (d *Datapath) open() error {
 		return err
 	}
 	d.dir = d.root.dir
+	// With another state directory the pins could still be another agent's.
+	if err := d.lock(d.dir); err != nil {
+		return err
+	}
 	if d.loaded, err = load(d.dir, d.cfg, d.records); err != nil {
 		return err
 	}
@@ -92,15 +95,16 @@ func (d *Datapath) open() error {
 	return d.dropUnknownPods()
 }
 
-func lockDir(dir string) (*os.File, error) {
+func (d *Datapath) lock(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s (another agent with this --bpf-dir is running): %w", dir, err), f.Close())
+		return errors.Join(fmt.Errorf("lock %s: another agent that uses it is running: %w", dir, err), f.Close())
 	}
-	return f, nil
+	d.locks = append(d.locks, f)
+	return nil
 }
 
 // chooseInbound probes by loading: what the verifier accepts works.
@@ -254,8 +258,8 @@ func (d *Datapath) closeFDs() error {
 	if d.root != nil {
 		errs = append(errs, d.root.close())
 	}
-	if d.lock != nil {
-		errs = append(errs, d.lock.Close())
+	for _, l := range d.locks {
+		errs = append(errs, l.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -401,9 +401,18 @@ func TestPodOpensOnce(t *testing.T) {
 func TestSecondAgentIsRefused(t *testing.T) {
 	netnstest.Require(t)
 	f := newFixture(t, modes()[0])
-	if dp, err := kernel.Open(f.cfg); err == nil {
-		dp.Close()
-		t.Error("two agents share one directory")
+	otherState := f.cfg
+	otherState.StateDir = t.TempDir()
+	otherPins := f.cfg
+	otherPins.Dir += "-other"
+	for name, cfg := range map[string]kernel.Config{"both directories": f.cfg, "the pins": otherState, "the records": otherPins} {
+		dp, err := kernel.Open(cfg)
+		if err == nil {
+			t.Errorf("two agents share %s", name)
+			dp.Close()
+		} else if !strings.Contains(err.Error(), "another agent") {
+			t.Errorf("sharing %s: %v", name, err)
+		}
 	}
 }
 
