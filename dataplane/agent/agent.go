@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"time"
+	"slices"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -22,32 +23,22 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 )
 
-// pruneInterval is how often connections older than their pod's enrolment are looked up, so
-// that the guard forgets those that ended.
-const pruneInterval = 30 * time.Second
-
-// watchInterval is how often the pods' network namespaces are looked for. Nothing tells of
-// their end: the kernel keeps them for as long as the agent has sockets in them.
-const watchInterval = time.Second
-
 // Agent serves one node.
 type Agent struct {
 	cfg Config
 
-	store       dataplane.Store
-	source      *file.Source
-	roots       *certs.FileRoots
-	revocations *certs.FileRevocations // nil without a CRL
-	signer      *istio.Client
-	keeper      *certs.Keeper
-	registry    *prometheus.Registry
-	telemetry   *telemetry.Telemetry
-	proxy       *proxy.Proxy
-	datapath    *kernel.Datapath
-	pods        *pods
-	reconciler  *enroll.Reconciler
-	admin       *admin.Server
-	metrics     *metricsServer // nil without an address
+	store      dataplane.Store
+	source     *file.Source
+	keeper     *certs.Keeper
+	registry   *prometheus.Registry
+	telemetry  *telemetry.Telemetry
+	proxy      *proxy.Proxy
+	datapath   *kernel.Datapath
+	pods       *pods
+	reconciler *enroll.Reconciler
+
+	parts   []func(context.Context) error // what runs beside enrolment
+	closers []io.Closer                   // what New acquired, in that order
 
 	// stopServing ends the pods' serving gracefully, cutServing at once.
 	stopServing, cutServing context.CancelFunc
@@ -68,9 +59,12 @@ func New(cfg Config) (_ *Agent, err error) {
 	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	// The socket comes first: an agent that serves this node already is to be noticed
 	// before anything of its capture is touched.
-	if a.admin, err = admin.New(admin.Config{Socket: a.cfg.Socket, Backend: backend{a}, Log: a.cfg.Log.With("part", "admin")}); err != nil {
+	api, err := admin.New(admin.Config{Socket: a.cfg.Socket, Backend: backend{a}, Log: a.cfg.Log.With("part", "admin")})
+	if err != nil {
 		return nil, err
 	}
+	a.own(api)
+	a.run(api.Run, a.prune, a.watchNamespaces, a.lookForNode)
 	for _, step := range []func() error{a.newDiscovery, a.newCertificates, a.newTelemetry, a.newProxy, a.newCapture} {
 		if err := step(); err != nil {
 			return nil, err
@@ -79,48 +73,68 @@ func New(cfg Config) (_ *Agent, err error) {
 	return a, nil
 }
 
+// own has Close close what was acquired, last first.
+func (a *Agent) own(c io.Closer) { a.closers = append(a.closers, c) }
+
+// run has Run run parts.
+func (a *Agent) run(parts ...func(context.Context) error) { a.parts = append(a.parts, parts...) }
+
 func (a *Agent) newDiscovery() (err error) {
 	a.source, err = file.New(file.Config{
 		Dir: a.cfg.ClusterDir, StatusDir: a.cfg.StatusDir,
 		TrustDomain: a.cfg.TrustDomain, RootNamespace: a.cfg.RootNamespace,
 		Log: a.cfg.Log.With("part", "discovery"),
 	})
+	a.run(func(ctx context.Context) error { return a.source.Run(ctx, &a.store) })
 	return err
 }
 
 func (a *Agent) newCertificates() (err error) {
 	log := a.cfg.Log.With("part", "certs")
-	if a.roots, err = certs.NewFileRoots(a.cfg.CARootFile, a.cfg.TrustDomain, log); err != nil {
+	roots, err := certs.NewFileRoots(a.cfg.CARootFile, a.cfg.TrustDomain, log)
+	if err != nil {
 		return err
 	}
-	config := certs.Config{Roots: a.roots, TrustDomain: a.cfg.TrustDomain, TTL: a.cfg.CertTTL, Log: log}
+	a.own(roots)
+	a.run(roots.Run)
+	config := certs.Config{Roots: roots, TrustDomain: a.cfg.TrustDomain, TTL: a.cfg.CertTTL, Log: log}
 	if a.cfg.CRLFile != "" {
-		if a.revocations, err = certs.NewFileRevocations(a.cfg.CRLFile, log); err != nil {
+		revocations, err := certs.NewFileRevocations(a.cfg.CRLFile, log)
+		if err != nil {
 			return err
 		}
-		config.Revocations = a.revocations
+		a.own(revocations)
+		a.run(revocations.Run)
+		config.Revocations = revocations
 	}
 	// It is read anew at every call; that it cannot be read now means a wrong path.
 	if _, err := os.ReadFile(a.cfg.CATokenFile); err != nil {
 		return fmt.Errorf("token for the CA: %w", err)
 	}
-	a.signer, err = istio.NewClient(istio.ClientConfig{
+	signer, err := istio.NewClient(istio.ClientConfig{
 		Address: a.cfg.CAAddress, ServerName: a.cfg.CAName,
 		RootFile: a.cfg.CARootFile, TokenFile: a.cfg.CATokenFile, Cluster: a.cfg.ClusterID,
 	})
 	if err != nil {
 		return err
 	}
-	config.Signer = a.signer
-	a.keeper, err = certs.New(config)
-	return err
+	a.own(signer)
+	config.Signer = signer
+	if a.keeper, err = certs.New(config); err != nil {
+		return err
+	}
+	a.run(a.keeper.Run)
+	return nil
 }
 
 func (a *Agent) newTelemetry() (err error) {
 	if a.cfg.MetricsAddress != "" {
-		if a.metrics, err = listenMetrics(a.cfg.MetricsAddress, a.registry, &a.store); err != nil {
+		metrics, err := listenMetrics(a.cfg.MetricsAddress, a.registry, &a.store)
+		if err != nil {
 			return err
 		}
+		a.own(metrics)
+		a.run(metrics.Run)
 	}
 	a.telemetry, err = telemetry.New(telemetry.Config{
 		Registerer: a.registry, Store: &a.store, Cluster: a.cfg.ClusterID,
@@ -129,6 +143,7 @@ func (a *Agent) newTelemetry() (err error) {
 	if err != nil {
 		return err
 	}
+	a.run(a.telemetry.Run)
 	return a.telemetry.Attach(telemetry.Sources{
 		Pods: a.podStates, Certificates: a.certificateExpiry, Pool: func() telemetry.Pool { return a.proxy.Pool() }, Hooks: a.hookCounters,
 	})
@@ -139,7 +154,11 @@ func (a *Agent) newProxy() (err error) {
 		Node: a.cfg.Node, Store: &a.store, Certs: a.keeper, Telemetry: a.telemetry,
 		Limits: a.cfg.Limits, Cluster: a.cfg.ClusterID, Log: a.cfg.Log.With("part", "proxy"),
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	a.run(a.proxy.Run)
+	return nil
 }
 
 func (a *Agent) newCapture() (err error) {
@@ -150,6 +169,7 @@ func (a *Agent) newCapture() (err error) {
 	if err != nil {
 		return err
 	}
+	a.own(a.datapath)
 	publisher, err := file.NewPublisher(a.cfg.StatusDir, a.cfg.Node)
 	if err != nil {
 		return err
@@ -161,6 +181,7 @@ func (a *Agent) newCapture() (err error) {
 		node: a.cfg.Node, datapath: a.datapath, keeper: a.keeper, proxy: a.proxy, publisher: publisher,
 		log: a.cfg.Log.With("part", "pods"), serve: serve, force: force, served: map[string]*servedPod{},
 	}
+	a.own(a.pods)
 	var adopted []enroll.Adopted
 	for _, p := range a.datapath.Adopted() {
 		// Whatever it had come to, others may hold it for captured: it stays published
@@ -181,21 +202,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	parts, stopParts := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopParts()
 	background, parts := errgroup.WithContext(parts)
-	run := func(part func(context.Context) error) { background.Go(func() error { return part(parts) }) }
-	run(func(ctx context.Context) error { return a.source.Run(ctx, &a.store) })
-	run(a.roots.Run)
-	if a.revocations != nil {
-		run(a.revocations.Run)
-	}
-	run(a.keeper.Run)
-	run(a.telemetry.Run)
-	run(a.proxy.Run)
-	run(a.admin.Run)
-	run(a.prune)
-	run(a.watchNamespaces)
-	run(a.lookForNode)
-	if a.metrics != nil {
-		run(a.metrics.Run)
+	for _, part := range a.parts {
+		background.Go(func() error { return part(parts) })
 	}
 	a.cfg.Log.Info("serving", "node", a.cfg.Node, "version", a.cfg.Version, "inbound", a.datapath.InboundMode())
 
@@ -224,64 +232,13 @@ func (a *Agent) drain(ctx context.Context) {
 // Close releases what New acquired and leaves the pods captured. Run has returned.
 func (a *Agent) Close() error {
 	var errs []error
-	closeAll := func(closers ...interface{ Close() error }) {
-		for _, c := range closers {
-			errs = append(errs, c.Close())
-		}
-	}
 	if a.pods != nil {
 		a.stopServing()
 		a.cutServing()
 		a.pods.wait()
-		closeAll(a.pods)
 	}
-	if a.datapath != nil {
-		closeAll(a.datapath)
-	}
-	if a.metrics != nil {
-		closeAll(a.metrics)
-	}
-	if a.signer != nil {
-		closeAll(a.signer)
-	}
-	if a.revocations != nil {
-		closeAll(a.revocations)
-	}
-	if a.roots != nil {
-		closeAll(a.roots)
-	}
-	if a.admin != nil {
-		closeAll(a.admin)
+	for _, c := range slices.Backward(a.closers) {
+		errs = append(errs, c.Close())
 	}
 	return errors.Join(errs...)
-}
-
-// prune lets the guards forget connections that have ended.
-func (a *Agent) prune(ctx context.Context) error {
-	ticker := time.NewTicker(pruneInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-ticker.C:
-			a.pods.prune()
-		}
-	}
-}
-
-// watchNamespaces tells enrolment of pods whose network namespace is gone.
-func (a *Agent) watchNamespaces(ctx context.Context) error {
-	ticker := time.NewTicker(watchInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-ticker.C:
-			for _, uid := range a.pods.vanished() {
-				a.reconciler.Vanished(uid)
-			}
-		}
-	}
 }

@@ -13,6 +13,14 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane"
 )
 
+// pruneInterval is how often connections older than their pod's enrolment are looked up, so
+// that the guard forgets those that ended.
+const pruneInterval = 30 * time.Second
+
+// watchInterval is how often the pods' network namespaces are looked for. Nothing tells of
+// their end: the kernel keeps them for as long as the agent has sockets in them.
+const watchInterval = time.Second
+
 // repairInterval is how often it is made sure that what capture rests on is still there.
 // Rules, routes and sysctls of a pod can be changed by whoever has CAP_NET_ADMIN in it, and
 // links by any root of the node.
@@ -92,4 +100,34 @@ func knowsNode(s *dataplane.Snapshot, node string) error {
 		return nil
 	}
 	return fmt.Errorf("the cluster has no node %q and no pod on it: --node must be the name in the pods' spec.nodeName", node)
+}
+
+// prune lets the guards forget connections that have ended.
+func (a *Agent) prune(ctx context.Context) error {
+	ticker := time.NewTicker(pruneInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+			a.pods.prune()
+		}
+	}
+}
+
+// watchNamespaces tells enrolment of pods whose network namespace is gone.
+func (a *Agent) watchNamespaces(ctx context.Context) error {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+			for _, uid := range a.pods.vanished() {
+				a.reconciler.Vanished(uid)
+			}
+		}
+	}
 }
