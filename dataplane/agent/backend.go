@@ -176,8 +176,9 @@ func (b backend) Check(ctx context.Context) ([]admin.Finding, error) {
 	s, _ := b.store.Load()
 	for uid, st := range b.reconciler.Status() {
 		subject := uid
+		var w *dataplane.Workload
 		if s != nil {
-			if w := s.Workload(uid); w != nil {
+			if w = s.Workload(uid); w != nil {
 				subject = w.Name.String()
 			}
 		}
@@ -194,6 +195,11 @@ func (b backend) Check(ctx context.Context) ([]admin.Finding, error) {
 		}
 		for _, f := range pod.Check(ctx) {
 			findings = append(findings, admin.Finding{Subject: subject, Check: f.Check, OK: f.OK, Detail: f.Detail})
+		}
+		if w != nil {
+			f := b.pods.probe(ctx, w, pod)
+			f.Subject = subject
+			findings = append(findings, f)
 		}
 	}
 	slices.SortStableFunc(findings, func(x, y admin.Finding) int {
