@@ -28,7 +28,9 @@ type RacewayConnection struct {
 	State        uint8
 	Own          uint8
 	Mark         uint32
-	Zero         uint32
+	Ifindex      uint32
+	Age          uint32
+	Mss          uint32
 }
 
 type RacewayCounter uint32
@@ -118,6 +120,13 @@ const (
 	RacewayPodFlagPOD_INBOUND  RacewayPodFlag = 2
 )
 
+type RacewayStage uint32
+
+const (
+	RacewayStageSTAGE_COMPLETE RacewayStage = 1
+	RacewayStageSTAGE_OPENING  RacewayStage = 2
+)
+
 type RacewayTuple struct {
 	_          structs.HostLayout
 	Netns      uint64
@@ -141,6 +150,7 @@ const (
 	RacewayProgConnect6    = "connect6"
 	RacewayProgDump        = "dump"
 	RacewayProgGuard       = "guard"
+	RacewayProgGuardMore   = "guard_more"
 	RacewayProgIngress     = "ingress"
 	RacewayProgSteer       = "steer"
 	RacewayVarCanSetRetval = "can_set_retval"
@@ -190,12 +200,13 @@ type RacewaySpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RacewayProgramSpecs struct {
-	Connect4 *ebpf.ProgramSpec `ebpf:"connect4"`
-	Connect6 *ebpf.ProgramSpec `ebpf:"connect6"`
-	Dump     *ebpf.ProgramSpec `ebpf:"dump"`
-	Guard    *ebpf.ProgramSpec `ebpf:"guard"`
-	Ingress  *ebpf.ProgramSpec `ebpf:"ingress"`
-	Steer    *ebpf.ProgramSpec `ebpf:"steer"`
+	Connect4  *ebpf.ProgramSpec `ebpf:"connect4"`
+	Connect6  *ebpf.ProgramSpec `ebpf:"connect6"`
+	Dump      *ebpf.ProgramSpec `ebpf:"dump"`
+	Guard     *ebpf.ProgramSpec `ebpf:"guard"`
+	GuardMore *ebpf.ProgramSpec `ebpf:"guard_more"`
+	Ingress   *ebpf.ProgramSpec `ebpf:"ingress"`
+	Steer     *ebpf.ProgramSpec `ebpf:"steer"`
 }
 
 // RacewayMapSpecs contains maps before they are loaded into the kernel.
@@ -268,12 +279,13 @@ type RacewayVariables struct {
 //
 // It can be passed to LoadRacewayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RacewayPrograms struct {
-	Connect4 *ebpf.Program `ebpf:"connect4"`
-	Connect6 *ebpf.Program `ebpf:"connect6"`
-	Dump     *ebpf.Program `ebpf:"dump"`
-	Guard    *ebpf.Program `ebpf:"guard"`
-	Ingress  *ebpf.Program `ebpf:"ingress"`
-	Steer    *ebpf.Program `ebpf:"steer"`
+	Connect4  *ebpf.Program `ebpf:"connect4"`
+	Connect6  *ebpf.Program `ebpf:"connect6"`
+	Dump      *ebpf.Program `ebpf:"dump"`
+	Guard     *ebpf.Program `ebpf:"guard"`
+	GuardMore *ebpf.Program `ebpf:"guard_more"`
+	Ingress   *ebpf.Program `ebpf:"ingress"`
+	Steer     *ebpf.Program `ebpf:"steer"`
 }
 
 func (p *RacewayPrograms) Close() error {
@@ -282,6 +294,7 @@ func (p *RacewayPrograms) Close() error {
 		p.Connect6,
 		p.Dump,
 		p.Guard,
+		p.GuardMore,
 		p.Ingress,
 		p.Steer,
 	)

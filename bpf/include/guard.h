@@ -57,7 +57,7 @@ static __always_inline bool is_own(struct __sk_buff *skb, const struct packet *p
 	return addr_equal(&peer, &p->dst);
 }
 
-static __always_inline bool is_established(__u64 netns, const struct packet *p, const struct segment *s)
+static __always_inline bool is_established(__u64 netns, const struct packet *p, const struct segment *s, bool opens)
 {
 	struct tuple t = {
 		.netns = netns,
@@ -67,7 +67,9 @@ static __always_inline bool is_established(__u64 netns, const struct packet *p, 
 		.remote_port = bpf_ntohs(s->tcp.dest),
 	};
 
-	return bpf_map_lookup_elem(&established, &t);
+	enum stage *stage = bpf_map_lookup_elem(&established, &t);
+
+	return stage && (!opens || *stage == STAGE_OPENING);
 }
 
 static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns, const struct packet *p)
@@ -84,12 +86,12 @@ static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns
 		return GUARD_PASSED_NO_DATA;
 	if (is_own(skb, p, &s))
 		return GUARD_PASSED_OWN;
-	if (is_established(netns, p, &s))
+	if (is_established(netns, p, &s, opens))
 		return GUARD_PASSED_ESTABLISHED;
 	return opens ? GUARD_DROPPED_CONNECT : GUARD_DROPPED_PAYLOAD;
 }
 
-static __always_inline enum counter judge_ip(struct __sk_buff *skb, __u64 netns, const struct pod *pod)
+static __always_inline enum counter judge_ip(struct __sk_buff *skb, __u64 netns, const struct pod *pod, bool check_source)
 {
 	struct packet p = {};
 
@@ -97,7 +99,7 @@ static __always_inline enum counter judge_ip(struct __sk_buff *skb, __u64 netns,
 		return GUARD_DROPPED_MALFORMED;
 	if (p.source_route)
 		return GUARD_DROPPED_SOURCE_ROUTE;
-	if (!source_allowed(pod, &p))
+	if (check_source && !source_allowed(pod, &p))
 		return GUARD_DROPPED_FOREIGN_SOURCE;
 	switch (p.protocol) {
 	case IPPROTO_TCP:
@@ -115,7 +117,7 @@ static __always_inline enum counter judge_ip(struct __sk_buff *skb, __u64 netns,
 	}
 }
 
-static __always_inline enum counter judge(struct __sk_buff *skb)
+static __always_inline enum counter judge(struct __sk_buff *skb, bool check_source)
 {
 	__u64 netns = self_netns();
 	struct pod *pod = self_pod(netns);
@@ -128,15 +130,28 @@ static __always_inline enum counter judge(struct __sk_buff *skb)
 		return GUARD_PASSED_ARP;
 	if (!is_ip(skb))
 		return GUARD_DROPPED_ETHERTYPE;
-	return judge_ip(skb, netns, pod);
+	return judge_ip(skb, netns, pod, check_source);
+}
+
+static __always_inline int enforce(struct __sk_buff *skb, bool check_source)
+{
+	enum counter outcome = judge(skb, check_source);
+
+	count(outcome);
+	/* UNSPEC lets the programs and filters behind this one have their say. */
+	return outcome <= GUARD_PASSED_ESTABLISHED ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
 
 SEC("tc")
 int guard(struct __sk_buff *skb)
 {
-	enum counter outcome = judge(skb);
+	return enforce(skb, true);
+}
 
-	count(outcome);
-	/* UNSPEC lets the programs and filters behind this one have their say. */
-	return outcome <= GUARD_PASSED_ESTABLISHED ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+/* For further veth pairs of the pod. They have addresses of their own, which the agent is
+ * not told; TCP is judged there all the same. */
+SEC("tc")
+int guard_more(struct __sk_buff *skb)
+{
+	return enforce(skb, false);
 }

@@ -88,13 +88,22 @@ struct tuple {
 	__u32 zero;
 };
 
-/* Connections that are older than their pod's enrolment and go on in clear. */
+enum stage {
+	STAGE_COMPLETE = 1, /* may send payload */
+	STAGE_OPENING = 2,  /* may send its SYN as well: it was in SYN_SENT */
+};
+
+/*
+ * Connections that are older than their pod's enrolment and go on in clear. The one map
+ * whose contents a new layout cannot make anew: once the pod is captured, what the kernel
+ * lists may be forged. The agent copies them over while key and value keep their sizes.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, MAX_ESTABLISHED);
 	__type(key, struct tuple);
-	__type(value, __u32);
+	__type(value, enum stage);
 } established SEC(".maps");
 
 /*

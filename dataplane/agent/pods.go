@@ -167,9 +167,12 @@ func (p *pods) Close() error {
 	return errors.Join(errs...)
 }
 
-// prune lets the pods' guards forget connections that have ended.
-func (p *pods) prune() {
+// prune lets the guards of the pods in question forget connections that have ended.
+func (p *pods) prune(in func(*servedPod) bool) {
 	for _, s := range p.all() {
+		if !in(s) {
+			continue
+		}
 		if err := s.Pod.Prune(); err != nil {
 			p.log.Warn("prune older connections", "pod", s.UID(), "err", err)
 		}

@@ -17,6 +17,9 @@ import (
 // that the guard forgets those that ended.
 const pruneInterval = 30 * time.Second
 
+// openingInterval is the same for those that were not answered yet, whose SYNs pass the guard.
+const openingInterval = 2 * time.Second
+
 // watchInterval is how often the pods' network namespaces are looked for. Nothing tells of
 // their end: the kernel keeps them for as long as the agent has sockets in them.
 const watchInterval = time.Second
@@ -104,14 +107,17 @@ func knowsNode(s *dataplane.Snapshot, node string) error {
 
 // prune lets the guards forget connections that have ended.
 func (a *Agent) prune(ctx context.Context) error {
-	ticker := time.NewTicker(pruneInterval)
-	defer ticker.Stop()
+	all, opening := time.NewTicker(pruneInterval), time.NewTicker(openingInterval)
+	defer all.Stop()
+	defer opening.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-ticker.C:
-			a.pods.prune()
+		case <-all.C:
+			a.pods.prune(func(*servedPod) bool { return true })
+		case <-opening.C:
+			a.pods.prune(func(s *servedPod) bool { return s.Opening() > 0 })
 		}
 	}
 }

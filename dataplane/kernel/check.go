@@ -49,6 +49,7 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 		{"routing", p.checkRouting, "something in the pod deleted it; " + putBack},
 		{"sysctls", p.checkSysctls, "something in the pod changed them; " + putBack},
 		{"guard", p.checkGuard, "plaintext that escapes capture is not stopped; " + putBack},
+		{"interfaces", p.checkInterfaces, "what is sent there in clear is not stopped: capture expects veth pairs"},
 		{"guard's view", p.checkOffloads, "the guard cannot see whose packets they are and drops all: turn GRO and XDP off there"},
 	} {
 		if err := ctx.Err(); err != nil {
@@ -166,30 +167,53 @@ func (p *Pod) checkGuard() error {
 	if p.rec.HostIfindex == 0 {
 		return errors.New("not attached")
 	}
-	return p.checkTC(p.d.guardPoint(p.rec))
+	exits, err := p.exits()
+	if err != nil {
+		return err
+	}
+	points := p.d.guardPoints(p.rec)
+	for _, e := range exits {
+		i := slices.IndexFunc(points, func(at point) bool { return at.ifindex == e.host })
+		if i < 0 {
+			return fmt.Errorf("not attached to interface %d, the host's end of %s", e.host, e.name)
+		}
+		if err := p.checkTC(points[i]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // checkOffloads: GRO and XDP on a veth make the kernel forget the socket of a packet
 // (skb_prepare_for_gro orphans it), and the guard goes by the socket.
 func (p *Pod) checkOffloads() error {
-	if p.rec.HostIfindex == 0 {
-		return nil
-	}
 	return p.d.host.Do(func() error {
-		l, err := netlink.LinkByIndex(p.rec.HostIfindex)
-		if err != nil {
-			return err
+		for _, at := range p.d.guardPoints(p.rec) {
+			if err := checkOffloadsOf(at.ifindex); err != nil {
+				return err
+			}
 		}
-		attrs := l.Attrs()
-		if attrs.Xdp != nil && attrs.Xdp.Attached {
-			return fmt.Errorf("an XDP program is attached to %s", attrs.Name)
-		}
-		gro, err := groEnabled(attrs.Name)
-		if err == nil && gro {
-			err = fmt.Errorf("GRO is on at %s (ethtool -K %s gro off)", attrs.Name, attrs.Name)
-		}
-		return err
+		return nil
 	})
+}
+
+func checkOffloadsOf(ifindex int) error {
+	l, err := netlink.LinkByIndex(ifindex)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil // the check of the guard judges that
+	}
+	if err != nil {
+		return err
+	}
+	attrs := l.Attrs()
+	if attrs.Xdp != nil && attrs.Xdp.Attached {
+		return fmt.Errorf("an XDP program is attached to %s", attrs.Name)
+	}
+	gro, err := groEnabled(attrs.Name)
+	if err == nil && gro {
+		err = fmt.Errorf("GRO is on at %s (ethtool -K %s gro off)", attrs.Name, attrs.Name)
+	}
+	return err
 }
 
 func (p *Pod) checkListeners() error {

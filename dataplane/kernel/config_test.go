@@ -62,10 +62,10 @@ func TestAddressesSurviveTheTripToTheKernel(t *testing.T) {
 }
 
 func TestConnectionRecordsMustBeWhole(t *testing.T) {
-	if got, err := readConnections(make([]byte, 96)); err != nil || len(got) != 2 {
+	if got, err := readConnections(make([]byte, 112)); err != nil || len(got) != 2 {
 		t.Errorf("%d records, %v; want 2", len(got), err)
 	}
-	if _, err := readConnections(make([]byte, 95)); err == nil {
+	if _, err := readConnections(make([]byte, 111)); err == nil {
 		t.Error("a part of a record was accepted")
 	}
 }

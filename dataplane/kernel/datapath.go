@@ -178,8 +178,10 @@ func (d *Datapath) dropUnknownPods() error {
 		}
 		d.log.Warn("letting go of a pod without a record; its routing rule and sysctls stay", "cookie", cookie)
 		dir := filepath.Join(d.dir, podsDir, cookieName(cookie))
-		for _, pin := range []string{pinGuard, pinSteer, pinIngress, pinIngressLo} {
-			errs = append(errs, removePin(filepath.Join(dir, pin)))
+		pins, err := filepath.Glob(filepath.Join(dir, "*"))
+		errs = append(errs, err)
+		for _, pin := range pins {
+			errs = append(errs, removePin(pin))
 		}
 		errs = append(errs, os.RemoveAll(dir), ignoreMissing(d.loaded.maps.Pods.Delete(cookie)))
 	}

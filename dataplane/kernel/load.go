@@ -27,20 +27,22 @@ import (
 //
 //	<Dir>/layout-<hash>/{pods,listeners,own,established,counters}   maps
 //	<Dir>/layout-<hash>/{connect4,connect6}                         links
-//	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard}            links
+//	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard,guard_<n>}  links
 //	<Dir>/new/                                                      a load that is under way
 const (
 	layoutPrefix = "layout-"
 	newDir       = "new"
 	podsDir      = "pods"
 
-	mapCounters = "counters"
-	mapRodata   = ".rodata"
+	mapCounters    = "counters"
+	mapEstablished = "established"
+	mapRodata      = ".rodata"
 
-	progSteer   = "steer"
-	progIngress = "ingress"
-	progGuard   = "guard"
-	progDump    = "dump"
+	progSteer     = "steer"
+	progIngress   = "ingress"
+	progGuard     = "guard"
+	progGuardMore = "guard_more"
+	progDump      = "dump"
 )
 
 const maxAddrs = len(bpf.RacewayPod{}.Addrs)
@@ -122,7 +124,7 @@ func newLoaded() (*loaded, error) {
 // build makes or opens the maps in path and loads the programs that all pods share.
 func (l *loaded) build(path string) error {
 	spec := l.spec.Copy()
-	for _, perPod := range []string{progSteer, progIngress, progGuard} {
+	for _, perPod := range []string{progSteer, progIngress, progGuard, progGuardMore} {
 		delete(spec.Programs, perPod)
 	}
 	for name, m := range spec.Maps {
@@ -170,6 +172,9 @@ func (l *loaded) install(fresh string, cfg Config, records map[string]*record) (
 		if err := l.maps.Pods.Put(r.Cookie, podValue(r)); err != nil {
 			return fmt.Errorf("carry pod %s over: %w", r.UID, err)
 		}
+	}
+	if err := l.carryOlder(filepath.Dir(fresh), records, cfg.Log); err != nil {
+		return err
 	}
 	for _, h := range connectHooks() {
 		if err := l.attachHook(h, filepath.Join(fresh, h.name), cfg); err != nil {

@@ -27,7 +27,7 @@ type Pod struct {
 	mu     sync.Mutex
 	closed bool
 	rec    *record
-	older  map[bpf.RacewayTuple]struct{} // what the established map holds of this pod
+	older  map[bpf.RacewayTuple]bpf.RacewayStage // what the established map holds of this pod
 }
 
 // OpenPod prepares a pod: listeners, routing rule and routes, sysctls, and the program that
@@ -101,11 +101,10 @@ func (p *Pod) open(cfg PodConfig) error {
 	if !adopted {
 		rec = &record{UID: p.uid, Cookie: p.ns.Cookie()}
 	}
-	oldLayout := adopted && rec.Layout != bpf.Layout()
 	rec.NetNS = cfg.NetNS
 	rec.Addrs = p.addrs
 	p.rec = rec
-	err := p.prepare(oldLayout)
+	err := p.prepare()
 	switch {
 	case err == nil:
 		return nil
@@ -124,7 +123,7 @@ func unmapped(addrs []netip.Addr) []netip.Addr {
 	return out
 }
 
-func (p *Pod) prepare(oldLayout bool) error {
+func (p *Pod) prepare() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	d := p.d
@@ -146,10 +145,9 @@ func (p *Pod) prepare(oldLayout bool) error {
 	if err := p.loadOlder(); err != nil {
 		return err
 	}
-	if err := p.renewGuard(oldLayout); err != nil {
+	if err := p.renewGuard(); err != nil {
 		return err
 	}
-	p.rec.Layout = bpf.Layout()
 	return d.ledger.save(p.rec)
 }
 
@@ -249,12 +247,16 @@ func (d *Datapath) claimSocket(role bpf.RacewayListener) func(fd int) error {
 
 // CaptureOutbound redirects what the pod connects to from now on.
 func (p *Pod) CaptureOutbound() error {
-	return p.setFlags("capture outbound", func(r *record) { r.Outbound = true })
+	return p.setFlags("capture outbound", func(r *record) {
+		if !r.Outbound {
+			r.Outbound, r.OutboundSince = true, int64(monotonic())
+		}
+	})
 }
 
 // ReleaseOutbound lets new connections of the pod go out directly.
 func (p *Pod) ReleaseOutbound() error {
-	return p.setFlags("release outbound", func(r *record) { r.Outbound = false })
+	return p.setFlags("release outbound", func(r *record) { r.Outbound, r.OutboundSince = false, 0 })
 }
 
 // CaptureInbound redirects plaintext connections from outside from now on.

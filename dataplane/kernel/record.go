@@ -15,16 +15,20 @@ import (
 // enrolled it is gone. It is written before the deed that it speaks of: it may say too
 // much, never too little.
 type record struct {
-	UID    string       `json:"uid"`
-	NetNS  string       `json:"netns"`
-	Cookie uint64       `json:"cookie"`
-	Addrs  []netip.Addr `json:"addrs"`
-	// Layout of the maps that the pod's programs use.
-	Layout   string `json:"layout"`
-	Outbound bool   `json:"outbound"`
-	Inbound  bool   `json:"inbound"`
-	// HostIfindex is the guarded interface in the host's namespace; 0 if there is none.
+	UID      string       `json:"uid"`
+	NetNS    string       `json:"netns"`
+	Cookie   uint64       `json:"cookie"`
+	Addrs    []netip.Addr `json:"addrs"`
+	Outbound bool         `json:"outbound"`
+	Inbound  bool         `json:"inbound"`
+	// OutboundSince is when outbound capture was switched on, in nanoseconds since boot; 0
+	// when it is off or an agent did it that did not note the time.
+	OutboundSince int64 `json:"outboundSince,omitempty"`
+	// HostIfindex is the guarded end of the pod's veth pair in the host's namespace; 0 when
+	// the pod is not guarded and its older connections are not noted.
 	HostIfindex int `json:"hostIfindex,omitempty"`
+	// MoreIfindexes are those of further veth pairs.
+	MoreIfindexes []int `json:"moreIfindexes,omitempty"`
 	// Ifindex is the pod's own interface, when TC redirects inbound connections there.
 	Ifindex int `json:"ifindex,omitempty"`
 	// Qdiscs lists the attachment points that got their clsact qdisc from us.

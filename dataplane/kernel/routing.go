@@ -13,7 +13,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/raceway-mesh/raceway/bpf"
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
@@ -197,77 +196,4 @@ func podInterface(addrs []netip.Addr) (netlink.Link, error) {
 		}
 	}
 	return nil, fmt.Errorf("no interface of the pod has %v, and it has no default route: is its network set up?", addrs)
-}
-
-// hostEnd finds the host's end of the pod's veth pair.
-func (p *Pod) hostEnd() (ifindex int, err error) {
-	var inside netlink.Link
-	err = p.ns.Do(func() (err error) {
-		inside, err = podInterface(p.rec.Addrs)
-		return err
-	})
-	if err != nil {
-		return 0, fmt.Errorf("find the pod's interface: %w", err)
-	}
-	attrs := inside.Attrs()
-	if inside.Type() != "veth" || attrs.ParentIndex == 0 {
-		return 0, fmt.Errorf("the pod's interface %s is a %s and not one end of a veth pair: this network plugin has no place for the guard", attrs.Name, inside.Type())
-	}
-	err = p.d.host.Do(func() error {
-		host, err := netlink.LinkByIndex(attrs.ParentIndex)
-		if err != nil {
-			return err
-		}
-		if host.Type() != "veth" || host.Attrs().ParentIndex != attrs.Index {
-			return fmt.Errorf("interface %d is the %s %s", attrs.ParentIndex, host.Type(), host.Attrs().Name)
-		}
-		return p.leadsHere(host)
-	})
-	if err != nil {
-		return 0, fmt.Errorf("the peer of the pod's interface %s is not in the agent's network namespace %s (run the agent in the host's network): %w", attrs.Name, p.d.host.Path(), err)
-	}
-	return attrs.ParentIndex, nil
-}
-
-// leadsHere makes sure that the peer of host, which is known by an interface number only,
-// is in the pod's namespace and not in another that uses the same numbers.
-func (p *Pod) leadsHere(host netlink.Link) error {
-	return p.ns.WithFD(func(fd int) error {
-		id, err := netlink.GetNetNsIdByFd(fd)
-		if err != nil {
-			return fmt.Errorf("ask for the pod's namespace id: %w", err)
-		}
-		if peer := host.Attrs().NetNsID; id != peer {
-			return fmt.Errorf("%s leads to namespace %d, the pod is %d", host.Attrs().Name, peer, id)
-		}
-		return nil
-	})
-}
-
-func (d *Datapath) forgetOlder(cookie uint64) error {
-	older, err := d.olderOf(cookie)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for t := range older {
-		errs = append(errs, ignoreMissing(d.loaded.maps.Established.Delete(t)))
-	}
-	return errors.Join(errs...)
-}
-
-func (d *Datapath) olderOf(cookie uint64) (map[bpf.RacewayTuple]struct{}, error) {
-	older := make(map[bpf.RacewayTuple]struct{})
-	var key bpf.RacewayTuple
-	var value uint32
-	entries := d.loaded.maps.Established.Iterate()
-	for entries.Next(&key, &value) {
-		if key.Netns == cookie {
-			older[key] = struct{}{}
-		}
-	}
-	if err := entries.Err(); err != nil {
-		return nil, fmt.Errorf("read connections older than enrolment: %w", err)
-	}
-	return older, nil
 }
