@@ -109,7 +109,7 @@ func findingRows(node string, failing bool) []admin.Finding {
 	if failing {
 		rows = append(rows,
 			admin.Finding{Subject: "shop/batch", Check: "rule", OK: true},
-			admin.Finding{Subject: "shop/batch", Check: "sysctls", Detail: "net.ipv4.tcp_fwmark_accept is 0: something changed it back; the agent sets it again when the pod is enrolled anew"},
+			admin.Finding{Subject: "shop/batch", Check: "sysctls", Detail: "net.ipv4.tcp_fwmark_accept is 0: something in the pod changed them; the agent puts it back within seconds, look at its log if it stays so"},
 		)
 	}
 	return rows
