@@ -26,8 +26,8 @@ const watchInterval = time.Second
 
 // repairInterval is how often it is made sure that what capture rests on is still there.
 // Rules, routes and sysctls of a pod can be changed by whoever has CAP_NET_ADMIN in it, and
-// links by any root of the node.
-const repairInterval = 5 * time.Second
+// links by any root of the node. A look at one pod takes a millisecond or two.
+const repairInterval = 10 * time.Second
 
 // repair puts back what was taken from the capture, until ctx ends.
 func (a *Agent) repair(ctx context.Context) error {

@@ -47,3 +47,28 @@ func BenchmarkDescriptorsPerPod(b *testing.B) {
 	}
 	b.ReportMetric(float64(kept)/float64(b.N), "fds/pod")
 }
+
+// BenchmarkRepairOfASoundPod is what the agent does for every pod every few seconds.
+func BenchmarkRepairOfASoundPod(b *testing.B) {
+	netnstest.Require(b)
+	for _, m := range modes() {
+		b.Run(m.name, func(b *testing.B) {
+			f := newFixture(b, m)
+			pod, err := f.dp.OpenPod(kernel.PodConfig{UID: "web", NetNS: f.web.Path(), Addrs: f.web.Addrs()})
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := pod.Guard(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				if mended, err := pod.Repair(); len(mended) > 0 || err != nil {
+					b.Fatal(mended, err)
+				}
+			}
+			if err := pod.Remove(); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}

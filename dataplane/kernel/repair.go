@@ -72,7 +72,7 @@ func (p *Pod) Repair() (mended []string, err error) {
 		{"listeners", p.checkListeners, p.registerAll},
 		{"steering", p.checkInbound, p.attachInbound},
 	}
-	if p.rec.HostIfindex != 0 {
+	if p.rec.HostIfindex != 0 && !p.d.cfg.DisableGuard {
 		// What got out while the guard was off is not older than the enrolment.
 		parts = append(parts, part{"guard", p.checkGuard, p.attachGuard})
 	}
