@@ -46,6 +46,7 @@ const (
 type values struct {
 	pingInterval, pingTimeout time.Duration
 	streamWindow, connWindow  int32
+	budget                    hbone.Budget
 	maxStreams                uint32 // a server's
 	maxHeaderList             uint32
 }
@@ -65,6 +66,9 @@ func (v values) withDefaults() values {
 	}
 	// The connection's window starts at 65,535 and cannot be made smaller.
 	v.connWindow = max(v.connWindow, initialWindow)
+	if v.budget == nil {
+		v.budget = unlimited{}
+	}
 	if v.maxStreams == 0 {
 		v.maxStreams = defaultMaxStreams
 	}
@@ -110,7 +114,11 @@ type conn struct {
 
 	sendWindow int64 // what we may send
 	recvWindow int64 // what the peer may send
-	credit     int64 // what was consumed and not yet told to the peer
+	credit     int64 // what arrived and was not yet told to the peer
+	promised   int   // the windows of all streams
+	probing    bool  // the PING of a probe is on its way
+	probe      uint32
+	acked      bool // the peer has seen our SETTINGS
 
 	peer peerSettings
 
@@ -198,7 +206,7 @@ func (c *conn) hello(preface string, settings ...http2.Setting) {
 	defer c.wmu.Unlock()
 	c.gather([]byte(preface))
 	settings = append(settings,
-		http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(c.values.streamWindow)},
+		http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(c.values.floor())},
 		http2.Setting{ID: http2.SettingMaxFrameSize, Val: maxReadFrame},
 		http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: c.values.maxHeaderList})
 	_ = c.framer.WriteSettings(settings...) // to outgoing, which has no errors
@@ -340,23 +348,13 @@ func (c *conn) settleLocked() {
 	}
 }
 
-// consumedLocked gives the peer window back for n bytes, s nil for bytes of no stream.
-func (c *conn) consumedLocked(s *stream, n int) {
-	if c.err != nil || n == 0 {
-		return
-	}
+// arrivedLocked gives the peer the connection's window back for n bytes, read or not: what
+// they take is the budget's matter.
+func (c *conn) arrivedLocked(n int) {
 	if c.credit += int64(n); c.credit >= int64(c.values.connWindow)/4 {
 		c.recvWindow += c.credit
 		c.pushLocked(control{kind: controlWindow, n: uint32(c.credit)})
 		c.credit = 0
-	}
-	if s == nil || s.recvEnd || s.err != nil || s.closed {
-		return
-	}
-	if s.credit += int64(n); s.credit >= int64(c.values.streamWindow)/4 {
-		s.recvWindow += s.credit
-		c.pushLocked(control{kind: controlWindow, stream: s.id, n: uint32(s.credit)})
-		s.credit = 0
 	}
 }
 

@@ -69,10 +69,10 @@ func TestTransferIsByteExactInRandomChunks(t *testing.T) {
 }
 
 func TestSlowReaderIsBoundByTheWindow(t *testing.T) {
-	const window = 256 << 10
+	const window = 32 << 10 // of a new stream, whatever it might grow to
 	streams, done := make(chan hbone.Stream, 1), make(chan struct{})
 	defer close(done)
-	p := newPair(t, h2.Client{}, h2.Server{StreamWindow: window}, accepting(streams, done))
+	p := newPair(t, h2.Client{}, h2.Server{StreamWindow: 256 << 10}, accepting(streams, done))
 	c := p.open(t)
 	s := <-streams
 	var sent int
@@ -93,28 +93,29 @@ func TestSlowReaderIsBoundByTheWindow(t *testing.T) {
 	if sent > window {
 		t.Errorf("%d bytes were taken from a writer whose peer reads nothing, want at most the window of %d", sent, window)
 	}
-	if sent < window/2 {
-		t.Errorf("only %d bytes of the window of %d were used", sent, window)
+	if sent < 16<<10 {
+		t.Errorf("only %d bytes were taken before anybody read", sent)
 	}
 	_ = s.Close()
 }
 
 func TestSlowReaderOfTinyFramesHoldsBoundedMemory(t *testing.T) {
+	const tiny = 30_000
 	c, s, _ := both(t)
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	for range 100_000 { // 100 kB of payload
+	for range tiny { // a new stream's window has room for them
 		write(t, c, "x")
 	}
 	_ = c.CloseWrite()
 	time.Sleep(50 * time.Millisecond)
 	runtime.GC()
 	runtime.ReadMemStats(&after)
-	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 4<<20 {
-		t.Errorf("100,000 frames of one byte hold %d bytes of memory", grown)
+	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 2<<20 {
+		t.Errorf("%d frames of one byte hold %d bytes of memory", tiny, grown)
 	}
-	if all, err := io.ReadAll(s); err != nil || len(all) != 100_000 {
+	if all, err := io.ReadAll(s); err != nil || len(all) != tiny {
 		t.Errorf("read %d bytes, %v", len(all), err)
 	}
 }

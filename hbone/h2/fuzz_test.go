@@ -94,9 +94,10 @@ func FuzzServerFrames(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		client, server := pair(t)
 		done := make(chan struct{})
+		budget := &counted{limit: 1 << 20}
 		go func() {
 			defer close(done)
-			_ = h2.Server{MaxStreams: 4}.ServeConn(context.Background(), context.Background(), server, echo)
+			_ = h2.Server{MaxStreams: 4, Budget: budget}.ServeConn(context.Background(), context.Background(), server, echo)
 		}()
 		feed(client, http2.ClientPreface, data)
 		select {
@@ -104,6 +105,7 @@ func FuzzServerFrames(f *testing.F) {
 		case <-time.After(20 * time.Second):
 			t.Fatal("server goes on after its peer hung up")
 		}
+		budget.empty(t)
 	})
 }
 
@@ -114,7 +116,8 @@ func FuzzClientFrames(f *testing.F) {
 	pair := fuzzPair(f)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		client, server := pair(t)
-		session, err := h2.Client{}.NewSession(t.Context(), client)
+		budget := &counted{limit: 1 << 20}
+		session, err := h2.Client{Budget: budget}.NewSession(t.Context(), client)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -136,5 +139,6 @@ func FuzzClientFrames(f *testing.F) {
 			t.Fatal("stream goes on after its peer hung up")
 		}
 		<-session.Done()
+		budget.empty(t)
 	})
 }

@@ -10,7 +10,11 @@
 //	           control ─► writeLoop ┘                   all else, in the order it was queued
 //
 // A connection has two goroutines, readLoop and writeLoop. Neither ever waits for a
-// stream's reader: a peer may send what the window allows, and no more.
+// stream's reader: a peer may send what the window allows, and no more. A window is memory:
+// every byte of it, and what chunks leave unused, is reserved from a hbone.Budget before the
+// peer may send it. Streams start small and grow while they are read as fast as bytes come.
+// A stream without a reservation is refused; one that nobody reads holds what it has, and
+// holds up no other. Beside that a connection keeps its own fixed buffers and one chunk.
 package h2
 
 import (
@@ -26,16 +30,19 @@ type Client struct {
 	// PingInterval is how often the peer is asked for a sign of life, PingTimeout how
 	// long it may keep silent thereafter. 0 means 10 and 20 seconds.
 	PingInterval, PingTimeout time.Duration
-	// StreamWindow and ConnWindow bound what a peer may send unread, in bytes.
-	// 0 means 4 MiB and 16 MiB.
+	// StreamWindow and ConnWindow bound what a peer may send unread on a stream and, beside
+	// the smallest windows, on all of a connection, in bytes. 0 means 4 MiB and 16 MiB.
 	StreamWindow, ConnWindow int32
+	// Budget bounds the memory of all unread bytes. nil means that there is no bound.
+	Budget hbone.Budget
 }
 
 // Server serves connections. The zero value has HBONE's values.
 type Server struct {
-	// PingInterval, PingTimeout, StreamWindow and ConnWindow are as in Client.
+	// PingInterval, PingTimeout, StreamWindow, ConnWindow and Budget are as in Client.
 	PingInterval, PingTimeout time.Duration
 	StreamWindow, ConnWindow  int32
+	Budget                    hbone.Budget
 	// MaxStreams bounds the streams of one connection. 0 means 200.
 	MaxStreams uint32
 }

@@ -112,6 +112,7 @@ func (c *conn) isIdleLocked(id uint32) bool { return id%2 == 0 || id > c.seenID 
 
 func (c *conn) settingsLocked(f *http2.SettingsFrame) error {
 	if f.IsAck() {
+		c.acked = true
 		return nil
 	}
 	c.sawSettings = true
@@ -158,6 +159,8 @@ func (c *conn) pingLocked(f *http2.PingFrame) {
 		c.pushLocked(control{kind: controlPingAck, ping: f.Data, reply: true})
 	case c.server != nil && f.Data == drainPing:
 		c.finalGoAwayLocked()
+	case f.Data == growPing && c.probing:
+		c.probedLocked()
 	}
 }
 
@@ -225,7 +228,7 @@ func (c *conn) readData(header http2.FrameHeader) error {
 		}
 		size -= 1 + padding
 	}
-	s, err := c.admitData(header)
+	s, largest, err := c.admitData(header)
 	if err != nil {
 		return err
 	}
@@ -234,8 +237,8 @@ func (c *conn) readData(header http2.FrameHeader) error {
 		return err
 	}
 	for left := size; left > 0; {
-		ch := getChunk()
-		n, err := io.ReadFull(c.br, ch.data[:min(left, chunkSize)])
+		ch := getChunk(min(left, largest))
+		n, err := io.ReadFull(c.br, ch.data[:min(left, len(ch.data))])
 		if err != nil {
 			return err
 		}
@@ -247,7 +250,7 @@ func (c *conn) readData(header http2.FrameHeader) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.consumedLocked(s, int(header.Length)-size)
+	s.consumedLocked(int(header.Length) - size)
 	if header.Flags.Has(http2.FlagDataEndStream) && s.err == nil && !s.closed {
 		s.endedLocked()
 	}
@@ -255,17 +258,18 @@ func (c *conn) readData(header http2.FrameHeader) error {
 }
 
 // admitData charges a DATA frame to the windows and returns the stream that takes it, nil
-// when none does.
-func (c *conn) admitData(header http2.FrameHeader) (*stream, error) {
+// when none does, and the largest chunk that it may take it in.
+func (c *conn) admitData(header http2.FrameHeader) (*stream, int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.recvWindow -= int64(header.Length); c.recvWindow < 0 {
-		return nil, http2.ConnectionError(http2.ErrCodeFlowControl)
+		return nil, 0, http2.ConnectionError(http2.ErrCodeFlowControl)
 	}
+	c.arrivedLocked(int(header.Length))
 	s := c.streams[header.StreamID]
 	switch {
 	case s == nil && c.isIdleLocked(header.StreamID):
-		return nil, http2.ConnectionError(http2.ErrCodeProtocol)
+		return nil, 0, http2.ConnectionError(http2.ErrCodeProtocol)
 	case s == nil:
 		if !c.wasResetLocked(header.StreamID) {
 			c.pushLocked(control{kind: controlReset, stream: header.StreamID, code: http2.ErrCodeStreamClosed, reply: true})
@@ -275,13 +279,14 @@ func (c *conn) admitData(header http2.FrameHeader) (*stream, error) {
 	case c.client != nil && s.response == nil: // before the answer to CONNECT
 		s.resetLocked(http2.ErrCodeProtocol)
 	default:
-		if s.recvWindow -= int64(header.Length); s.recvWindow >= 0 {
-			return s, nil
+		code := s.admitLocked(int(header.Length))
+		if code == http2.ErrCodeNo {
+			return s, s.window.chunk, nil
 		}
-		s.resetLocked(http2.ErrCodeFlowControl)
+		s.window.unread -= int(header.Length)
+		s.resetLocked(code)
 	}
-	c.consumedLocked(nil, int(header.Length))
-	return nil, nil
+	return nil, 0, nil
 }
 
 // arrived hands a chunk to s, unless its user has closed it in the meantime.
@@ -289,11 +294,10 @@ func (c *conn) arrived(s *stream, ch *chunk) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if s.closed {
-		c.consumedLocked(nil, ch.len())
-		chunks.Put(ch)
+		putChunk(ch)
 		return
 	}
-	s.in.push(ch)
+	s.in.push(ch, s.window.spare)
 	s.readable.Signal()
 }
 

@@ -35,7 +35,7 @@ type serverState struct {
 func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*hbone.ServerRequest)) error {
 	c := newConn(t, values{
 		pingInterval: s.PingInterval, pingTimeout: s.PingTimeout,
-		streamWindow: s.StreamWindow, connWindow: s.ConnWindow,
+		streamWindow: s.StreamWindow, connWindow: s.ConnWindow, budget: s.Budget,
 		maxStreams: s.MaxStreams, maxHeaderList: hbone.MaxHeaderList,
 	}.withDefaults())
 	c.server = &serverState{info: hbone.NewConn(t), force: force, serve: serve}
@@ -214,7 +214,10 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 		return
 	}
 	s := c.newStreamLocked(f.StreamID)
-	s.recvEnd = f.StreamEnded()
+	if s.recvEnd = f.StreamEnded(); !s.recvEnd && !s.reserveLocked() {
+		s.rejectLocked(503, true) // not REFUSED_STREAM, or the peer would try again at once
+		return
+	}
 	ctx, cancel := context.WithCancel(c.server.force)
 	s.cancel = cancel
 	r := &hbone.ServerRequest{
@@ -263,6 +266,7 @@ func (s *stream) accept(response hbone.Response) (hbone.Stream, error) {
 	s.answered = true
 	c.server.nuisances = max(0, c.server.nuisances-1)
 	c.pushLocked(control{kind: controlHeaders, stream: s.id, fields: fields})
+	s.startLocked()
 	return s, nil
 }
 

@@ -24,7 +24,7 @@ type session struct{ *conn }
 func newSession(cfg Client, t *tls.Conn) *session {
 	c := newConn(t, values{
 		pingInterval: cfg.PingInterval, pingTimeout: cfg.PingTimeout,
-		streamWindow: cfg.StreamWindow, connWindow: cfg.ConnWindow,
+		streamWindow: cfg.StreamWindow, connWindow: cfg.ConnWindow, budget: cfg.Budget,
 		maxHeaderList: hbone.MaxResponseHeaderList,
 	}.withDefaults())
 	c.client = &clientState{}
@@ -99,15 +99,19 @@ func (s *session) request(ctx context.Context, r *hbone.Request) (*stream, error
 	if size := listSize(fields); size > s.peer.maxHeaderList {
 		return nil, fmt.Errorf("request headers of %d bytes are more than the peer takes (%d)", size, s.peer.maxHeaderList)
 	}
+	id := s.lastID + 2
 	if s.lastID == 0 {
-		s.lastID = 1
-	} else {
-		s.lastID += 2
+		id = 1
 	}
-	s.seenID = s.lastID
-	st := s.newStreamLocked(s.lastID)
+	st := s.newStreamLocked(id)
+	if !st.reserveLocked() {
+		delete(s.streams, id)
+		return nil, hbone.ErrNoBuffers
+	}
+	s.lastID, s.seenID = id, id
 	st.settled = make(chan struct{})
 	s.pushLocked(control{kind: controlHeaders, stream: st.id, fields: fields})
+	st.startLocked()
 	return st, nil
 }
 

@@ -27,12 +27,12 @@ type stream struct {
 
 	rmu     sync.Mutex // held by Read
 	current *chunk     // being read, out of in; guarded by rmu
+	done    int        // the size of the last, all of it read; guarded by rmu
 
 	readable, writable sync.Cond
 
 	in         buffer
-	recvWindow int64
-	credit     int64
+	window     window // of what we receive
 	sendWindow int64
 	blocked    bool // it is in conn.blocked
 
@@ -54,7 +54,7 @@ type stream struct {
 var errWriteAfterEnd = errors.New("write on a stream after CloseWrite")
 
 func (c *conn) newStreamLocked(id uint32) *stream {
-	s := &stream{conn: c, id: id, recvWindow: int64(c.values.streamWindow), sendWindow: c.peer.initialWindow}
+	s := &stream{conn: c, id: id, sendWindow: c.peer.initialWindow}
 	s.readable.L, s.writable.L = &c.mu, &c.mu
 	c.streams[id] = s
 	return s
@@ -79,7 +79,8 @@ func (s *stream) Read(p []byte) (int, error) {
 		m := copy(p[n:], c.data[c.r:c.w])
 		n += m
 		if c.r += m; c.r == c.w {
-			chunks.Put(c)
+			s.done += c.w
+			putChunk(c)
 			s.current = nil
 		}
 	}
@@ -87,10 +88,12 @@ func (s *stream) Read(p []byte) (int, error) {
 }
 
 // next takes a chunk that arrived. If none did it waits, or returns nil. The peer may send
-// as much again from now on, although up to a chunk of it is not read yet.
+// again as much as the last one held.
 func (s *stream) next(wait bool) (*chunk, error) {
 	s.conn.mu.Lock()
 	defer s.conn.mu.Unlock()
+	s.consumedLocked(s.done)
+	s.done = 0
 	for {
 		switch {
 		case s.closed && wait:
@@ -98,9 +101,7 @@ func (s *stream) next(wait bool) (*chunk, error) {
 		case s.closed:
 			return nil, nil
 		case s.in.size > 0:
-			c := s.in.pop()
-			s.conn.consumedLocked(s, c.len())
-			return c, nil
+			return s.in.pop(), nil
 		case !wait:
 			return nil, nil
 		case s.recvEnd:
@@ -188,6 +189,13 @@ func (s *stream) CloseWrite() error {
 
 // Close releases the stream.
 func (s *stream) Close() error {
+	if s.rmu.TryLock() { // whoever is in Read keeps its chunk until the stream is garbage
+		if s.current != nil {
+			putChunk(s.current)
+			s.current = nil
+		}
+		s.rmu.Unlock()
+	}
 	s.conn.mu.Lock()
 	defer s.conn.mu.Unlock()
 	s.closeLocked(http2.ErrCodeCancel)
@@ -202,7 +210,8 @@ func (s *stream) closeLocked(code http2.ErrCode) {
 		s.conn.pushResetLocked(s, code, false)
 	}
 	s.closed = true
-	s.conn.consumedLocked(nil, s.in.discard())
+	s.in.discard()
+	s.window.unread = 0
 	s.endLocked()
 }
 
@@ -221,6 +230,7 @@ func (s *stream) resetLocked(code http2.ErrCode) {
 }
 
 func (s *stream) endLocked() {
+	s.closeWindowLocked()
 	s.readable.Broadcast()
 	s.writable.Broadcast()
 	s.settleLocked()
@@ -270,6 +280,7 @@ func (s *stream) settleLocked() {
 // endedLocked notes the peer's END_STREAM.
 func (s *stream) endedLocked() {
 	s.recvEnd = true
+	s.closeWindowLocked()
 	s.readable.Broadcast()
 	if s.sentEnd {
 		s.conn.forgetLocked(s)

@@ -68,7 +68,7 @@ func TestClientSendsExactlyAConnect(t *testing.T) {
 	got, closed := make(chan string, 1), make(chan struct{})
 	client, key := rawServer(t, func(r *raw) {
 		for id, want := range map[http2.SettingID]uint32{
-			http2.SettingEnablePush: 0, http2.SettingInitialWindowSize: 4 << 20,
+			http2.SettingEnablePush: 0, http2.SettingInitialWindowSize: 4 << 10,
 			http2.SettingMaxFrameSize: 1 << 20, http2.SettingMaxHeaderListSize: 16 << 10,
 		} {
 			if v, ok := r.settings[id]; !ok || v != want {

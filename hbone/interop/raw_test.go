@@ -196,7 +196,7 @@ func TestServerAnswersWhatIsNoTunnel(t *testing.T) {
 func TestServerAnnouncesItsValues(t *testing.T) {
 	r := rawClient(t, startServer(t, hbonetest.NewCA(t)))
 	for id, want := range map[http2.SettingID]uint32{
-		http2.SettingInitialWindowSize: 4 << 20, http2.SettingMaxFrameSize: 1 << 20,
+		http2.SettingInitialWindowSize: 4 << 10, http2.SettingMaxFrameSize: 1 << 20,
 		http2.SettingMaxHeaderListSize: 64 << 10, http2.SettingMaxConcurrentStreams: 200,
 	} {
 		if got := r.settings[id]; got != want {
