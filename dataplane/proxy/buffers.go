@@ -1,6 +1,10 @@
 package proxy
 
-import "sync"
+import (
+	"sync"
+
+	"github.com/raceway-mesh/raceway/hbone"
+)
 
 // Buffer sizes. A direction without traffic holds none where it can wait for its socket to
 // be readable, and a small one where it cannot (a stream). Bulk takes large ones.
@@ -42,12 +46,15 @@ func (b *buffers) take(large bool) buffer {
 	return buffer{p: p[:], small: p}
 }
 
-func (b *buffers) reserve() bool {
-	if !b.pod.take(largeBuffer) {
+func (b *buffers) reserve() bool { return b.below(largeBuffer, b.pod.limit, b.node.limit) }
+
+// below takes n bytes of both budgets up to bounds that are theirs or lower.
+func (b *buffers) below(n, pod, node int64) bool {
+	if !b.pod.takeBelow(n, pod) {
 		return false
 	}
-	if !b.node.take(largeBuffer) {
-		b.pod.give(largeBuffer)
+	if !b.node.takeBelow(n, node) {
+		b.pod.give(n)
 		return false
 	}
 	return true
@@ -62,3 +69,25 @@ func (b *buffers) give(buf buffer) {
 	b.pod.give(largeBuffer)
 	b.node.give(largeBuffer)
 }
+
+// windows lends the same budget to the pod's tunnels, for what they receive.
+type windows struct{ *buffers }
+
+var _ hbone.Budget = windows{}
+
+// Take is for a stream's first bytes.
+func (w windows) Take(n int) bool { return w.below(int64(n), w.pod.limit, w.node.limit) }
+
+// Grow leaves half of each budget to copy buffers and to new streams, of other pods too.
+func (w windows) Grow(n, spare int) bool {
+	left := int64(spare)
+	return w.below(int64(n), w.pod.limit/2-left, w.node.limit/2-left)
+}
+
+func (w windows) Give(n int) {
+	w.pod.give(int64(n))
+	w.node.give(int64(n))
+}
+
+// Short counts as the limit that bites.
+func (w windows) Short() { w.exhausted() }

@@ -141,7 +141,7 @@ func flagsOf(err error) telemetry.Flags {
 	switch {
 	case errors.As(err, &denied):
 		return telemetry.FlagsDeny
-	case errors.As(err, &limit):
+	case errors.As(err, &limit), errors.Is(err, hbone.ErrNoBuffers):
 		return telemetry.FlagsLimit
 	case errors.Is(err, errForced):
 		return telemetry.FlagsDrained

@@ -15,6 +15,7 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/authz"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/h2"
 )
 
 // serveInbound owns conn, plaintext that somebody opened to the pod.
@@ -106,9 +107,13 @@ func (e *requestError) Unwrap() error { return e.err }
 
 // tunnelServer accepts the pod's tunnels.
 func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
+	transport := s.cfg.ServerTransport
+	if transport == nil {
+		transport = h2.Server{Budget: windows{&s.buffers}}
+	}
 	return hbone.NewServer(hbone.ServerConfig{
 		TLS:           s.cfg.Certs.ServerTLS(s.identity),
-		Transport:     s.cfg.ServerTransport,
+		Transport:     transport,
 		Handler:       func(r *hbone.ServerRequest) { s.serveTunnel(live, r) },
 		MaxHandshakes: s.cfg.Limits.PodHandshakes,
 		MaxConns:      s.cfg.Limits.PodTunnels,

@@ -24,8 +24,10 @@ type Limits struct {
 	PodHandshakes int
 	// PodTunnels bounds the tunnel connections to a pod; more are closed. 4,096.
 	PodTunnels int
-	// PodBuffers and NodeBuffers bound the bytes of large copy buffers; without one a
-	// direction copies through a small buffer. 64 MiB and 256 MiB.
+	// PodBuffers and NodeBuffers bound the bytes of large copy buffers and of what tunnels
+	// have received and nobody has read. Without the former a direction copies through a
+	// small buffer; without the latter a stream has a small window, or is refused with 503.
+	// 64 MiB and 256 MiB.
 	PodBuffers, NodeBuffers int64
 	// PodActive and NodeActive bound the chunks that are moved at one time. Half the CPUs,
 	// and as many as there are but 2 at least: a pod that uses all of its own leaves CPUs
@@ -123,8 +125,10 @@ type budget struct {
 	limit int64
 }
 
-func (b *budget) take(n int64) bool {
-	if b.used.Add(n) <= b.limit {
+func (b *budget) take(n int64) bool { return b.takeBelow(n, b.limit) }
+
+func (b *budget) takeBelow(n, limit int64) bool {
+	if b.used.Add(n) <= limit {
 		return true
 	}
 	b.used.Add(-n)

@@ -16,6 +16,7 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/h2"
 )
 
 // servedPod is one pod that is served. A pod that was released and enrolled again may be
@@ -83,10 +84,14 @@ func (p *Proxy) newServedPod(pod Pod, w *dataplane.Workload) *servedPod {
 		flows:   make(map[*flow]struct{}),
 	}
 	s.buffers = buffers{pod: &s.large, node: &p.bulk, exhausted: func() { p.warn.bit(limitBuffers, s.uid, limits.PodBuffers) }}
+	clientTransport := p.cfg.ClientTransport
+	if clientTransport == nil {
+		clientTransport = h2.Client{Budget: windows{&s.buffers}}
+	}
 	s.client = hbone.NewClient(hbone.ClientConfig{
 		Dial:           s.dialTunnel,
 		TLS:            s.clientTLS,
-		Transport:      p.cfg.ClientTransport,
+		Transport:      clientTransport,
 		IdleTimeout:    p.cfg.TunnelIdle,
 		ConnectTimeout: p.cfg.ConnectTimeout,
 		Log:            p.cfg.Log,

@@ -30,7 +30,6 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/authz"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
-	"github.com/raceway-mesh/raceway/hbone/h2"
 )
 
 // Pod is an enrolled pod's network as the proxy needs it; *kernel.Pod is one.
@@ -79,7 +78,8 @@ type Config struct {
 	ConnectTimeout time.Duration
 	// TunnelIdle is how long a tunnel connection without streams is kept. 0 means 5 minutes.
 	TunnelIdle time.Duration
-	// ClientTransport and ServerTransport carry the tunnels. nil means HTTP/2.
+	// ClientTransport and ServerTransport carry the tunnels. nil means HTTP/2, each pod's
+	// within its buffers.
 	ClientTransport hbone.ClientTransport
 	ServerTransport hbone.ServerTransport
 
@@ -94,12 +94,6 @@ func (c Config) withDefaults() Config {
 	}
 	if c.ConnectTimeout <= 0 {
 		c.ConnectTimeout = 10 * time.Second
-	}
-	if c.ClientTransport == nil {
-		c.ClientTransport = h2.Client{}
-	}
-	if c.ServerTransport == nil {
-		c.ServerTransport = h2.Server{}
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
