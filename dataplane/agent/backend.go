@@ -64,16 +64,25 @@ func (b backend) Services(context.Context) ([]admin.Service, error) {
 	}
 	rows := make([]admin.Service, 0, len(s.Services()))
 	for _, svc := range s.Services() {
-		row := admin.Service{Namespace: svc.Name.Namespace, Name: svc.Name.Name, Addrs: svc.Addrs, Endpoints: len(svc.Endpoints)}
+		row := admin.Service{Namespace: svc.Name.Namespace, Name: svc.Name.Name, Addrs: svc.Addrs}
 		for _, p := range svc.Ports {
 			row.Ports = append(row.Ports, p.Port)
 		}
+		pods := make(map[string]bool) // a pod of two families is one endpoint to people
 		for _, e := range svc.Endpoints {
+			w := s.Workload(e.WorkloadUID)
+			if w != nil && pods[w.UID] {
+				continue
+			}
+			row.Endpoints++
 			if e.Ready {
 				row.Ready++
 			}
-			if w := s.Workload(e.WorkloadUID); w != nil && w.Captured {
-				row.Captured++
+			if w != nil {
+				pods[w.UID] = true
+				if w.Captured {
+					row.Captured++
+				}
 			}
 		}
 		rows = append(rows, row)
