@@ -42,19 +42,23 @@ var _ enroll.Target = (*pods)(nil)
 type servedPod struct {
 	*kernel.Pod
 	identity spiffe.ID
-	stop     context.CancelFunc // graceful
-	cut      context.CancelFunc // at once
-	done     chan struct{}      // closed when serving has ended
+	force    context.Context    // bounds all serving of the pod
+	cut      context.CancelFunc // ends force
+	stop     context.CancelFunc // ends the latest serving gracefully
+	serving  sync.WaitGroup     // the latest, and earlier ones whose connections live
+	mute     bool               // it has to listen anew; for Prepare alone
 }
 
 // Prepare opens the pod's namespace, serves its listeners and waits for its certificate.
 // The listeners come first: a pod that an earlier agent left captured needs them at once,
 // whatever the CA does.
 func (p *pods) Prepare(ctx context.Context, w *dataplane.Workload) error {
-	if p.get(w.UID) == nil {
+	if s := p.get(w.UID); s == nil {
 		if err := p.open(w); err != nil {
 			return err
 		}
+	} else if err := p.revive(s, w.Name); err != nil {
+		return err
 	}
 	return p.keeper.Ready(ctx, w.Identity)
 }
@@ -64,19 +68,40 @@ func (p *pods) open(w *dataplane.Workload) error {
 	if err != nil {
 		return fmt.Errorf("open pod %s: %w", w.Name, err)
 	}
-	serve, stop := context.WithCancel(p.serve)
-	force, cut := context.WithCancel(p.force)
-	s := &servedPod{Pod: pod, identity: w.Identity, stop: stop, cut: cut, done: make(chan struct{})}
+	s := &servedPod{Pod: pod, identity: w.Identity}
+	s.force, s.cut = context.WithCancel(p.force)
 	p.mu.Lock()
 	p.served[w.UID] = s
 	p.keeper.Want(s.identity)
 	p.mu.Unlock()
-	go func() {
-		defer close(s.done)
-		if err := p.proxy.ServePod(serve, force, pod); err != nil {
-			p.log.Error("serve pod", "pod", w.Name, "err", err)
+	p.start(s, w.Name)
+	return nil
+}
+
+// start serves the pod's listeners as they are now.
+func (p *pods) start(s *servedPod, name dataplane.Name) {
+	serve, stop := context.WithCancel(p.serve)
+	s.stop = stop
+	s.serving.Go(func() {
+		defer stop()
+		if err := p.proxy.ServePod(serve, s.force, s.Pod); err != nil {
+			p.log.Error("serve pod", "pod", name, "err", err)
 		}
-	}()
+	})
+}
+
+// revive gives a pod that lost a listener new ones. Connections that live go on.
+func (p *pods) revive(s *servedPod, name dataplane.Name) error {
+	s.mute = s.mute || s.Listening() != nil
+	if !s.mute {
+		return nil
+	}
+	s.stop()
+	if err := s.Relisten(); err != nil {
+		return err
+	}
+	s.mute = false
+	p.start(s, name)
 	return nil
 }
 
@@ -126,7 +151,7 @@ func (p *pods) Remove(_ context.Context, uid string) error {
 	}
 	s.stop()
 	s.cut()
-	<-s.done
+	s.serving.Wait()
 	// Whatever comes of it the pod is closed then; what is left of it is an earlier agent's.
 	err := s.Pod.Remove()
 	p.mu.Lock()
@@ -154,7 +179,7 @@ func (p *pods) removeAdopted(uid string) error {
 // wait returns when the serving of every pod, which has been told to end, has ended.
 func (p *pods) wait() {
 	for _, s := range p.all() {
-		<-s.done
+		s.serving.Wait()
 	}
 }
 
@@ -188,6 +213,17 @@ func (p *pods) vanished() []string {
 		}
 	}
 	return uids
+}
+
+// deaf are the pods that a listener was taken from, and which.
+func (p *pods) deaf() map[string]error {
+	found := make(map[string]error)
+	for _, s := range p.all() {
+		if err := s.Listening(); err != nil {
+			found[s.UID()] = err
+		}
+	}
+	return found
 }
 
 func (p *pods) get(uid string) *servedPod {

@@ -54,9 +54,7 @@ func TestRemoveThatFailedHalfWayIsTriedAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan struct{})
-	close(done)
-	p.served["web"] = &servedPod{Pod: pod, stop: func() {}, cut: func() {}, done: done}
+	p.served["web"] = &servedPod{Pod: pod, stop: func() {}, cut: func() {}}
 	records, err := filepath.Glob(filepath.Join(state, "pods", "*.json"))
 	if err != nil || len(records) != 1 {
 		t.Fatalf("records %v, %v", records, err)

@@ -122,7 +122,7 @@ func (a *Agent) prune(ctx context.Context) error {
 	}
 }
 
-// watchNamespaces tells enrolment of pods whose network namespace is gone.
+// watchNamespaces tells enrolment of pods whose network namespace is gone, or a listener in it.
 func (a *Agent) watchNamespaces(ctx context.Context) error {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
@@ -133,6 +133,9 @@ func (a *Agent) watchNamespaces(ctx context.Context) error {
 		case <-ticker.C:
 			for _, uid := range a.pods.vanished() {
 				a.reconciler.Vanished(uid)
+			}
+			for uid, err := range a.pods.deaf() {
+				a.reconciler.Broken(uid, err)
 			}
 		}
 	}

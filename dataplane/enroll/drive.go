@@ -113,13 +113,19 @@ func (d *driver) join() {
 	d.report(time.Now())
 }
 
-// lose takes in which namespaces are gone. A pod that is not wholly prepared is left to its
+// lose takes in which namespaces are gone and which pods are broken. A pod that is not wholly prepared is left to its
 // next step, which finds out by itself.
 func (d *driver) lose() {
 	d.mu.Lock()
-	lost := d.lost
-	d.lost = make(map[string]bool)
+	lost, broken := d.lost, d.broken
+	d.lost, d.broken = make(map[string]bool), make(map[string]string)
 	d.mu.Unlock()
+	for uid, why := range broken {
+		if p := d.pods[uid]; p != nil && p.prepared == on && p.running == nil && p.want(&d.cfg) {
+			p.prepared, p.failure, p.notBefore = unsure, why, time.Time{}
+			d.report(time.Now())
+		}
+	}
 	for uid := range lost {
 		if p := d.pods[uid]; p != nil && p.prepared == on {
 			p.lost = true

@@ -152,12 +152,13 @@ type Status struct {
 type Reconciler struct {
 	cfg Config
 
-	wake chan struct{} // there is something in lost
+	wake chan struct{} // there is something in lost or broken
 
 	mu      sync.Mutex
 	driving bool              // Run or ReleaseAll is under way
 	status  map[string]Status // by UID
 	lost    map[string]bool   // UIDs that Vanished was told
+	broken  map[string]string // why, by the UIDs that Broken was told
 
 	// What follows belongs to whoever drives.
 	pods        map[string]*pod
@@ -174,7 +175,7 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	r := &Reconciler{
 		cfg: cfg.withDefaults(), status: make(map[string]Status), pods: make(map[string]*pod), claims: make(map[string][]string),
-		wake: make(chan struct{}, 1), lost: make(map[string]bool),
+		wake: make(chan struct{}, 1), lost: make(map[string]bool), broken: make(map[string]string),
 	}
 	for _, a := range cfg.Adopted {
 		p := &pod{uid: a.UID, netns: a.NetNS, resumed: a.Published, prepared: unsure, outbound: unsure, inbound: unsure, guard: unsure, published: unsure}
@@ -210,6 +211,20 @@ func (r *Reconciler) Vanished(uid string) {
 	r.mu.Lock()
 	r.lost[uid] = true
 	r.mu.Unlock()
+	r.rouse()
+}
+
+// Broken tells that what Prepare made of a pod does not work any more, and why. The pod is not
+// captured until Prepare has succeeded again; what else is in force stays so. Tell again if it
+// stays broken: a pod that is being worked on, or is on its way out, is left alone.
+func (r *Reconciler) Broken(uid string, cause error) {
+	r.mu.Lock()
+	r.broken[uid] = cause.Error()
+	r.mu.Unlock()
+	r.rouse()
+}
+
+func (r *Reconciler) rouse() {
 	select {
 	case r.wake <- struct{}{}:
 	default:

@@ -45,7 +45,7 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 		{"outbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_OUTBOUND) }, "the pod is being enrolled or released"},
 		{"inbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_INBOUND) }, "the pod is being enrolled or released"},
 		{"steering", p.checkInbound, detached},
-		{"listeners", p.checkListeners, "restart the agent"},
+		{"listeners", p.checkListeners, putBack},
 		{"routing", p.checkRouting, "something in the pod deleted it; " + putBack},
 		{"sysctls", p.checkSysctls, "something in the pod changed them; " + putBack},
 		{"guard", p.checkGuard, "plaintext that escapes capture is not stopped; " + putBack},

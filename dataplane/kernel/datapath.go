@@ -56,7 +56,11 @@ func Open(cfg Config) (*Datapath, error) {
 		pods:   make(map[string]*Pod),
 	}
 	if err := d.open(); err != nil {
-		return nil, errors.Join(fmt.Errorf("open kernel data plane: %w", err), d.closeFDs())
+		err = fmt.Errorf("open kernel data plane: %w", err)
+		if d.loaded != nil {
+			err = errors.Join(err, d.loaded.undo(d.records))
+		}
+		return nil, errors.Join(err, d.closeFDs())
 	}
 	return d, nil
 }

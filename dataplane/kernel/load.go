@@ -54,6 +54,7 @@ type loaded struct {
 	coll  *ebpf.Collection // owns the maps
 	dump  *link.Iter
 	hooks string // directory with the links of the connect hooks
+	fresh bool   // made by this agent, not adopted
 }
 
 type hook struct {
@@ -78,7 +79,7 @@ func load(dir string, cfg Config, records map[string]*record) (_ *loaded, err er
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, l.close())
+			err = errors.Join(err, l.undo(records), l.close())
 		}
 	}()
 	// A load that died half-way attached nothing that the pins below do not hold.
@@ -184,7 +185,17 @@ func (l *loaded) install(fresh string, cfg Config, records map[string]*record) (
 	if err := os.Rename(fresh, l.hooks); err != nil {
 		return fmt.Errorf("put the pins in place: %w", err)
 	}
+	l.fresh = true
 	return nil
+}
+
+// undo takes away what install put in place, for a start that failed later. Pods that are in
+// force rely on it; without any it would only stay behind, and a cgroup takes 64 programs.
+func (l *loaded) undo(records map[string]*record) error {
+	if !l.fresh || len(records) > 0 {
+		return nil
+	}
+	return removeLayout(l.hooks)
 }
 
 func (l *loaded) attachHook(h hook, pin string, cfg Config) error {

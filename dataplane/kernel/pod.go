@@ -10,7 +10,6 @@ import (
 	"sync"
 
 	"github.com/raceway-mesh/raceway/bpf"
-	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
@@ -22,12 +21,13 @@ type Pod struct {
 	addrs []netip.Addr // unmapped
 	ns    *netns.Namespace
 
-	outbound, inbound, tunnel *net.TCPListener
-
 	mu     sync.Mutex
 	closed bool
 	rec    *record
-	older  map[bpf.RacewayTuple]bpf.RacewayStage // what the established map holds of this pod
+
+	outbound, inbound, tunnel *net.TCPListener
+
+	older map[bpf.RacewayTuple]bpf.RacewayStage // what the established map holds of this pod
 }
 
 // OpenPod prepares a pod: listeners, routing rule and routes, sysctls, and the program that
@@ -160,79 +160,19 @@ func (p *Pod) Vanished() bool { return p.ns.Gone() }
 
 // Outbound accepts what the pod's applications connect to: LocalAddr of a connection is
 // the original destination, RemoteAddr the application.
-func (p *Pod) Outbound() *net.TCPListener { return p.outbound }
+func (p *Pod) Outbound() *net.TCPListener { return p.listener(&p.outbound) }
 
 // Inbound accepts plaintext from outside: LocalAddr is the application's address,
 // RemoteAddr the client.
-func (p *Pod) Inbound() *net.TCPListener { return p.inbound }
+func (p *Pod) Inbound() *net.TCPListener { return p.listener(&p.inbound) }
 
 // Tunnel accepts what is sent to the pod's port 15008.
-func (p *Pod) Tunnel() *net.TCPListener { return p.tunnel }
+func (p *Pod) Tunnel() *net.TCPListener { return p.listener(&p.tunnel) }
 
-// The listeners are bound to an address that nobody has (RFC 5737), so steer is the only
-// way in: an application cannot reach one directly and make the agent connect to itself.
-// It is spelt as IPv6, since such a socket takes both families from steer; a true IPv6
-// address would make the socket IPv6-only when it is bound. The second is for kernels
-// without IPv6.
-func listenAddrs() []netip.Addr {
-	return []netip.Addr{netip.MustParseAddr("::ffff:192.0.2.1"), netip.MustParseAddr("192.0.2.1")}
-}
-
-func (p *Pod) listen() error {
-	for _, l := range []struct {
-		listener **net.TCPListener
-		port     uint16
-		kind     bpf.RacewayListener
-	}{
-		{&p.outbound, dataplane.PortOutbound, bpf.RacewayListenerLISTENER_OUTBOUND},
-		{&p.inbound, dataplane.PortInbound, bpf.RacewayListenerLISTENER_INBOUND},
-		{&p.tunnel, dataplane.PortTunnel, bpf.RacewayListenerLISTENER_TUNNEL},
-	} {
-		listener, err := p.listenOn(l.port, l.kind)
-		if err != nil {
-			return err
-		}
-		*l.listener = listener
-		if err := p.register(listener, l.kind); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// listenOn prefers IPv6, which takes IPv4 as well, and the usual port, which tells people
-// that look at `ss` what it is. Neither matters to steer, so an application that holds the
-// port, and a kernel without IPv6, are no obstacle.
-func (p *Pod) listenOn(port uint16, kind bpf.RacewayListener) (*net.TCPListener, error) {
-	var errs []error
-	for _, addr := range listenAddrs() {
-		for _, port := range []uint16{port, 0} {
-			l, err := p.ns.Listen(netns.ListenConfig{
-				Addr:        netip.AddrPortFrom(addr, port),
-				Transparent: true,
-				Control:     p.d.claimSocket(kind),
-			})
-			if err == nil {
-				return l, nil
-			}
-			errs = append(errs, err)
-		}
-	}
-	return nil, errors.Join(errs...)
-}
-
-func (p *Pod) register(l *net.TCPListener, kind bpf.RacewayListener) error {
-	raw, err := l.SyscallConn()
-	if err != nil {
-		return err
-	}
-	key := bpf.RacewayListenerKey{Netns: p.rec.Cookie, Kind: kind}
-	var putErr error
-	err = raw.Control(func(fd uintptr) { putErr = p.d.loaded.maps.Listeners.Put(key, uint64(fd)) })
-	if err := errors.Join(err, putErr); err != nil {
-		return fmt.Errorf("register listener %d: %w", kind, err)
-	}
-	return nil
+func (p *Pod) listener(l **net.TCPListener) *net.TCPListener {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return *l
 }
 
 // claimSocket returns what makes a socket known as the agent's.
@@ -301,17 +241,7 @@ func (p *Pod) closeLocked() error {
 		return nil
 	}
 	p.closed = true
-	var errs []error
-	for _, l := range []*net.TCPListener{p.outbound, p.inbound, p.tunnel} {
-		if l == nil {
-			continue
-		}
-		// The proxy may have closed it to stop accepting.
-		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-			errs = append(errs, err)
-		}
-	}
-	errs = append(errs, p.ns.Close())
+	errs := []error{p.closeListeners(), p.ns.Close()}
 	p.d.mu.Lock()
 	delete(p.d.pods, p.uid)
 	p.d.mu.Unlock()
