@@ -203,6 +203,11 @@ func (k *Keeper) Changed() <-chan struct{} {
 	return changed
 }
 
+// Distrusted returns why a connection that exists would be refused if it were made now, a
+// *HandshakeError, or nil: its peer's root was removed, or a certificate has expired or was
+// revoked. It should carry nothing new. Whom the peer was expected to be is not looked at again.
+func (k *Keeper) Distrusted(state tls.ConnectionState) error { return k.verifier.live(state) }
+
 // Revoked returns why a connection that exists must be cut, a *HandshakeError of
 // CauseRevoked, or nil. Neither an expiry nor a root's removal is such a reason.
 func (k *Keeper) Revoked(state tls.ConnectionState) error { return k.verifier.liveRevoked(state) }

@@ -158,6 +158,36 @@ func TestRootRotationInterruptsNobody(t *testing.T) {
 	stray.judge(t, clientErr)
 }
 
+func TestConnectionsOfARemovedRootAreDistrusted(t *testing.T) {
+	oldRoot, newRoot := certstest.New(t, td), certstest.New(t, td)
+	a, b := newNode(t, web, oldRoot), newNode(t, db, oldRoot)
+	ours, theirs, clientErr, serverErr := shake(t, clientTLS(t, a.keeper, web, db), b.keeper.ServerTLS(db))
+	if clientErr != nil || serverErr != nil {
+		t.Fatal(clientErr, serverErr)
+	}
+	judge := func(step string, want certs.Cause) {
+		t.Helper()
+		for side, err := range map[string]error{"as client": a.keeper.Distrusted(ours), "as server": b.keeper.Distrusted(theirs)} {
+			if (err == nil) != (want == "") || err != nil && certs.CauseOf(err) != want {
+				t.Errorf("%s, %s: %v, want cause %q", step, side, err, want)
+			}
+		}
+	}
+	judge("one root", "")
+	a.trusts(t, oldRoot, newRoot)
+	b.trusts(t, oldRoot, newRoot)
+	judge("both roots", "")
+	a.trusts(t, newRoot)
+	b.trusts(t, newRoot)
+	judge("its root is gone", certs.CauseUntrusted)
+	if a.keeper.Revoked(ours) != nil {
+		t.Error("a root's removal is no revocation")
+	}
+	if a.keeper.Distrusted(tls.ConnectionState{}) == nil {
+		t.Error("a connection without a certificate is trusted")
+	}
+}
+
 func TestRootsThatDoNotParseLeaveTheLastOnesInForce(t *testing.T) {
 	a, other := certstest.New(t, td), certstest.New(t, td)
 	name := filepath.Join(t.TempDir(), "root-cert.pem")

@@ -52,6 +52,16 @@ func (v *verifier) connection(state tls.ConnectionState, usage x509.ExtKeyUsage,
 	return nil
 }
 
+// live verifies a connection's chain against the trust of now. On which side of the handshake
+// the peer was is not known any more, and its certificate was good for that side.
+func (v *verifier) live(state tls.ConnectionState) error {
+	id, err := PeerIdentity(state)
+	if err != nil {
+		return err
+	}
+	return v.chain(id, state.PeerCertificates, x509.ExtKeyUsageAny)
+}
+
 // chain verifies certs, leaf first, against the roots of id's own trust domain.
 func (v *verifier) chain(id spiffe.ID, certs []*x509.Certificate, usage x509.ExtKeyUsage) error {
 	leaf := certs[0]

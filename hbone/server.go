@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"sync"
@@ -71,14 +72,16 @@ type Server struct {
 	cfg        ServerConfig
 	handshakes chan struct{} // a token for each handshake that may start
 
-	mu    sync.Mutex
-	peers map[netip.Addr]int // handshakes under way, by address
+	mu     sync.Mutex
+	peers  map[netip.Addr]int               // handshakes under way, by address
+	live   map[*tls.Conn]context.CancelFunc // connections that are served, and what drains them
+	rounds int                              // how often Retire was called
 }
 
 // NewServer starts nothing; Serve does.
 func NewServer(cfg ServerConfig) *Server {
 	cfg = cfg.withDefaults()
-	return &Server{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes), peers: make(map[netip.Addr]int)}
+	return &Server{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes), peers: make(map[netip.Addr]int), live: make(map[*tls.Conn]context.CancelFunc)}
 }
 
 // admit counts a handshake of peer, unless peer has its share under way; settle ends it.
@@ -164,6 +167,7 @@ func (s *Server) take(raw net.Conn, slots chan<- struct{}) error {
 
 // serveConn owns raw.
 func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
+	round := s.round()
 	// A peer that connected before the drain gets its handshake, and is then told.
 	conn, err := s.handshake(force, raw)
 	<-s.handshakes
@@ -177,9 +181,48 @@ func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
 	}
 	ctx, cancel := untilExpiry(ctx, conn)
 	defer cancel()
+	s.enter(conn, cancel, round)
+	defer s.leave(conn)
 	if err := s.cfg.Transport.ServeConn(ctx, force, conn, s.cfg.Handler); err != nil {
 		s.cfg.Log.Debug("tunnel connection ended", "remote", remote, "error", err)
 	}
+}
+
+// Retire takes the connections that match out of use: live streams run on, and the peer is told
+// to open new ones on another connection (GOAWAY). A connection whose handshake is under way is
+// taken for one that matches, since it may have been verified by what counts no more.
+func (s *Server) Retire(match func(tls.ConnectionState) bool) {
+	s.mu.Lock()
+	s.rounds++
+	live := maps.Clone(s.live)
+	s.mu.Unlock()
+	for conn, drain := range live {
+		if match(conn.ConnectionState()) {
+			drain()
+		}
+	}
+}
+
+func (s *Server) round() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.rounds
+}
+
+// enter makes a connection known to Retire. Its handshake began in round.
+func (s *Server) enter(conn *tls.Conn, drain context.CancelFunc, round int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.live[conn] = drain
+	if round != s.rounds {
+		drain()
+	}
+}
+
+func (s *Server) leave(conn *tls.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.live, conn)
 }
 
 // untilExpiry ends when the certificate that the peer showed does. The connection drains

@@ -26,7 +26,8 @@ type servedPod struct {
 	pod      Pod
 	uid      string
 	identity spiffe.ID
-	client   *hbone.Client
+	client   *hbone.Client // opens tunnels
+	server   *hbone.Server // accepts them
 	share    *share
 	buffers  buffers
 	large    budget
@@ -54,18 +55,18 @@ func (p *Proxy) ServePod(ctx, force context.Context, pod Pod) error {
 		return nil // it was ctx that ended
 	}
 	s := p.newServedPod(pod, w)
-	p.add(s)
-	defer p.remove(s)
-
 	// Connections live until force, and are told so in these words.
 	live, cut := context.WithCancelCause(context.WithoutCancel(force))
 	defer cut(nil)
 	defer context.AfterFunc(force, func() { cut(errForced) })()
+	s.server = s.tunnelServer(live)
+	p.add(s)
+	defer p.remove(s)
 
 	group, serving := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.accept(serving, live, pod.Outbound(), s.serveOutbound) })
 	group.Go(func() error { return s.accept(serving, live, pod.Inbound(), s.serveInbound) })
-	group.Go(func() error { return s.tunnelServer(live).Serve(serving, live, pod.Tunnel()) })
+	group.Go(func() error { return s.server.Serve(serving, live, pod.Tunnel()) })
 	err = group.Wait()
 	s.work.Wait()
 	if err != nil {

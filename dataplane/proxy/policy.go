@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net"
 	"sync"
@@ -167,6 +168,7 @@ func (p *Proxy) followTrust(ctx context.Context) {
 // on connections that are verified against the trust of the day.
 func (s *servedPod) recheckTrust() {
 	s.client.RetireKeys(func(hbone.Key) bool { return true })
+	s.server.Retire(func(state tls.ConnectionState) bool { return s.cfg.Certs.Distrusted(state) != nil })
 	for _, f := range s.liveFlows() {
 		if conn := f.tunnelConn(s); conn != nil {
 			if err := s.revoked(conn); err != nil {

@@ -55,8 +55,9 @@ type Certificates interface {
 	ClientTLS(self spiffe.ID, peers []spiffe.ID) (*tls.Config, error)
 	ServerTLS(self spiffe.ID) *tls.Config
 	// Changed is closed when trust or revocations have changed since the call; Revoked
-	// then says whether a connection must be cut.
+	// then says whether a connection must be cut, Distrusted whether it may carry what is new.
 	Changed() <-chan struct{}
+	Distrusted(state tls.ConnectionState) error
 	Revoked(state tls.ConnectionState) error
 }
 
