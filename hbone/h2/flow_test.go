@@ -69,7 +69,7 @@ func TestTransferIsByteExactInRandomChunks(t *testing.T) {
 }
 
 func TestSlowReaderIsBoundByTheWindow(t *testing.T) {
-	const window = 32 << 10 // of a new stream, whatever it might grow to
+	const window = 64 << 10 // of a new stream, whatever it might grow to
 	streams, done := make(chan hbone.Stream, 1), make(chan struct{})
 	defer close(done)
 	p := newPair(t, h2.Client{}, h2.Server{StreamWindow: 256 << 10}, accepting(streams, done))

@@ -13,7 +13,7 @@ import (
 // is what holds it back, and no longer when nobody reads it:
 //
 //	open ─► floorWindow, which SETTINGS announces ─► startWindow, with the 200 or the CONNECT
-//	   ─► ×4, ×2 … StreamWindow   while half of the window is read within a PING's round trip
+//	   ─► ×4 … StreamWindow       while half of the window is read within a PING's round trip
 //	   ─► startWindow             when it was idle: given back with the bytes that come next
 //	   ─► what is unread ─► 0     after the end
 //
@@ -21,16 +21,16 @@ import (
 // streams that nobody reads leave it to the others.
 const (
 	floorWindow = 4 << 10
-	startWindow = 32 << 10
-	fastWindow  = 256 << 10 // up to here growth is fourfold
+	startWindow = 64 << 10
+	shortWindow = 16 << 10 // where there are many streams
 
 	// A new stream's window leaves room for as many others of its kind, and growth for as
 	// many streams of that size: the larger a stream, the earlier it stops.
 	startSpare = 256
 	growSpare  = 4
 
-	// probeAfter windows are read before a stream that did not grow asks again.
-	probeAfter = 8
+	// maxPause windows at most are read before a stream that did not grow asks again.
+	maxPause = 8
 
 	// idleAfter without a byte a stream counts as idle.
 	idleAfter = 10 * time.Second
@@ -62,6 +62,7 @@ type window struct {
 	read    int    // in the probe
 	probe   uint32 // which that was
 	ask     int    // bytes until the next
+	pause   int    // windows until the one after it, if the stream does not grow
 	lastUse int64  // when bytes were read last, on the clock of conn.lastRead
 }
 
@@ -74,7 +75,7 @@ func (w window) sized(target int) window {
 	switch {
 	case target <= floorWindow:
 		w.chunk, w.spare = smallChunk, 0
-	case target < 4*startWindow:
+	case target <= startWindow:
 		w.chunk, w.spare = mediumChunk, 0
 	default:
 		w.chunk, w.spare = largeChunk, target/8
@@ -95,7 +96,7 @@ func (w *window) need() int {
 func (s *stream) reserveLocked() bool {
 	w := s.window.sized(s.conn.values.floor())
 	w.open = w.target
-	w.ask = w.target / 4
+	w.ask, w.pause = w.target/4, 1
 	if w.reserved = w.need(); !s.conn.values.budget.Take(w.reserved) {
 		s.conn.values.budget.Short()
 		return false
@@ -107,8 +108,11 @@ func (s *stream) reserveLocked() bool {
 
 // startLocked raises the window when the stream is about to be used.
 func (s *stream) startLocked() {
-	if target := min(startWindow, int(s.conn.values.streamWindow)); s.window.target > 0 && s.window.target < target {
-		s.growLocked(target, startSpare)
+	for _, target := range []int{startWindow, shortWindow} {
+		target = min(target, int(s.conn.values.streamWindow))
+		if s.window.target == 0 || s.window.target >= target || s.growLocked(target, startSpare) {
+			return
+		}
 	}
 }
 
@@ -126,7 +130,8 @@ func (s *stream) growLocked(target, others int) bool {
 		}
 		w.reserved = need
 	}
-	w.ask = target / 4
+	// Sooner a probe would measure what the peer sent before it had heard of this.
+	w.ask, w.pause = target/2, 1
 	c.promised += target - s.window.target
 	s.window = w
 	s.creditLocked()
@@ -204,7 +209,7 @@ func (s *stream) probeLocked(n int) {
 	if w.ask > 0 || c.probing || w.target >= int(c.values.streamWindow) {
 		return
 	}
-	w.ask = probeAfter * w.target
+	w.ask, w.pause = w.pause*w.target, min(2*w.pause, maxPause)
 	c.probing = true
 	c.probe++
 	c.pushLocked(control{kind: controlPing, ping: growPing})
@@ -220,11 +225,7 @@ func (c *conn) probedLocked() {
 		if w.probe != c.probe || w.target == 0 || w.target >= limit || 2*w.read < w.target {
 			continue
 		}
-		target := 2 * w.target
-		if target < fastWindow {
-			target *= 2
-		}
-		if !s.growLocked(min(target, limit), growSpare) {
+		if !s.growLocked(min(4*w.target, limit), growSpare) && !s.growLocked(min(2*w.target, limit), growSpare) {
 			c.values.budget.Short()
 		}
 	}

@@ -223,19 +223,27 @@ func (p *rawPeer) send(t *testing.T) {
 	}
 }
 
-func TestWindowGrowsToItsFullSizeUnderBulk(t *testing.T) {
-	budget := &counted{limit: 128 << 20}
-	p := newRawPeer(t, h2.Server{Budget: budget}, func(r *hbone.ServerRequest) {
-		if s, err := r.Accept(hbone.Response{}); err == nil {
-			_, _ = io.Copy(io.Discard, s)
-		}
-	})
-	// The peer always uses its window up before it answers: the window is what limits it.
+// grow sends until the window has its full size. The peer always uses its window up before it
+// answers a PING, so the window is what limits it.
+func (p *rawPeer) grow(t *testing.T, budget *counted) {
+	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); budget.used.Load() < 4<<20; p.next(t) {
 		if p.send(t); time.Now().After(deadline) {
 			t.Fatalf("window has grown to %d only", p.granted)
 		}
 	}
+}
+
+func discard(r *hbone.ServerRequest) {
+	if s, err := r.Accept(hbone.Response{}); err == nil {
+		_, _ = io.Copy(io.Discard, s)
+	}
+}
+
+func TestWindowGrowsToItsFullSizeUnderBulk(t *testing.T) {
+	budget := &counted{limit: 128 << 20}
+	p := newRawPeer(t, h2.Server{Budget: budget}, discard)
+	p.grow(t, budget)
 	if peak := budget.peak.Load(); peak > 5<<20 {
 		t.Errorf("one stream took %d bytes", peak)
 	}
