@@ -59,7 +59,9 @@ func TestDestroyedListenerComesBack(t *testing.T) {
 		a.stopServing()
 		a.cutServing()
 		for range 3 {
-			<-done
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
 		}
 		p.wait()
 	})

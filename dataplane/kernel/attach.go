@@ -68,7 +68,7 @@ func (p *Pod) attachSteer() error {
 	default:
 		return fmt.Errorf("update %s: %w", pin, err)
 	}
-	var l *link.NetNsLink
+	var l link.Link
 	err = p.ns.WithFD(func(fd int) error {
 		l, err = link.AttachNetNs(fd, prog)
 		return err

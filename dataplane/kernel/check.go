@@ -75,7 +75,7 @@ func (d *Datapath) checkHooks() error {
 	if err != nil {
 		return err
 	}
-	defer dir.Close()
+	defer func() { _ = dir.Close() }() // likewise
 	for _, h := range connectHooks() {
 		want, err := programOf(filepath.Join(d.loaded.hooks, h.name))
 		if err != nil {

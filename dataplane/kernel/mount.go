@@ -197,7 +197,7 @@ func ignoreBusy(err error) error {
 }
 
 // lockedRunDir keeps agents of one machine from mounting or unmounting at the same time.
-func lockedRunDir(fn func() error) error {
+func lockedRunDir(fn func() error) (err error) {
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return err
 	}
@@ -205,7 +205,7 @@ func lockedRunDir(fn func() error) error {
 	if err != nil {
 		return err
 	}
-	defer dir.Close() // unlocks
+	defer func() { err = errors.Join(err, dir.Close()) }() // unlocks
 	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
 		return fmt.Errorf("lock %s: %w", runDir, err)
 	}
@@ -230,12 +230,12 @@ func (m mounts) do(fn func() error) error {
 	return <-done
 }
 
-func (m mounts) enter(fn func() error) error {
+func (m mounts) enter(fn func() error) (err error) {
 	ns, err := os.Open(m.proc + "/ns/mnt")
 	if err != nil {
 		return err
 	}
-	defer ns.Close()
+	defer func() { err = errors.Join(err, ns.Close()) }()
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
 		return os.NewSyscallError("unshare", err)
 	}
@@ -264,7 +264,7 @@ func cgroupRoot(configured string) (path string, release func() error, err error
 	if err != nil {
 		return "", nil, err
 	}
-	defer file.Close()
+	defer func() { _ = file.Close() }() // it is only read
 	if path, err := findCgroup2(bufio.NewScanner(file), isCgroup2); path != "" || err != nil {
 		return path, keep, err
 	}

@@ -174,7 +174,7 @@ func TestDialErrorsAreTheSystemCalls(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			from := pod.Namespace
-			if c.want == syscall.ENETUNREACH {
+			if errors.Is(c.want, syscall.ENETUNREACH) {
 				from = netnstest.New(t)
 			}
 			conn, err := from.Dial(t.Context(), netns.DialConfig{Remote: netip.MustParseAddrPort(c.remote)})

@@ -37,9 +37,8 @@ func TestOpenRefusesWhatIsNoNamespace(t *testing.T) {
 				t.Errorf("Open(%s) = %v", path, err)
 			}
 		case <-time.After(5 * time.Second):
-			t.Errorf("Open(%s) waits", path)
 			unblock(t, path)
-			<-done
+			t.Errorf("Open(%s) waits; what it said in the end: %v", path, <-done)
 		}
 	}
 }

@@ -61,7 +61,7 @@ func (n *Namespace) listen(cfg ListenConfig) (*net.TCPListener, error) {
 		return nil, err
 	}
 	file := os.NewFile(uintptr(fd), "tcp listener")
-	defer file.Close() // FileListener has its own copy
+	defer func() { _ = file.Close() }() // FileListener has its own copy
 	if err := setListenOptions(fd, cfg); err != nil {
 		return nil, err
 	}
@@ -132,7 +132,7 @@ func (n *Namespace) dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, err
 		return nil, errors.Join(err, unix.Close(fd))
 	}
 	file := os.NewFile(uintptr(fd), "tcp connection")
-	defer file.Close() // FileConn has its own copy
+	defer func() { _ = file.Close() }() // FileConn has its own copy
 	if !connected {
 		if err := await(ctx, file); err != nil {
 			return nil, err
