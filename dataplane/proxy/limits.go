@@ -27,7 +27,7 @@ type Limits struct {
 	// PodBuffers and NodeBuffers bound the bytes of large copy buffers and of what tunnels
 	// have received and nobody has read. Without the former a direction copies through a
 	// small buffer; without the latter a stream has a small window, or is refused with 503.
-	// 64 MiB and 256 MiB.
+	// 128 MiB and 512 MiB: room for the smallest streams of as many connections as a pod may have.
 	PodBuffers, NodeBuffers int64
 	// PodActive and NodeActive bound the chunks that are moved at one time. Half the CPUs,
 	// and as many as there are but 2 at least: a pod that uses all of its own leaves CPUs
@@ -47,10 +47,10 @@ type Limits struct {
 func (l Limits) Within(files uint64) Limits {
 	const filesPerConnection = 2
 	usable := int(min(files, 1<<20) / 4 * 3)
-	if l.NodeConnections <= 0 {
+	if l.NodeConnections == 0 {
 		l.NodeConnections = min(50_000, max(1, usable/filesPerConnection))
 	}
-	if l.PodConnections <= 0 {
+	if l.PodConnections == 0 {
 		l.PodConnections = min(10_000, max(1, l.NodeConnections/2))
 	}
 	return l
@@ -71,10 +71,10 @@ func (l Limits) withDefaults() Limits {
 	set(&l.PodActive, max(1, cpus/2))
 	set(&l.NodeActive, max(2, cpus))
 	if l.PodBuffers <= 0 {
-		l.PodBuffers = 64 << 20
+		l.PodBuffers = 128 << 20
 	}
 	if l.NodeBuffers <= 0 {
-		l.NodeBuffers = 256 << 20
+		l.NodeBuffers = 512 << 20
 	}
 	if l.lease <= 0 {
 		l.lease = 200 * time.Microsecond
