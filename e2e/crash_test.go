@@ -90,7 +90,7 @@ func (k *kill) killAndRestart(n *lab.Node) {
 	wantReset(t, n.Name+" killed, at the application", served)
 	for range 20 {
 		err := ask(t.Context(), k.client, k.target, nonce())
-		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) {
+		if !isReset(err) {
 			t.Fatalf("%s: without its agent a connection got %v, want it refused or reset", n.Name, err)
 		}
 	}

@@ -207,7 +207,8 @@ next:
 // isReset reports whether err is how an application sees that its connection was broken off,
 // and not that it ended.
 func isReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) ||
+		errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN) // after a reset that nobody read
 }
 
 // refused wants that a connection does not come up, or is reset before a byte arrives; a
