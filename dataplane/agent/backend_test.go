@@ -19,7 +19,8 @@ func TestServicesCountPodsOfTwoFamiliesOnce(t *testing.T) {
 		Services: []dataplane.Service{{
 			Name: dataplane.Name{Namespace: "shop", Name: "db"},
 			Endpoints: []dataplane.Endpoint{
-				{Addr: v4, WorkloadUID: "db", Ready: true}, {Addr: v6, WorkloadUID: "db", Ready: true},
+				{Addr: v4, WorkloadUID: "db", Ready: true},
+				{Addr: v6, WorkloadUID: "db", Ready: true},
 				{Addr: outside, Ready: false},
 			},
 		}},

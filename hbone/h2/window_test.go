@@ -155,7 +155,6 @@ func TestStreamsBeyondTheBudgetAreRefused(t *testing.T) {
 type rawPeer struct {
 	*http2.Framer
 	stream, conn int // windows
-	ping         *http2.PingFrame
 	granted      int // the largest window of the stream
 }
 
@@ -168,7 +167,7 @@ func newRawPeer(t *testing.T, server h2.Server, handler func(*hbone.ServerReques
 	go func() { done <- server.ServeConn(t.Context(), t.Context(), st, handler) }()
 	t.Cleanup(func() {
 		_ = ct.NetConn().Close()
-		<-done
+		_ = <-done // the peer hung up, which may be an error
 	})
 	_, _ = io.WriteString(ct, http2.ClientPreface)
 	p := &rawPeer{Framer: http2.NewFramer(ct, ct), conn: 65535}
