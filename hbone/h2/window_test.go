@@ -167,7 +167,9 @@ func newRawPeer(t *testing.T, server h2.Server, handler func(*hbone.ServerReques
 	go func() { done <- server.ServeConn(t.Context(), t.Context(), st, handler) }()
 	t.Cleanup(func() {
 		_ = ct.NetConn().Close()
-		_ = <-done // the peer hung up, which may be an error
+		if err := <-done; err != nil {
+			t.Log("served:", err) // the peer hung up, which may be one
+		}
 	})
 	_, _ = io.WriteString(ct, http2.ClientPreface)
 	p := &rawPeer{Framer: http2.NewFramer(ct, ct), conn: 65535}
