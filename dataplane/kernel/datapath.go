@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -87,6 +86,9 @@ func (d *Datapath) open() error {
 	if err := d.lock(d.dir); err != nil {
 		return err
 	}
+	if err := d.refuseUnknownPods(); err != nil {
+		return err
+	}
 	if d.loaded, err = load(d.dir, d.cfg, d.records); err != nil {
 		return err
 	}
@@ -96,7 +98,7 @@ func (d *Datapath) open() error {
 	if d.tc, err = d.chooseTC(); err != nil {
 		return err
 	}
-	return d.dropUnknownPods()
+	return d.dropUnpinnedPods()
 }
 
 func (d *Datapath) lock(dir string) error {
@@ -150,44 +152,50 @@ func (d *Datapath) chooseTC() (TCMode, error) {
 	}
 }
 
-// dropUnknownPods lets go of pods that no record speaks of; nobody could release them later.
-func (d *Datapath) dropUnknownPods() error {
+// refuseUnknownPods fails when pods are in force that no record speaks of: the state
+// directory is another one than before, or was lost. To let go of them would have them speak
+// in clear, and nobody could undo their routing rules and sysctls any more.
+func (d *Datapath) refuseUnknownPods() error {
+	known := make(map[string]bool, len(d.records))
+	for _, r := range d.records {
+		known[cookieName(r.Cookie)] = true
+	}
+	dir := filepath.Join(d.dir, podsDir)
+	pins, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	unknown := 0
+	for _, e := range pins {
+		if !known[e.Name()] {
+			unknown++
+		}
+	}
+	if unknown == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d pods are captured that state directory %s knows nothing of: start with the one that was used before; if it is lost, release them, to speak in clear, by removing %s",
+		unknown, d.cfg.StateDir, dir)
+}
+
+// dropUnpinnedPods forgets pods of which nothing but their entry is left.
+func (d *Datapath) dropUnpinnedPods() error {
 	known := make(map[uint64]bool, len(d.records))
 	for _, r := range d.records {
 		known[r.Cookie] = true
 	}
-	unknown := make(map[uint64]bool)
+	var unknown []uint64
 	var cookie uint64
 	var value bpf.RacewayPod
 	entries := d.loaded.maps.Pods.Iterate()
 	for entries.Next(&cookie, &value) {
-		unknown[cookie] = !known[cookie]
-	}
-	if err := entries.Err(); err != nil {
-		return fmt.Errorf("list enrolled pods: %w", err)
-	}
-	pins, err := os.ReadDir(filepath.Join(d.dir, podsDir))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	for _, e := range pins {
-		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil {
-			unknown[cookie] = !known[cookie]
+		if !known[cookie] {
+			unknown = append(unknown, cookie)
 		}
 	}
-	var errs []error
-	for cookie, drop := range unknown {
-		if !drop {
-			continue
-		}
-		d.log.Warn("letting go of a pod without a record; its routing rule and sysctls stay", "cookie", cookie)
-		dir := filepath.Join(d.dir, podsDir, cookieName(cookie))
-		pins, err := filepath.Glob(filepath.Join(dir, "*"))
-		errs = append(errs, err)
-		for _, pin := range pins {
-			errs = append(errs, removePin(pin))
-		}
-		errs = append(errs, os.RemoveAll(dir), ignoreMissing(d.loaded.maps.Pods.Delete(cookie)))
+	errs := []error{entries.Err()}
+	for _, cookie := range unknown {
+		errs = append(errs, ignoreMissing(d.loaded.maps.Pods.Delete(cookie)))
 	}
 	return errors.Join(errs...)
 }

@@ -414,6 +414,29 @@ func TestSecondAgentIsRefused(t *testing.T) {
 	}
 }
 
+// A state directory that knows nothing of the pods in force is no reason to let them go.
+func TestLostStateKeepsPodsClosed(t *testing.T) {
+	netnstest.Require(t)
+	f := enrolled(t, modes()[0])
+	if err := f.dp.Close(); err != nil {
+		t.Fatal(err)
+	}
+	lost := f.cfg
+	lost.StateDir = t.TempDir()
+	if dp, err := kernel.Open(lost); err == nil {
+		t.Error("opened without the records of a pod in force")
+		dp.Close()
+	} else if !strings.Contains(err.Error(), "1 pods are captured") {
+		t.Error(err)
+	}
+	at := netip.AddrPortFrom(f.db.V4, 8080)
+	refused(t, f.web.Namespace, at)
+	f.open(t)
+	f.openPod(t)
+	dial(t, f.web.Namespace, at)
+	accept(t, f.pod.Outbound())
+}
+
 func TestCheckNamesWhatIsWrong(t *testing.T) {
 	inAllModes(t, func(t *testing.T, m mode) {
 		f := enrolled(t, m)
