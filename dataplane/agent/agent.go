@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -22,6 +23,10 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/proxy"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 )
+
+// maxBackoff is the longest pause between two tries to get a certificate or to enrol a pod:
+// how long after the CA is back the last pod is served again.
+const maxBackoff = 10 * time.Second
 
 // Agent serves one node.
 type Agent struct {
@@ -97,7 +102,7 @@ func (a *Agent) newCertificates() (err error) {
 	}
 	a.own(roots)
 	a.run(roots.Run)
-	config := certs.Config{Roots: roots, TrustDomain: a.cfg.TrustDomain, TTL: a.cfg.CertTTL, Log: log}
+	config := certs.Config{Roots: roots, TrustDomain: a.cfg.TrustDomain, TTL: a.cfg.CertTTL, MaxBackoff: maxBackoff, Log: log}
 	if a.cfg.CRLFile != "" {
 		revocations, err := certs.NewFileRevocations(a.cfg.CRLFile, log)
 		if err != nil {
@@ -190,7 +195,7 @@ func (a *Agent) newCapture() (err error) {
 	}
 	a.reconciler, err = enroll.New(enroll.Config{
 		Node: a.cfg.Node, Store: &a.store, Target: a.pods, RequireNetNS: true, Adopted: adopted,
-		Settle: a.cfg.Settle, Grace: a.cfg.Grace, Log: a.cfg.Log.With("part", "enroll"),
+		Settle: a.cfg.Settle, Grace: a.cfg.Grace, BackoffMax: maxBackoff, Log: a.cfg.Log.With("part", "enroll"),
 	})
 	return err
 }

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/raceway-mesh/raceway/certs"
 	"github.com/raceway-mesh/raceway/certs/spiffe"
@@ -60,8 +61,14 @@ func (p *pods) Prepare(ctx context.Context, w *dataplane.Workload) error {
 	} else if err := p.revive(s, w.Name); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, certificateWait)
+	defer cancel()
 	return p.keeper.Ready(ctx, w.Identity)
 }
+
+// certificateWait is how long a pod's preparation waits for its certificate before it fails
+// with the reason, for people to see, and is tried again.
+const certificateWait = 3 * time.Second
 
 func (p *pods) open(w *dataplane.Workload) error {
 	pod, err := p.datapath.OpenPod(kernel.PodConfig{UID: w.UID, NetNS: w.NetNS, Addrs: w.Addrs})
