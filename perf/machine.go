@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -88,7 +89,7 @@ func thisMachine() Machine {
 		Cores: runtime.NumCPU(), Go: runtime.Version(),
 		Congestion: firstLine("/proc/sys/net/ipv4/tcp_congestion_control"),
 		Load:       firstLine("/proc/loadavg"),
-		Command:    strings.Join(os.Args, " "), Date: time.Now().UTC().Truncate(time.Second),
+		Command:    command(os.Args), Date: time.Now().UTC().Truncate(time.Second),
 	}
 	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(info)) {
@@ -129,4 +130,10 @@ func commit() string {
 		name += "+"
 	}
 	return name
+}
+
+// command is how the benchmark was called, without the place of this machine where its
+// program happened to be.
+func command(args []string) string {
+	return strings.Join(append([]string{filepath.Base(args[0])}, args[1:]...), " ")
 }

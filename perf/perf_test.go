@@ -157,3 +157,9 @@ func TestReportKeepsEachRoundAndItsMedian(t *testing.T) {
 		t.Errorf("read again: %+v, %v", again, err)
 	}
 }
+
+func TestCommandNamesNoPlace(t *testing.T) {
+	if got := command([]string{"/somewhere/bench", "--short", "--out", "x"}); got != "bench --short --out x" {
+		t.Errorf("command is %q", got)
+	}
+}
