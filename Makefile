@@ -20,6 +20,9 @@ LDFLAGS := $(if $(VERSION),-X github.com/raceway-mesh/raceway/cmd/internal/versi
 CLANG ?= $(or $(shell command -v clang-14),clang)
 CLANG_MAJOR := 14
 
+# Tests run anew each time (-count 1): those that build the programs and run them would be taken
+# from the cache when only the programs have changed.
+
 # Time for one package's tests. The root tests move gigabytes, under the race detector.
 TEST_TIMEOUT ?= 20m
 FUZZTIME ?= 5s
@@ -47,17 +50,17 @@ generate-check: ## check that what is generated and committed is what the source
 
 .PHONY: test
 test: ## run all tests with the race detector; as root, those in network namespaces too
-	$(GO) test -race -timeout $(TEST_TIMEOUT) $$($(GO) list ./... | grep -vE '/raceway/(e2e|perf)(/|$$)')
-	$(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 $(CLUSTERS)
+	$(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) $$($(GO) list ./... | grep -vE '/raceway/(e2e|perf)(/|$$)')
+	$(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) -p 1 $(CLUSTERS)
 
 .PHONY: test-root
 test-root: ## run the tests that need root, and fail those that cannot run
-	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 \
+	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) -p 1 \
 		$$(git grep -lE 'netnstest"|labtest"|RACEWAY_REQUIRE_ROOT' -- '*_test.go' | xargs -n1 dirname | sort -u | sed 's,^,./,')
 
 .PHONY: e2e
 e2e: ## run the end-to-end tests alone (needs root)
-	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -timeout $(TEST_TIMEOUT) -p 1 ./e2e/...
+	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) -p 1 ./e2e/...
 
 .PHONY: fuzz
 fuzz: ## fuzz every parser for FUZZTIME (5s) each
