@@ -163,7 +163,7 @@ func (p *pod) backward(now time.Time, cfg *Config) plan {
 	case p.prepared != on && inForce:
 		return plan{do: unpublish, why: "waiting to be unpublished"}
 	case p.prepared == off:
-		return plan{do: forget}
+		return plan{do: forget, why: "nothing of it is in force any more"}
 	case p.prepared == unsure:
 		// Not prepared by this process, or not wholly: there is nothing to release gently,
 		// and it is Remove that undoes it.
