@@ -10,28 +10,18 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"os/signal"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/raceway-mesh/raceway/cmd/internal/daemon"
 	"github.com/raceway-mesh/raceway/cmd/internal/flagenv"
 	"github.com/raceway-mesh/raceway/cmd/internal/version"
 	"github.com/raceway-mesh/raceway/dataplane/agent"
 )
 
-func main() {
-	// Whoever reads the log may end; the Go runtime would end the agent at its next line.
-	signal.Ignore(syscall.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := command().ExecuteContext(ctx)
-	stop()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "raceway-agent:", err)
-		os.Exit(1)
-	}
-}
+func main() { daemon.Main(command()) }
 
 // envPrefix and a flag's name in capitals make the variable that sets it.
 const envPrefix = "RACEWAY_"

@@ -3,36 +3,24 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
-	"os/signal"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/raceway-mesh/raceway/certs/ca"
+	"github.com/raceway-mesh/raceway/cmd/internal/daemon"
 	"github.com/raceway-mesh/raceway/cmd/internal/flagenv"
 	"github.com/raceway-mesh/raceway/cmd/internal/version"
 )
 
-func main() {
-	// Whoever reads the log may end; the Go runtime would end the CA at its next line.
-	signal.Ignore(syscall.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := command().ExecuteContext(ctx)
-	stop()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "raceway-ca:", err)
-		os.Exit(1)
-	}
-}
+func main() { daemon.Main(command()) }
 
 // config is what flags and environment say.
 type config struct {
