@@ -54,6 +54,9 @@ type Workload struct {
 	Network        string // topology.istio.io/network; "" is the local one
 	Cluster        string
 	NetNS          string // path of the network namespace; only its own node can use it
+	// Starting says that its network is being set up and nothing runs in it yet, so that
+	// it can be captured without a pause. Only its own node knows.
+	Starting bool
 
 	// Identity is what its certificate carries. Set by NewSnapshot.
 	Identity spiffe.ID

@@ -17,6 +17,11 @@ const (
 	ModeAmbient = "ambient"
 	ModeNone    = "none"
 
+	// RedirectionAnnotation on a pod says that its agent has captured it, when it is
+	// RedirectionEnabled. Only the agent of the pod's node writes it.
+	RedirectionAnnotation = "raceway.dev/redirection"
+	RedirectionEnabled    = "enabled"
+
 	// NetNSAnnotation names the network namespace of a pod on this machine,
 	// for clusters that are a directory of YAML.
 	NetNSAnnotation = "raceway.dev/netns"

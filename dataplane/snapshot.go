@@ -10,8 +10,13 @@ import (
 
 // Contents is everything that a Snapshot is made of. NewSnapshot takes it over.
 type Contents struct {
-	TrustDomain     string
-	RootNamespace   string // policies here apply to the whole mesh
+	TrustDomain   string
+	RootNamespace string // policies here apply to the whole mesh
+	// EnrollLabels are further labels that enrol and opt out as ModeLabel does, in the order
+	// in which they count when it is absent.
+	EnrollLabels []string
+	// Released says that the mesh is being taken off the cluster: no pod is to be enrolled.
+	Released        bool
 	Namespaces      []Namespace
 	Nodes           []Node
 	Workloads       []Workload
@@ -92,17 +97,36 @@ func (s *Snapshot) indexAddrs(w *Workload) {
 
 func (s *Snapshot) wantsCapture(w *Workload) bool {
 	ns := s.namespaces[w.Name.Namespace]
-	if w.HostNetwork || !w.Live() || ns == nil {
+	if s.contents.Released || w.HostNetwork || !w.Live() || ns == nil {
 		return false
 	}
-	if mode, ok := w.Labels[ModeLabel]; ok {
-		return mode == ModeAmbient
+	return WantsEnrolment(w.Labels, ns.Labels, s.contents.EnrollLabels...)
+}
+
+// WantsEnrolment reports what the labels of a pod and of its namespace ask for: the pod's
+// own count before its namespace's, and ModeLabel before others.
+func WantsEnrolment(pod, namespace map[string]string, others ...string) bool {
+	for _, labels := range []map[string]string{pod, namespace} {
+		if mode, ok := labels[ModeLabel]; ok {
+			return mode == ModeAmbient
+		}
+		for _, label := range others {
+			if mode, ok := labels[label]; ok {
+				return mode == ModeAmbient
+			}
+		}
 	}
-	return ns.Labels[ModeLabel] == ModeAmbient
+	return false
 }
 
 // TrustDomain is the mesh's own.
 func (s *Snapshot) TrustDomain() string { return s.contents.TrustDomain }
+
+// EnrollLabels are the labels that enrol beside ModeLabel.
+func (s *Snapshot) EnrollLabels() []string { return s.contents.EnrollLabels }
+
+// Released says that the mesh is being taken off the cluster.
+func (s *Snapshot) Released() bool { return s.contents.Released }
 
 // RootNamespace is where mesh-wide policies live.
 func (s *Snapshot) RootNamespace() string { return s.contents.RootNamespace }
