@@ -16,6 +16,8 @@ import (
 	"github.com/gopacket/gopacket/pcapgo"
 	"github.com/mdlayher/packet"
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
 const (
@@ -71,12 +73,21 @@ func (l *Lab) Capture(ctx context.Context, n *Node) (*Capture, error) {
 // Capture captures a link of the host, named as in the host. The caller may close it before
 // the lab does.
 func (h *Host) Capture(ctx context.Context, link string) (*Capture, error) {
-	c := &Capture{link: link, done: make(chan struct{}), seen: make(map[uint64]chan struct{})}
-	if err := h.Do(func() error { return c.open(link) }); err != nil {
-		return nil, fmt.Errorf("capture %s on %s: %w", link, h.Name, err)
+	c, err := NewCapture(ctx, h.space.NS, link)
+	if err != nil {
+		return nil, fmt.Errorf("capture on %s: %w", h.Name, err)
 	}
 	if err := h.lab.track(func() { h.lab.captures = append(h.lab.captures, c) }); err != nil {
-		return nil, errors.Join(err, c.conn.Close(), c.marker.Close())
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+// NewCapture captures a link of any namespace, until Close.
+func NewCapture(ctx context.Context, ns *netns.Namespace, link string) (*Capture, error) {
+	c := &Capture{link: link, done: make(chan struct{}), seen: make(map[uint64]chan struct{})}
+	if err := ns.Do(func() error { return c.open(link) }); err != nil {
+		return nil, fmt.Errorf("capture %s: %w", link, err)
 	}
 	go c.read()
 	if err := c.sync(ctx); err != nil {

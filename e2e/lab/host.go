@@ -9,6 +9,7 @@ import (
 	"os/exec"
 
 	"github.com/raceway-mesh/raceway/dataplane/netns"
+	"github.com/raceway-mesh/raceway/e2e/space"
 )
 
 // Host is one network namespace: a node, a pod, the fabric or control.
@@ -17,12 +18,12 @@ type Host struct {
 	Addrs []netip.Addr // in the order of the lab's families
 
 	lab     *Lab
-	space   *space
+	space   *space.Space
 	hostEnd string // of a pod's veth pair, in its node
 }
 
 // NetNS is the path of the namespace, as `ip netns` and setns(2) want it.
-func (h *Host) NetNS() string { return h.space.path }
+func (h *Host) NetNS() string { return h.space.Path }
 
 // Addr is the host's address in the lab's primary family.
 func (h *Host) Addr() netip.Addr { return h.Addrs[0] }
@@ -35,20 +36,20 @@ func (h *Host) HostEnd() string { return h.hostEnd }
 
 // Namespace makes sockets in the namespace with every option that there is. It is the
 // host's: nobody else closes it.
-func (h *Host) Namespace() *netns.Namespace { return h.space.ns }
+func (h *Host) Namespace() *netns.Namespace { return h.space.NS }
 
 // Do runs fn on a locked thread in the namespace. A socket that fn makes stays in the
 // namespace; a goroutine that fn starts is not in it.
-func (h *Host) Do(fn func() error) error { return h.space.ns.Do(fn) }
+func (h *Host) Do(fn func() error) error { return h.space.NS.Do(fn) }
 
 // Dial connects from the namespace.
 func (h *Host) Dial(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
-	return h.space.ns.Dial(ctx, netns.DialConfig{Remote: remote})
+	return h.space.NS.Dial(ctx, netns.DialConfig{Remote: remote})
 }
 
 // Listen listens on a port of all the host's addresses, IPv4 and IPv6.
 func (h *Host) Listen(port uint16) (*net.TCPListener, error) {
-	return h.space.ns.Listen(netns.ListenConfig{Addr: netip.AddrPortFrom(netip.IPv6Unspecified(), port)})
+	return h.space.NS.Listen(netns.ListenConfig{Addr: netip.AddrPortFrom(netip.IPv6Unspecified(), port)})
 }
 
 // ListenPacket opens a packet socket, such as UDP's, in the namespace.
@@ -62,7 +63,7 @@ func (h *Host) ListenPacket(ctx context.Context, network, address string) (net.P
 }
 
 // Sysctl sets net.… values of the namespace, given as name, value, name, value, in order.
-func (h *Host) Sysctl(pairs ...string) error { return h.space.sysctl(pairs...) }
+func (h *Host) Sysctl(pairs ...string) error { return h.space.Sysctl(pairs...) }
 
 // Exec runs a command in the namespace to its end and returns what it wrote to both outputs.
 func (h *Host) Exec(ctx context.Context, command string, args ...string) ([]byte, error) {

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/e2e/space"
 )
 
 // runDir holds one directory per lab. It is short: unix socket paths are limited to 107 bytes.
@@ -109,7 +111,7 @@ type Lab struct {
 	nodes   []*Node
 
 	mu         sync.Mutex
-	spaces     []*space // in the order of their making
+	spaces     []*space.Space // in the order of their making
 	processes  []*Process
 	captures   []*Capture
 	namespaces map[string]map[string]string // labels by namespace
@@ -261,7 +263,7 @@ func (l *Lab) close() error {
 		errs = append(errs, c.Close())
 	}
 	for _, s := range slices.Backward(spaces) {
-		errs = append(errs, s.close())
+		errs = append(errs, s.Close())
 	}
 	return errors.Join(append(errs, removeDir(l.dir))...)
 }

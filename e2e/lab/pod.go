@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/e2e/space"
 )
 
 // PodSpec says what pod to make. Namespace and Name are required.
@@ -125,7 +126,7 @@ func (l *Lab) VanishPod(p *Pod) error {
 func (l *Lab) unplug(p *Pod) error {
 	l.mu.Lock()
 	processes := slices.Clone(l.processes)
-	l.spaces = slices.DeleteFunc(l.spaces, func(o *space) bool { return o == p.space })
+	l.spaces = slices.DeleteFunc(l.spaces, func(o *space.Space) bool { return o == p.space })
 	l.mu.Unlock()
 	var errs []error
 	for _, process := range processes {
@@ -133,7 +134,7 @@ func (l *Lab) unplug(p *Pod) error {
 			errs = append(errs, process.Kill())
 		}
 	}
-	return errors.Join(append(errs, p.space.close())...)
+	return errors.Join(append(errs, p.space.Close())...)
 }
 
 // Pods lists the pods in the order of their making.

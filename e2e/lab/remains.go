@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/raceway-mesh/raceway/e2e/space"
 )
 
 // owner is the content of a lab's owner.json: what another process needs to end the lab.
@@ -76,10 +78,10 @@ func (l *Lab) Leftovers() []string {
 	return slices.Compact(found)
 }
 
-func inodesOf(spaces []*space) map[uint64]bool {
+func inodesOf(spaces []*space.Space) map[uint64]bool {
 	inodes := make(map[uint64]bool, len(spaces))
 	for _, s := range spaces {
-		inodes[s.inode] = true
+		inodes[s.Inode] = true
 	}
 	return inodes
 }
@@ -98,7 +100,7 @@ func leftovers(name string) []string {
 			}
 		}
 	}
-	for _, mount := range mountsUnder(dir, filepath.Join(netnsDir, name+"-")) {
+	for _, mount := range mountsUnder(dir, filepath.Join(space.Dir, name+"-")) {
 		found = append(found, "mount "+mount)
 	}
 	for _, pin := range pinsIn(filepath.Join(dir, "bpf")) {
@@ -114,7 +116,7 @@ func leftovers(name string) []string {
 }
 
 // spacesOf lists the named namespaces of a lab.
-func spacesOf(name string) []string { return entriesOf(netnsDir, name) }
+func spacesOf(name string) []string { return entriesOf(space.Dir, name) }
 
 // agentStateOf lists the directories that agents of a lab keep outside of it.
 func agentStateOf(name string) []string {
@@ -337,13 +339,13 @@ func Remove(name string) ([]string, error) {
 	inodes := make(map[uint64]bool)
 	for _, s := range spacesOf(name) {
 		var st syscall.Stat_t
-		if err := syscall.Stat(filepath.Join(netnsDir, s), &st); err == nil {
+		if err := syscall.Stat(filepath.Join(space.Dir, s), &st); err == nil {
 			inodes[st.Ino] = true
 		}
 	}
 	errs = append(errs, killStrays(inodes))
 	for _, s := range spacesOf(name) {
-		errs = append(errs, removeNamed(filepath.Join(netnsDir, s)))
+		errs = append(errs, space.Remove(filepath.Join(space.Dir, s)))
 	}
 	return found, errors.Join(append(errs, removeDir(dir))...)
 }

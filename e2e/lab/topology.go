@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+
+	"github.com/raceway-mesh/raceway/e2e/space"
 )
 
 const maxNodes = 250
@@ -85,7 +87,7 @@ func (l *Lab) makeNetwork(ctx context.Context) (err error) {
 	if l.fabric, err = l.newHost("fabric"); err != nil {
 		return err
 	}
-	if err := l.fabric.space.sysctl(forwarding...); err != nil {
+	if err := l.fabric.space.Sysctl(forwarding...); err != nil {
 		return err
 	}
 	if l.control, err = l.newHost("control"); err != nil {
@@ -107,25 +109,25 @@ func (l *Lab) makeNetwork(ctx context.Context) (err error) {
 
 // newHost makes an empty namespace and hands it to Close.
 func (l *Lab) newHost(name string) (*Host, error) {
-	s, err := newSpace(l.opts.Name + "-" + name)
+	s, err := space.New(l.opts.Name + "-" + name)
 	if err != nil {
 		return nil, err
 	}
 	if err := l.track(func() { l.spaces = append(l.spaces, s) }); err != nil {
-		return nil, fmt.Errorf("%w, and so %s goes: %w", err, s.name, s.close())
+		return nil, fmt.Errorf("%w, and so %s goes: %w", err, s.Name, s.Close())
 	}
 	h := &Host{Name: name, lab: l, space: s}
-	return h, errors.Join(s.sysctl(endpoint...), s.congestion("cubic", "reno"))
+	return h, errors.Join(s.Sysctl(endpoint...), congestion(s, "cubic", "reno"))
 }
 
 // congestion sets the first choice that is permitted. A machine may default to BBR, whose
 // pacing on every local hop hides what is measured; both choices here go without. Linux
 // refuses one that net.ipv4.tcp_allowed_congestion_control lacks in any but the first
 // namespace, whose list is not ours to change; reno is on it everywhere.
-func (s *space) congestion(choices ...string) error {
+func congestion(s *space.Space, choices ...string) error {
 	var err error
 	for _, c := range choices {
-		if err = s.sysctl("net.ipv4.tcp_congestion_control", c); !errors.Is(err, os.ErrPermission) && !errors.Is(err, os.ErrNotExist) {
+		if err = s.Sysctl("net.ipv4.tcp_congestion_control", c); !errors.Is(err, os.ErrPermission) && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 	}
@@ -149,19 +151,19 @@ var forwarding = []string{
 
 // joinFabric gives h its link to the fabric, addresses, and a route to everything there.
 func (l *Lab) joinFabric(h *Host, number int) error {
-	if err := l.fabric.space.join(h.Name, h.space, "eth0"); err != nil {
+	if err := l.fabric.space.Join(h.Name, h.space, "eth0"); err != nil {
 		return err
 	}
 	for _, p := range l.opts.families() {
 		network := p.sub(p.links, number)
 		gateway, own := nth(network, 1), nth(network, 2)
-		if err := l.fabric.space.addAddr(h.Name, netip.PrefixFrom(gateway, p.network)); err != nil {
+		if err := l.fabric.space.AddAddr(h.Name, netip.PrefixFrom(gateway, p.network)); err != nil {
 			return err
 		}
-		if err := h.space.addAddr("eth0", netip.PrefixFrom(own, p.network)); err != nil {
+		if err := h.space.AddAddr("eth0", netip.PrefixFrom(own, p.network)); err != nil {
 			return err
 		}
-		if err := h.space.addRoute("eth0", p.links, gateway); err != nil {
+		if err := h.space.AddRoute("eth0", p.links, gateway); err != nil {
 			return err
 		}
 		h.Addrs = append(h.Addrs, own)
@@ -175,7 +177,7 @@ func (l *Lab) newNode(number int) error {
 		return err
 	}
 	n := &Node{Host: h, Number: number, Zone: "zone-" + strconv.Itoa(number), Region: "lab", nextPod: 2}
-	if err := h.space.sysctl(forwarding...); err != nil {
+	if err := h.space.Sysctl(forwarding...); err != nil {
 		return err
 	}
 	if err := l.joinFabric(h, number); err != nil {
@@ -184,7 +186,7 @@ func (l *Lab) newNode(number int) error {
 	for i, p := range l.opts.families() {
 		cidr := p.sub(p.pods, number)
 		n.PodCIDRs = append(n.PodCIDRs, cidr)
-		if err := l.fabric.space.addRoute(h.Name, cidr, h.Addrs[i]); err != nil {
+		if err := l.fabric.space.AddRoute(h.Name, cidr, h.Addrs[i]); err != nil {
 			return err
 		}
 	}
@@ -195,14 +197,14 @@ func (l *Lab) newNode(number int) error {
 // routePods makes the pods of n and those of the earlier nodes and of control reach each other.
 func (l *Lab) routePods(n *Node) error {
 	for i, p := range l.opts.families() {
-		if err := l.control.space.addRoute("eth0", n.PodCIDRs[i], nth(p.sub(p.links, 0), 1)); err != nil {
+		if err := l.control.space.AddRoute("eth0", n.PodCIDRs[i], nth(p.sub(p.links, 0), 1)); err != nil {
 			return err
 		}
 		for _, other := range l.nodes[:len(l.nodes)-1] {
-			if err := n.space.addRoute("eth0", other.PodCIDRs[i], nth(p.sub(p.links, n.Number), 1)); err != nil {
+			if err := n.space.AddRoute("eth0", other.PodCIDRs[i], nth(p.sub(p.links, n.Number), 1)); err != nil {
 				return err
 			}
-			if err := other.space.addRoute("eth0", n.PodCIDRs[i], nth(p.sub(p.links, other.Number), 1)); err != nil {
+			if err := other.space.AddRoute("eth0", n.PodCIDRs[i], nth(p.sub(p.links, other.Number), 1)); err != nil {
 				return err
 			}
 		}
@@ -214,7 +216,7 @@ func (l *Lab) routePods(n *Node) error {
 func (n *Node) plugPod(families []plan, h *Host) error {
 	n.nextLink++
 	hostEnd := "pod" + strconv.Itoa(n.nextLink)
-	if err := n.space.join(hostEnd, h.space, "eth0"); err != nil {
+	if err := n.space.Join(hostEnd, h.space, "eth0"); err != nil {
 		return err
 	}
 	for i, p := range families {
@@ -223,11 +225,11 @@ func (n *Node) plugPod(families []plan, h *Host) error {
 			return fmt.Errorf("plug %s: no address left in %s", h.Name, n.PodCIDRs[i])
 		}
 		for _, step := range []func() error{
-			func() error { return n.space.addAddr(hostEnd, host(gateway)) },
-			func() error { return n.space.addRoute(hostEnd, host(own), netip.Addr{}) },
-			func() error { return h.space.addAddr("eth0", host(own)) },
-			func() error { return h.space.addRoute("eth0", host(gateway), netip.Addr{}) },
-			func() error { return h.space.addRoute("eth0", p.unspecified(), gateway) },
+			func() error { return n.space.AddAddr(hostEnd, host(gateway)) },
+			func() error { return n.space.AddRoute(hostEnd, host(own), netip.Addr{}) },
+			func() error { return h.space.AddAddr("eth0", host(own)) },
+			func() error { return h.space.AddRoute("eth0", host(gateway), netip.Addr{}) },
+			func() error { return h.space.AddRoute("eth0", p.unspecified(), gateway) },
 		} {
 			if err := step(); err != nil {
 				return err
@@ -239,3 +241,6 @@ func (n *Node) plugPod(families []plan, h *Host) error {
 	n.nextPod++
 	return nil
 }
+
+// host is the prefix that holds a alone.
+func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

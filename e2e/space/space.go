@@ -1,4 +1,6 @@
-package lab
+// Package space makes network namespaces with a name, and wires them: what the clusters of
+// package lab and of package cluster stand on.
+package space
 
 import (
 	"encoding/hex"
@@ -18,48 +20,49 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
-// netnsDir is where iproute2 looks for named namespaces, so that `ip netns exec` works on ours.
-const netnsDir = "/run/netns"
+// Dir is where iproute2 looks for named namespaces, so that `ip netns exec` works on ours.
+const Dir = "/run/netns"
 
-// space is one named network namespace that this lab made, and its netlink socket.
-type space struct {
-	name  string
-	path  string
-	ns    *netns.Namespace
-	inode uint64
-	nl    *netlink.Handle
+// Space is one named network namespace and a netlink socket in it.
+type Space struct {
+	Name  string
+	Path  string
+	NS    *netns.Namespace
+	Inode uint64 // of the namespace: what tells its processes
+
+	nl *netlink.Handle
 }
 
-// newSpace makes the namespace and brings its loopback up. close removes it.
-func newSpace(name string) (_ *space, err error) {
-	s := &space{name: name, path: filepath.Join(netnsDir, name)}
-	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
-		return nil, fmt.Errorf("make %s: %w", netnsDir, err)
+// New makes the namespace and brings its loopback up. Close removes it.
+func New(name string) (_ *Space, err error) {
+	s := &Space{Name: name, Path: filepath.Join(Dir, name)}
+	if err := os.MkdirAll(Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("make %s: %w", Dir, err)
 	}
-	if err := makeNamed(s.path); err != nil {
+	if err := makeNamed(s.Path); err != nil {
 		return nil, fmt.Errorf("make network namespace %s: %w", name, err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.close())
+			err = errors.Join(err, s.Close())
 		}
 	}()
-	if s.ns, err = netns.Open(s.path); err != nil {
+	if s.NS, err = netns.Open(s.Path); err != nil {
 		return nil, err
 	}
 	var st unix.Stat_t
-	if err := unix.Stat(s.path, &st); err != nil {
+	if err := unix.Stat(s.Path, &st); err != nil {
 		return nil, fmt.Errorf("stat network namespace %s: %w", name, err)
 	}
-	s.inode = st.Ino
-	err = s.ns.WithFD(func(fd int) (err error) {
+	s.Inode = st.Ino
+	err = s.NS.WithFD(func(fd int) (err error) {
 		s.nl, err = netlink.NewHandleAt(vnetns.NsHandle(fd), unix.NETLINK_ROUTE)
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open netlink in %s: %w", name, err)
 	}
-	return s, s.up("lo")
+	return s, s.Up("lo")
 }
 
 // makeNamed binds a new namespace to path, as `ip netns add` does. A path that is taken is an
@@ -71,7 +74,7 @@ func makeNamed(path string) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removeNamed(path))
+			err = errors.Join(err, Remove(path))
 		}
 	}()
 	if err := f.Close(); err != nil {
@@ -94,21 +97,21 @@ func makeNamed(path string) (err error) {
 	})
 }
 
-// close is idempotent. Links of the namespace go with it, once its last process has.
-func (s *space) close() error {
+// Close is idempotent. Links of the namespace go with it, once its last process has.
+func (s *Space) Close() error {
 	var errs []error
 	if s.nl != nil {
 		s.nl.Close()
 		s.nl = nil
 	}
-	if s.ns != nil {
-		errs = append(errs, s.ns.Close())
+	if s.NS != nil {
+		errs = append(errs, s.NS.Close())
 	}
-	return errors.Join(append(errs, removeNamed(s.path))...)
+	return errors.Join(append(errs, Remove(s.Path))...)
 }
 
-// removeNamed undoes makeNamed; a name that is gone is no error.
-func removeNamed(path string) error {
+// Remove undoes what New did to path; a name that is gone is no error.
+func Remove(path string) error {
 	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmount %s: %w", path, err)
 	}
@@ -118,41 +121,42 @@ func removeNamed(path string) error {
 	return nil
 }
 
-// sysctl writes values by their dotted names, in order. A value whose file does not exist is an error.
-func (s *space) sysctl(pairs ...string) error {
-	return s.ns.Do(func() error {
+// Sysctl writes values by their dotted names, in order. A value whose file does not exist is an error.
+func (s *Space) Sysctl(pairs ...string) error {
+	return s.NS.Do(func() error {
 		for i := 0; i+1 < len(pairs); i += 2 {
 			file := filepath.Join("/proc/sys", strings.ReplaceAll(pairs[i], ".", "/"))
 			if err := os.WriteFile(file, []byte(pairs[i+1]), 0o644); err != nil {
-				return fmt.Errorf("set %s in %s: %w", pairs[i], s.name, err)
+				return fmt.Errorf("set %s in %s: %w", pairs[i], s.Name, err)
 			}
 		}
 		return nil
 	})
 }
 
-func (s *space) link(name string) (netlink.Link, error) {
+func (s *Space) link(name string) (netlink.Link, error) {
 	l, err := s.nl.LinkByName(name)
 	if err != nil {
-		return nil, fmt.Errorf("find link %s in %s: %w", name, s.name, err)
+		return nil, fmt.Errorf("find link %s in %s: %w", name, s.Name, err)
 	}
 	return l, nil
 }
 
-func (s *space) up(name string) error {
+// Up brings a link up.
+func (s *Space) Up(name string) error {
 	l, err := s.link(name)
 	if err != nil {
 		return err
 	}
 	if err := s.nl.LinkSetUp(l); err != nil {
-		return fmt.Errorf("bring up %s in %s: %w", name, s.name, err)
+		return fmt.Errorf("bring up %s in %s: %w", name, s.Name, err)
 	}
 	return nil
 }
 
-// join makes a veth pair with one end in each namespace, never one in the caller's.
-func (s *space) join(name string, peer *space, peerName string) error {
-	err := peer.ns.WithFD(func(fd int) error {
+// Join makes a veth pair with one end in each namespace, never one in the caller's.
+func (s *Space) Join(name string, peer *Space, peerName string) error {
+	err := peer.NS.WithFD(func(fd int) error {
 		attrs := netlink.NewLinkAttrs() // with the kernel's queue length: a qdisc would set it anyway
 		attrs.Name = name
 		veth := netlink.NewVeth(attrs)
@@ -161,13 +165,13 @@ func (s *space) join(name string, peer *space, peerName string) error {
 		return s.nl.LinkAdd(veth)
 	})
 	if err != nil {
-		return fmt.Errorf("join %s in %s with %s in %s: %w", name, s.name, peerName, peer.name, err)
+		return fmt.Errorf("join %s in %s with %s in %s: %w", name, s.Name, peerName, peer.Name, err)
 	}
-	return errors.Join(s.up(name), peer.up(peerName))
+	return errors.Join(s.Up(name), peer.Up(peerName))
 }
 
-// addAddr needs no duplicate address detection: there is nobody to duplicate.
-func (s *space) addAddr(link string, p netip.Prefix) error {
+// AddAddr needs no duplicate address detection: there is nobody to duplicate.
+func (s *Space) AddAddr(link string, p netip.Prefix) error {
 	l, err := s.link(link)
 	if err != nil {
 		return err
@@ -177,7 +181,7 @@ func (s *space) addAddr(link string, p netip.Prefix) error {
 		a.Flags = unix.IFA_F_NODAD
 	}
 	if err := s.nl.AddrAdd(l, a); err != nil {
-		return fmt.Errorf("add %s to %s in %s: %w", p, link, s.name, err)
+		return fmt.Errorf("add %s to %s in %s: %w", p, link, s.Name, err)
 	}
 	if p.Addr().Is6() {
 		return s.awaitGroup(link, solicitedNode(p.Addr()))
@@ -199,12 +203,12 @@ const groupTimeout = 10 * time.Second
 // awaitGroup waits until link has joined group. The kernel joins an address's group some
 // time after it has taken the address, and a neighbour that asks before is not heard and
 // asks again only after a second.
-func (s *space) awaitGroup(link string, group netip.Addr) error {
+func (s *Space) awaitGroup(link string, group netip.Addr) error {
 	want := hex.EncodeToString(group.AsSlice())
 	deadline := time.Now().Add(groupTimeout)
 	for {
 		var joined bool
-		err := s.ns.Do(func() error {
+		err := s.NS.Do(func() error {
 			groups, err := os.ReadFile("/proc/thread-self/net/igmp6")
 			for line := range strings.Lines(string(groups)) {
 				fields := strings.Fields(line) // index, device, group, users, flags, timer
@@ -213,20 +217,20 @@ func (s *space) awaitGroup(link string, group netip.Addr) error {
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("read the groups of %s in %s: %w", link, s.name, err)
+			return fmt.Errorf("read the groups of %s in %s: %w", link, s.Name, err)
 		}
 		if joined {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%s in %s did not join %s", link, s.name, group)
+			return fmt.Errorf("%s in %s did not join %s", link, s.Name, group)
 		}
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// addRoute routes dst through link, on-link when via is the zero Addr.
-func (s *space) addRoute(link string, dst netip.Prefix, via netip.Addr) error {
+// AddRoute routes dst through link, on-link when via is the zero Addr.
+func (s *Space) AddRoute(link string, dst netip.Prefix, via netip.Addr) error {
 	l, err := s.link(link)
 	if err != nil {
 		return err
@@ -238,7 +242,7 @@ func (s *space) addRoute(link string, dst netip.Prefix, via netip.Addr) error {
 		r.Scope = netlink.SCOPE_LINK
 	}
 	if err := s.nl.RouteAdd(r); err != nil {
-		return fmt.Errorf("route %s via %s in %s: %w", dst, link, s.name, err)
+		return fmt.Errorf("route %s via %s in %s: %w", dst, link, s.Name, err)
 	}
 	return nil
 }
@@ -246,6 +250,3 @@ func (s *space) addRoute(link string, dst netip.Prefix, via netip.Addr) error {
 func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
-
-// host is the prefix that holds a alone.
-func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
