@@ -217,7 +217,10 @@ func (d *driver) look(p *pod, now time.Time) time.Time {
 		p.counted(d.cfg.Target.Live(p.uid), now, &d.cfg)
 		return d.look(p, now)
 	case publish, unpublish:
-		p.publish = next.do == publish
+		if belongs := next.do == publish; p.publish != belongs {
+			p.publish = belongs
+			return d.look(p, now)
+		}
 	case forget:
 		if !p.nameless(&d.cfg) {
 			delete(d.pods, p.uid)
@@ -350,21 +353,28 @@ func (r *Reconciler) occupant(p *pod) string {
 func (r *Reconciler) report(now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	changed := false
 	for uid := range r.status {
 		if r.pods[uid] == nil {
 			r.cfg.Log.Info("pod released", "uid", uid)
 			delete(r.status, uid)
+			changed = true
 		}
 	}
 	for uid, p := range r.pods {
 		old := r.status[uid]
-		status := Status{Since: old.Since}
+		status := placed{Status: Status{Since: old.Since, InForce: p.inForce(&r.cfg)}, netns: p.netns, addrs: p.addrs}
 		status.State, status.Reason = r.judge(p, now)
 		if status.State != old.State {
 			status.Since = now
-			r.logState(p, status)
+			r.logState(p, status.Status)
 		}
+		changed = changed || status.Status != old.Status || status.netns != old.netns || !slices.Equal(status.addrs, old.addrs)
 		r.status[uid] = status
+	}
+	if changed {
+		close(r.told)
+		r.told = make(chan struct{})
 	}
 }
 

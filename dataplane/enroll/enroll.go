@@ -15,6 +15,15 @@
 //	  │                                          ▼
 //	  └─Remove─ drained ◄─grace, Live()==0─ ReleaseOutbound ◄─settle─ unpublished
 //
+// In a pod whose network is being set up nothing runs yet, so there is no connection to be
+// gentle to and no peer that knows it: its way in has no pauses and waits for nobody. What
+// is in force then does not depend on whether it is published.
+//
+//	absent ─Prepare─► prepared ─CaptureOutbound─► outbound ─CaptureInbound─► inbound ─Guard─► in force
+//	                     └──────Publish, beside it────────────────────────────────────► captured
+//
+// That it started may become known in the middle: it goes on from there at the usual pace.
+//
 // A pod may turn round at any point. So there is no list of states to walk: what is in
 // force is kept as one fact for each thing (prepared, published, outbound, inbound, guard),
 // and the next step follows from the facts and the direction alone. A step that failed
@@ -26,10 +35,13 @@
 package enroll
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -146,6 +158,16 @@ type Status struct {
 	State  dataplane.CaptureState
 	Reason string    // what it waits for or why it failed; "" when captured
 	Since  time.Time // when State became this
+	// InForce says that nothing of the pod's traffic gets past the agent. It is captured
+	// when its peers are told as well.
+	InForce bool
+}
+
+// placed is a Status and where it is true.
+type placed struct {
+	Status
+	netns string
+	addrs []netip.Addr // sorted
 }
 
 // Reconciler enrols and releases the pods of one node.
@@ -156,7 +178,8 @@ type Reconciler struct {
 
 	mu      sync.Mutex
 	driving bool              // Run or ReleaseAll is under way
-	status  map[string]Status // by UID
+	status  map[string]placed // by UID
+	told    chan struct{}     // closed when status has changed
 	lost    map[string]bool   // UIDs that Vanished was told
 	broken  map[string]string // why, by the UIDs that Broken was told
 
@@ -174,8 +197,8 @@ func New(cfg Config) (*Reconciler, error) {
 		return nil, fmt.Errorf("configure enrolment: %w", err)
 	}
 	r := &Reconciler{
-		cfg: cfg.withDefaults(), status: make(map[string]Status), pods: make(map[string]*pod), claims: make(map[string][]string),
-		wake: make(chan struct{}, 1), lost: make(map[string]bool), broken: make(map[string]string),
+		cfg: cfg.withDefaults(), status: make(map[string]placed), pods: make(map[string]*pod), claims: make(map[string][]string),
+		told: make(chan struct{}), wake: make(chan struct{}, 1), lost: make(map[string]bool), broken: make(map[string]string),
 	}
 	for _, a := range cfg.Adopted {
 		p := &pod{uid: a.UID, netns: a.NetNS, resumed: a.Published, prepared: unsure, outbound: unsure, inbound: unsure, guard: unsure, published: unsure}
@@ -238,7 +261,26 @@ func (r *Reconciler) Status() map[string]Status {
 	defer r.mu.Unlock()
 	status := make(map[string]Status, len(r.status))
 	for uid, s := range r.status {
-		status[uid] = s
+		status[uid] = s.Status
 	}
 	return status
+}
+
+// Await returns nil once nothing of w's traffic gets past the agent: in the namespace and
+// with the addresses that w has now, whatever was in force before. When ctx ends first, the
+// error says what it waits for or why it failed.
+func (r *Reconciler) Await(ctx context.Context, w *dataplane.Workload) error {
+	for {
+		r.mu.Lock()
+		status, told := r.status[w.UID], r.told
+		r.mu.Unlock()
+		if status.InForce && status.netns == w.NetNS && slices.Equal(status.addrs, sorted(w.Addrs)) {
+			return nil
+		}
+		select {
+		case <-told:
+		case <-ctx.Done():
+			return fmt.Errorf("capture of pod %s is not in force: %s", w.Name, cmp.Or(status.Reason, "it is not known to be wanted yet"))
+		}
+	}
 }

@@ -19,6 +19,7 @@ type fakePod struct {
 	netns                              string
 	prepared, outbound, inbound, guard bool
 	ours                               bool // prepared by this process
+	starting                           bool // nothing runs in it: nobody has to be waited for
 	busy                               bool
 	preparedAs                         []netip.Addr
 	outboundAt, outboundOff            time.Time
@@ -127,6 +128,7 @@ func (f *fakeTarget) checkClaimsLocked() {
 		p := f.podLocked(uid)
 		all := p.prepared && p.outbound && p.inbound && p.guard && slices.Contains(f.published, uid)
 		f.require(s.State != dataplane.CaptureInForce || all, "%s is said to be captured and is %+v", uid, *p)
+		f.require(!s.InForce || p.prepared && p.outbound && p.inbound && p.guard, "%s is said to be in force and is %+v", uid, *p)
 		f.require(s.State == dataplane.CaptureInForce || s.Reason != "", "%s is %v without a reason", uid, s.State)
 	}
 }
@@ -141,7 +143,7 @@ func (f *fakeTarget) Prepare(ctx context.Context, w *dataplane.Workload) error {
 		f.require(!p.ours || !p.prepared || p.netns == w.NetNS, "%s prepared while it is in force in %s", w.UID, p.netns)
 		f.require(!p.ours || !p.prepared || slices.Equal(p.preparedAs, w.Addrs), "%s prepared while it is in force with other addresses", w.UID)
 	}, func(p *fakePod) {
-		p.prepared, p.ours, p.netns, p.preparedAs = true, true, w.NetNS, w.Addrs
+		p.prepared, p.ours, p.netns, p.preparedAs, p.starting = true, true, w.NetNS, w.Addrs, w.Starting
 	})
 }
 
@@ -185,8 +187,8 @@ func (f *fakeTarget) Publish(ctx context.Context, uids []string) error {
 
 func (f *fakeTarget) CaptureOutbound(ctx context.Context, uid string) error {
 	return f.do(ctx, "capture-outbound", uid, func(p *fakePod) {
-		f.require(p.prepared && slices.Contains(f.published, uid), "%s: outbound before it is prepared and published", uid)
-		f.require(f.since(p.publishedAt) >= f.cfg.Settle, "%s: outbound %v after it was published", uid, f.since(p.publishedAt))
+		f.require(p.prepared && (p.starting || slices.Contains(f.published, uid)), "%s: outbound before it is prepared and published", uid)
+		f.require(p.starting || f.since(p.publishedAt) >= f.cfg.Settle, "%s: outbound %v after it was published", uid, f.since(p.publishedAt))
 	}, func(p *fakePod) {
 		if !p.outbound {
 			p.outbound, p.outboundAt = true, time.Now()
@@ -196,14 +198,14 @@ func (f *fakeTarget) CaptureOutbound(ctx context.Context, uid string) error {
 
 func (f *fakeTarget) CaptureInbound(ctx context.Context, uid string) error {
 	return f.do(ctx, "capture-inbound", uid, func(p *fakePod) {
-		f.require(p.prepared && p.outbound && slices.Contains(f.published, uid), "%s: inbound before outbound", uid)
-		f.require(f.since(p.outboundAt) >= f.cfg.Settle, "%s: inbound %v after outbound", uid, f.since(p.outboundAt))
+		f.require(p.prepared && p.outbound && (p.starting || slices.Contains(f.published, uid)), "%s: inbound before outbound", uid)
+		f.require(p.starting || f.since(p.outboundAt) >= f.cfg.Settle, "%s: inbound %v after outbound", uid, f.since(p.outboundAt))
 	}, func(p *fakePod) { p.inbound = true })
 }
 
 func (f *fakeTarget) Guard(ctx context.Context, uid string) error {
 	return f.do(ctx, "guard", uid, func(p *fakePod) {
-		f.require(p.prepared && p.outbound && p.inbound && slices.Contains(f.published, uid), "%s guarded before it is captured", uid)
+		f.require(p.prepared && p.outbound && p.inbound && (p.starting || slices.Contains(f.published, uid)), "%s guarded before it is captured", uid)
 	}, func(p *fakePod) { p.guard = true })
 }
 

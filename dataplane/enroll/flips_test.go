@@ -46,6 +46,7 @@ func flipAtRandom(t *testing.T, rng *rand.Rand, flips int) {
 			births++
 			w := workload(fmt.Sprintf("p%d", births))
 			w.NetNS = fmt.Sprintf("/run/netns/slot%d", slot)
+			w.Starting = rng.IntN(2) == 0
 			slots[slot], c.pods[w.UID], c.on[w.UID] = w.UID, w, true
 		case rng.IntN(8) == 0: // its namespace is another
 			p.moved = true
@@ -56,11 +57,23 @@ func flipAtRandom(t *testing.T, rng *rand.Rand, flips int) {
 			w := c.pods[uid]
 			w.Addrs = []netip.Addr{w.Addrs[0].Next()}
 			c.pods[uid] = w
+		case c.pods[uid].Starting && rng.IntN(2) == 0: // something runs in it
+			w := c.pods[uid]
+			w.Starting = false
+			c.pods[uid] = w
 		default:
 			c.on[uid] = !c.on[uid]
 		}
 		g.fake.mu.Unlock()
 		c.publish()
+		synctest.Wait() // a step that was taken as for a starting pod has begun
+		g.fake.mu.Lock()
+		for uid, w := range c.pods {
+			if !w.Starting {
+				g.fake.podLocked(uid).starting = false
+			}
+		}
+		g.fake.mu.Unlock()
 		time.Sleep(time.Duration(rng.IntN(1500)) * time.Millisecond)
 	}
 	failing.Store(false)

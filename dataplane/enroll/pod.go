@@ -121,9 +121,14 @@ func sorted(addrs []netip.Addr) []netip.Addr {
 	return s
 }
 
-// captured is the claim of Status: all of it is in force for the pod as it is now.
+// inForce is the claim that nothing gets past the agent, of the pod as it is now.
+func (p *pod) inForce(cfg *Config) bool {
+	return p.want(cfg) && p.prepared == on && p.outbound == on && p.inbound == on && p.guard == on
+}
+
+// captured is the claim of Status: it is in force, and other agents are told.
 func (p *pod) captured(cfg *Config) bool {
-	return p.want(cfg) && p.publish && p.published == on && p.prepared == on && p.outbound == on && p.inbound == on && p.guard == on
+	return p.inForce(cfg) && p.publish && p.published == on
 }
 
 // plan is the machine. occupant is the pod whose namespace p would take, "" when it is free.
@@ -135,23 +140,27 @@ func (p *pod) plan(now time.Time, cfg *Config, occupant string) plan {
 }
 
 func (p *pod) forward(now time.Time, cfg *Config, occupant string) plan {
+	awaited := plan{do: publish, why: "waiting to be published as ready for tunnels"}
+	running := !p.workload.Starting // there may be connections to be gentle to
 	switch {
 	case p.prepared != on && occupant != "":
 		return plan{why: fmt.Sprintf("its network namespace is still in use for pod %s", occupant)}
 	case p.prepared != on:
 		return plan{do: prepare, why: "being prepared"}
-	case !p.publish || p.published != on:
-		return plan{do: publish, why: "waiting to be published as ready for tunnels"}
-	case now.Before(p.publishedAt.Add(cfg.Settle)):
+	case !p.publish || running && p.published != on:
+		return awaited
+	case running && now.Before(p.publishedAt.Add(cfg.Settle)):
 		return plan{at: p.publishedAt.Add(cfg.Settle), why: "waiting for peers to learn that it is ready for tunnels"}
 	case p.outbound != on:
 		return plan{do: captureOutbound, why: "outbound traffic is about to be captured"}
-	case now.Before(p.outboundAt.Add(cfg.Settle)):
+	case running && now.Before(p.outboundAt.Add(cfg.Settle)):
 		return plan{at: p.outboundAt.Add(cfg.Settle), why: "outbound traffic is captured, inbound is next"}
 	case p.inbound != on:
 		return plan{do: captureInbound, why: "inbound traffic is about to be captured"}
 	case p.guard != on:
 		return plan{do: guard, why: "the guard is about to be set"}
+	case p.published != on:
+		return awaited
 	}
 	return plan{}
 }
