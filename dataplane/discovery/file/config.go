@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/raceway-mesh/raceway/dataplane/discovery"
 	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
 )
 
@@ -47,7 +48,7 @@ type Config struct {
 
 	// OnProblems, if set, is called from Run whenever the list of problems has changed. It
 	// must return soon and must not change the list.
-	OnProblems func([]Problem)
+	OnProblems func([]discovery.Problem)
 	// Log is required.
 	Log *slog.Logger
 }

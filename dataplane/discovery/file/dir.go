@@ -16,19 +16,20 @@ import (
 	"time"
 )
 
-// Problem is something wrong in a file, or with it. Until it is solved, the last good
+// problem is something wrong in a file, or with it. Until it is solved, the last good
 // content of the file stays in force.
-type Problem struct {
-	File  string `json:"file"`
-	Line  int    `json:"line"` // from 1; 0 when it is about the whole file
-	Cause string `json:"cause"`
+type problem struct {
+	file  string
+	line  int // from 1; 0 when it is about the whole file
+	cause string
 }
 
-func (p Problem) String() string {
-	if p.Line == 0 {
-		return p.File + ": " + p.Cause
+// where is the file and line, for people.
+func (p problem) where() string {
+	if p.line == 0 {
+		return p.file
 	}
-	return fmt.Sprintf("%s:%d: %s", p.File, p.Line, p.Cause)
+	return fmt.Sprintf("%s:%d", p.file, p.line)
 }
 
 // directory is the parsed content of a directory's files, of each file the last that parsed.
@@ -63,11 +64,11 @@ type state struct {
 	unread   []string // files that were never good
 	retry    bool     // something was caught in the middle of a write: look again soon
 	dirs     []string // to be watched
-	problems []Problem
+	problems []problem
 }
 
 func (st *state) problem(file string, line int, format string, args ...any) {
-	st.problems = append(st.problems, Problem{File: file, Line: line, Cause: fmt.Sprintf(format, args...)})
+	st.problems = append(st.problems, problem{file: file, line: line, cause: fmt.Sprintf(format, args...)})
 	st.complete = false
 }
 

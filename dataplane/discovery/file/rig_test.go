@@ -107,7 +107,8 @@ func (r *rig) rename(from, to string) {
 func (r *rig) problem(file string, line int, cause string) {
 	r.t.Helper()
 	got := r.Problems()
-	if len(got) != 1 || got[0].File != filepath.Join(r.dir, file) || got[0].Line != line || !strings.Contains(got[0].Cause, cause) {
+	where := problem{file: filepath.Join(r.dir, file), line: line}.where()
+	if len(got) != 1 || got[0].Where != where || !strings.Contains(got[0].Cause, cause) {
 		r.t.Errorf("problems = %v, want %s:%d: %s", got, file, line, cause)
 	}
 }

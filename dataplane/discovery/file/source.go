@@ -13,6 +13,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/discovery"
 	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
 )
 
@@ -30,7 +31,7 @@ type Source struct {
 	config Config
 
 	mu       sync.Mutex
-	problems []Problem
+	problems []problem
 
 	// What follows belongs to Run.
 	cluster   directory[manifest]
@@ -67,10 +68,14 @@ func New(config Config) (*Source, error) {
 }
 
 // Problems lists what is wrong now, by file and line. Safe for concurrent use.
-func (s *Source) Problems() []Problem {
+func (s *Source) Problems() []discovery.Problem {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Clone(s.problems)
+	told := make([]discovery.Problem, 0, len(s.problems))
+	for _, p := range s.problems {
+		told = append(told, discovery.Problem{Where: p.where(), Cause: p.cause})
+	}
+	return told
 }
 
 // Run publishes to store until ctx ends, and then returns nil. It is called once.
@@ -166,7 +171,7 @@ func (s *Source) pass(watcher *fsnotify.Watcher, store *dataplane.Store) (retry 
 	problems = append(problems, found...)
 	contents, conflicts := s.set.Contents(s.config.mesh())
 	for _, c := range conflicts {
-		problems = append(problems, Problem{File: s.config.Dir, Cause: c.Key.String() + " " + c.Cause})
+		problems = append(problems, problem{file: s.config.Dir, cause: c.Key.String() + " " + c.Cause})
 	}
 	captured := s.capturedIn(&contents)
 	s.report(problems)
@@ -214,8 +219,8 @@ func (s *Source) wait(writing bool) {
 // merge brings the set up to date with the files. Of two that define one object the earlier
 // by name counts. While a file that was never good may hold it, a policy does not go: its
 // file may just have been renamed and spoilt.
-func (s *Source) merge(unread []string) (changed bool, problems []Problem) {
-	where := make(map[object.Key]Problem)
+func (s *Source) merge(unread []string) (changed bool, problems []problem) {
+	where := make(map[object.Key]problem)
 	for _, path := range s.inForce() {
 		e := s.cluster.files[path]
 		s.logIgnored(path, e.value.ignored)
@@ -224,13 +229,13 @@ func (s *Source) merge(unread []string) (changed bool, problems []Problem) {
 				if !e.goneSince.IsZero() {
 					continue // renamed
 				}
-				problems = append(problems, Problem{File: path, Line: o.line, Cause: fmt.Sprintf(
-					"%s is in %s:%d already, which counts", o.Key, first.File, first.Line)})
+				problems = append(problems, problem{file: path, line: o.line, cause: fmt.Sprintf(
+					"%s is in %s:%d already, which counts", o.Key, first.file, first.line)})
 				continue
 			}
-			where[o.Key] = Problem{File: path, Line: o.line}
+			where[o.Key] = problem{file: path, line: o.line}
 			if cause := o.Invalid(); cause != "" {
-				problems = append(problems, Problem{File: path, Line: o.line, Cause: fmt.Sprintf(
+				problems = append(problems, problem{file: path, line: o.line, cause: fmt.Sprintf(
 					"%s: %s: it is enforced as strictly as it can be meant", o.Key, oneLine(cause))})
 			}
 			changed = s.set.Put(o.Object) || changed
@@ -241,7 +246,7 @@ func (s *Source) merge(unread []string) (changed bool, problems []Problem) {
 			continue
 		}
 		if s.published && key.Kind.IsPolicy() && len(unread) > 0 {
-			problems = append(problems, Problem{File: unread[0], Cause: fmt.Sprintf(
+			problems = append(problems, problem{file: unread[0], cause: fmt.Sprintf(
 				"%s is in no file any more but stays in force until this one parses: it may hold it", key)})
 			continue
 		}
@@ -291,12 +296,12 @@ func (s *Source) capturedIn(contents *dataplane.Contents) map[string]bool {
 }
 
 // report makes problems the current ones and logs what is new among them, and what is solved.
-func (s *Source) report(problems []Problem) {
-	slices.SortStableFunc(problems, func(a, b Problem) int {
-		if c := strings.Compare(a.File, b.File); c != 0 {
+func (s *Source) report(problems []problem) {
+	slices.SortStableFunc(problems, func(a, b problem) int {
+		if c := strings.Compare(a.file, b.file); c != 0 {
 			return c
 		}
-		return a.Line - b.Line
+		return a.line - b.line
 	})
 	problems = slices.Compact(problems)
 	s.mu.Lock()
@@ -308,15 +313,15 @@ func (s *Source) report(problems []Problem) {
 	}
 	for _, p := range problems {
 		if !slices.Contains(before, p) {
-			s.config.Log.Warn("problem in the cluster directory", "file", p.File, "line", p.Line, "cause", p.Cause)
+			s.config.Log.Warn("problem in the cluster directory", "file", p.file, "line", p.line, "cause", p.cause)
 		}
 	}
 	for _, p := range before {
 		if !slices.Contains(problems, p) {
-			s.config.Log.Info("problem solved", "file", p.File, "line", p.Line, "cause", p.Cause)
+			s.config.Log.Info("problem solved", "file", p.file, "line", p.line, "cause", p.cause)
 		}
 	}
 	if s.config.OnProblems != nil {
-		s.config.OnProblems(slices.Clone(problems))
+		s.config.OnProblems(s.Problems())
 	}
 }

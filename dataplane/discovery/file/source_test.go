@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/discovery"
 )
 
 func TestKubectlOutputIsACluster(t *testing.T) {
@@ -442,10 +443,10 @@ func TestCopiedUIDIsReported(t *testing.T) {
 }
 
 func TestProblemsAreTold(t *testing.T) {
-	var told [][]Problem
+	var told [][]discovery.Problem
 	var logged strings.Builder
 	r := newRig(t, func(c *Config) {
-		c.OnProblems = func(p []Problem) { told = append(told, p) }
+		c.OnProblems = func(p []discovery.Problem) { told = append(told, p) }
 		c.Log = slog.New(slog.NewTextHandler(&logged, nil))
 	})
 	r.write("a.yaml", "kind: {")

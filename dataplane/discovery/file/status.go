@@ -2,6 +2,7 @@ package file
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/util/validation"
+
+	"github.com/raceway-mesh/raceway/dataplane/discovery"
 )
 
 const statusExtension = ".json"
@@ -67,6 +70,8 @@ type Publisher struct {
 	dir, node string
 }
 
+var _ discovery.Publisher = (*Publisher)(nil)
+
 // NewPublisher makes the directory if it is not there yet.
 func NewPublisher(statusDir, node string) (*Publisher, error) {
 	if complaints := validation.IsDNS1123Subdomain(node); len(complaints) > 0 {
@@ -81,25 +86,22 @@ func NewPublisher(statusDir, node string) (*Publisher, error) {
 // PublishCaptured tells the agents of all nodes that exactly the pods with these UIDs take
 // tunnels. A reader sees the old list or the new one, never a part. The file need not
 // outlive a crash of the machine, as the pods do not.
-func (p *Publisher) PublishCaptured(node string, uids []string) error {
-	if node != p.node {
-		return fmt.Errorf("publish the pods of node %s: this is node %s", node, p.node)
-	}
+func (p *Publisher) PublishCaptured(_ context.Context, uids []string) error {
 	captured := slices.Compact(slices.Sorted(slices.Values(uids)))
 	if captured == nil {
 		captured = []string{}
 	}
-	data, err := json.MarshalIndent(status{Node: node, Captured: captured, Updated: time.Now().UTC()}, "", "  ")
+	data, err := json.MarshalIndent(status{Node: p.node, Captured: captured, Updated: time.Now().UTC()}, "", "  ")
 	if err != nil {
 		return fmt.Errorf("publish captured pods: %w", err)
 	}
 	// One writer per node: a temporary file that an agent left when it was killed is
 	// overwritten by the next. Its name is hidden, so nobody reads it.
-	temporary := filepath.Join(p.dir, "."+node+statusExtension+".tmp")
+	temporary := filepath.Join(p.dir, "."+p.node+statusExtension+".tmp")
 	if err := os.WriteFile(temporary, append(data, '\n'), 0o644); err != nil {
 		return fmt.Errorf("publish captured pods: %w", err)
 	}
-	if err := os.Rename(temporary, filepath.Join(p.dir, node+statusExtension)); err != nil {
+	if err := os.Rename(temporary, filepath.Join(p.dir, p.node+statusExtension)); err != nil {
 		return fmt.Errorf("publish captured pods: %w", errors.Join(err, os.Remove(temporary)))
 	}
 	return nil
