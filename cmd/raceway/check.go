@@ -13,32 +13,68 @@ import (
 )
 
 func newCheck(c *cli) *cobra.Command {
-	return &cobra.Command{
+	preview := false
+	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Prove that capture is in force, pod by pod, and say what is wrong",
-		Long: `Look at what is in force now, for the agent and for each captured pod of its node: effective
-programs, rules, listeners, sysctls, and a connection made for the purpose.
+		Long: `Look at what is in force now, for each agent and for each captured pod of its node: effective
+programs, rules, listeners, sysctls, and a connection made for the purpose. Of a cluster also
+what it allows, before an installation and after it: versions, kernels, the CNI, the kinds of
+policies, agents and CA.
 
 A subject that is in order is one line; -o wide shows each check. The exit code is 1 when a
-check failed, and DETAIL says what is wrong and what to do.`,
+check failed, and DETAIL says what is wrong and what to do.
+
+--preview changes nothing and says, of the namespace of -n, which pods the label would capture,
+which NetworkPolicy would block their tunnels, and which observed connections a STRICT
+PeerAuthentication would refuse.`,
 		Example: `  raceway check
+  raceway check --preview -n shop
   raceway check --agent all -n shop
   raceway check -o json | jq '.[] | select(.ok | not)'`,
 		Args:              noArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			agents, err := c.agents()
-			if err != nil {
-				return err
+			if preview {
+				return c.preview(cmd.Context())
 			}
-			all, err := rows(ask(cmd.Context(), agents, func(ctx context.Context, a agent) ([]admin.Finding, error) { return a.Check(ctx) }))
-			if err != nil && len(all) == 0 {
-				return err
-			}
-			all = c.findingsOfNamespace(all)
-			return errors.Join(c.writeFindings(all, len(agents) > 1), err, verdict(all))
+			return c.check(cmd.Context())
 		},
 	}
+	cmd.Flags().BoolVar(&preview, "preview", false, "say what enrolling the namespace of -n would do")
+	return cmd
+}
+
+func (c *cli) check(ctx context.Context) error {
+	f, err := c.fleet()
+	if err != nil {
+		return err
+	}
+	var all []tagged[admin.Finding]
+	p, clustered := f.(pods)
+	if clustered {
+		findings, err := p.Check(ctx)
+		if err != nil {
+			return err
+		}
+		for _, f := range findings {
+			all = append(all, tagged[admin.Finding]{row: f})
+		}
+		if installed, err := p.Installed(ctx); err != nil || !installed {
+			return errors.Join(c.writeFindings(all, false), err, verdict(all))
+		}
+	}
+	agents, err := c.agents(ctx)
+	if err == nil {
+		var found []tagged[admin.Finding]
+		found, err = rows(ask(ctx, agents, func(ctx context.Context, a agent) ([]admin.Finding, error) { return a.Check(ctx) }))
+		all = append(all, found...)
+	}
+	if len(all) == 0 {
+		return err
+	}
+	all = c.findingsOfNamespace(all)
+	return errors.Join(c.writeFindings(all, clustered || len(agents) > 1), err, verdict(all))
 }
 
 // findingsOfNamespace keeps what concerns the agent itself whatever namespace is asked for.
@@ -75,7 +111,12 @@ func (c *cli) writeFindings(all []tagged[admin.Finding], several bool) error {
 	if c.flags.output == formatTable {
 		all = summarize(all)
 	}
-	columns := []column[admin.Finding]{
+	v := listVerb[admin.Finding]{columns: findingColumns()}
+	return v.write(c, all, several)
+}
+
+func findingColumns() []column[admin.Finding] {
+	return []column[admin.Finding]{
 		{name: "SUBJECT", cell: func(f admin.Finding) cell { return plain(f.Subject) }},
 		{name: "STATUS", cell: func(f admin.Finding) cell {
 			if f.OK {
@@ -86,8 +127,6 @@ func (c *cli) writeFindings(all []tagged[admin.Finding], several bool) error {
 		{name: "CHECK", cell: func(f admin.Finding) cell { return plain(f.Check) }},
 		{name: "DETAIL", cell: func(f admin.Finding) cell { return plain(f.Detail) }},
 	}
-	v := listVerb[admin.Finding]{columns: columns}
-	return v.write(c, all, several)
 }
 
 func findingNamespace(f admin.Finding) string {

@@ -22,12 +22,17 @@ func registerFlagCompletion(cmd *cobra.Command, flag string, fn cobra.Completion
 	}
 }
 
-func (c *cli) completeAgents(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-	names, err := c.runningAgents()
-	if err != nil {
-		return []string{allAgents}, cobra.ShellCompDirectiveDefault
+func (c *cli) completeAgents(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	var offers []string
+	ctx, cancel := completionContext(cmd)
+	defer cancel()
+	if f, err := c.fleet(); err == nil {
+		all, _ := f.agents(ctx) // a completion has nowhere to report to
+		for _, a := range all {
+			offers = append(offers, a.name)
+		}
 	}
-	return append(names, allAgents), cobra.ShellCompDirectiveDefault // or a path
+	return append(offers, allAgents), cobra.ShellCompDirectiveDefault // or a path
 }
 
 func (c *cli) completeNamespaces(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
@@ -61,18 +66,23 @@ func (c *cli) completeWhy(cmd *cobra.Command, args []string, typed string) ([]st
 	return offers, cobra.ShellCompDirectiveNoFileComp
 }
 
-// completionRows is empty when no agent answers: a completion has nowhere to report to.
-func completionRows[T any](cmd *cobra.Command, c *cli, fetch func(context.Context, agent) ([]T, error)) []T {
-	agents, err := c.anyAgents()
-	if err != nil {
-		return nil
-	}
+// completionContext bounds how long an answer is waited for.
+func completionContext(cmd *cobra.Command) (context.Context, context.CancelFunc) {
 	parent := cmd.Context()
 	if parent == nil {
 		parent = context.Background()
 	}
-	ctx, cancel := context.WithTimeout(parent, completionTimeout)
+	return context.WithTimeout(parent, completionTimeout)
+}
+
+// completionRows is empty when no agent answers.
+func completionRows[T any](cmd *cobra.Command, c *cli, fetch func(context.Context, agent) ([]T, error)) []T {
+	ctx, cancel := completionContext(cmd)
 	defer cancel()
+	agents, err := c.anyAgents(ctx)
+	if err != nil {
+		return nil
+	}
 	var all []T
 	for _, a := range ask(ctx, agents, fetch) {
 		all = append(all, a.value...)

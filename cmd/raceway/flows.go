@@ -30,7 +30,7 @@ says why it closed, failed or was denied, and by which policy. In JSON each reco
 		Args:              noArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			agents, err := c.agents()
+			agents, err := c.agents(cmd.Context())
 			if err != nil {
 				return err
 			}

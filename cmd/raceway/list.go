@@ -35,7 +35,7 @@ func newList[T any](c *cli, v listVerb[T]) *cobra.Command {
 }
 
 func (v *listVerb[T]) run(ctx context.Context, c *cli) error {
-	agents, err := c.agents()
+	agents, err := c.agents(ctx)
 	if err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ INFO+2. A restart brings back the level of the agent's --log-level flag.`,
 }
 
 func (c *cli) logLevel(ctx context.Context, change bool, level slog.Level) error {
-	agents, err := c.agents()
+	agents, err := c.agents(ctx)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/term"
 
+	"github.com/raceway-mesh/raceway/cmd/raceway/internal/kube"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 )
 
@@ -37,6 +38,8 @@ func main() {
 		socketDir: defaultSocketDir,
 		agentEnv:  os.Getenv(agentEnv),
 		color:     wantColor(os.Stdout),
+
+		kubeConfigured: kube.Configured,
 	}
 	code := c.run(ctx, os.Args[1:])
 	stop()
@@ -52,6 +55,8 @@ type cli struct {
 	agentEnv    string // the value of RACEWAY_AGENT
 	color       bool
 	flags       globalFlags
+
+	kubeConfigured func() bool // a kubeconfig names a cluster, or this is one of its pods
 }
 
 // run executes one command line and returns its exit code.

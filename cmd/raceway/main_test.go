@@ -31,6 +31,7 @@ func newTerminal(dir string) *terminal {
 	term.cli = &cli{
 		out: &term.stdout, errOut: &term.stderr,
 		now: func() time.Time { return now }, zone: time.UTC, socketDir: dir,
+		kubeConfigured: func() bool { return false },
 	}
 	return term
 }

@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"github.com/raceway-mesh/raceway/cmd/raceway/internal/kube"
 )
 
 // globalFlags are the flags of every verb.
@@ -13,15 +15,18 @@ type globalFlags struct {
 	output    format
 	namespace string
 	noHeaders bool
+	cluster   kube.Options
 }
 
 func newRoot(c *cli) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "raceway",
-		Short: "Look into the Raceway data plane of this node",
-		Long: `raceway asks the agents of this node what they capture, carry, allow and refuse, and why.
+		Short: "Look into the Raceway data plane of a cluster, or of this node",
+		Long: `raceway asks agents what they capture, carry, allow and refuse, and why.
 
-An agent answers on a unix socket in ` + defaultSocketDir + ` that root alone can open.
+Where an agent runs on this machine, it is asked on its unix socket in ` + defaultSocketDir + `,
+which root alone can open. Elsewhere the agents of the kubeconfig's cluster are, by a command
+that runs inside their pods (it needs the right to create pods/exec there).
 
 Exit codes: 0 done; 1 something is wrong (check, demo); 2 the command line, or a name on
 it, cannot be used; 3 no agent could be asked, or it could not answer.`,
@@ -50,6 +55,7 @@ it, cannot be used; 3 no agent could be asked, or it could not answer.`,
 	root.AddCommand(
 		newWorkloads(c), newServices(c), newPolicies(c), newCertificates(c), newConnections(c),
 		newFlows(c), newWhy(c), newCheck(c), newLogLevel(c), newDemo(c), newVersion(c),
+		newBugReport(c), newUninstall(c), newAdminPipe(c),
 	)
 	return root
 }
@@ -60,10 +66,13 @@ func (c *cli) addGlobalFlags(root *cobra.Command) {
 		c.flags.agents = strings.Split(c.agentEnv, ",")
 	}
 	f := root.PersistentFlags()
-	f.StringSliceVar(&c.flags.agents, "agent", c.flags.agents, "whom to ask: a node's name, a socket's path, or all; may be repeated (default: the only agent of this machine; env "+agentEnv+")")
+	f.StringSliceVar(&c.flags.agents, "agent", c.flags.agents, "whom to ask: a node's name, a socket's path, or all; may be repeated (default: the only agent of this machine, or all of the cluster; env "+agentEnv+")")
 	f.VarP(&c.flags.output, "output", "o", "table, wide, json or yaml")
 	f.StringVarP(&c.flags.namespace, "namespace", "n", "", "only this namespace")
 	f.BoolVar(&c.flags.noHeaders, "no-headers", false, "leave out the header line of tables")
+	f.StringVar(&c.flags.cluster.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster to ask, even where an agent runs on this machine")
+	f.StringVar(&c.flags.cluster.Context, "context", "", "its context (default: the current one)")
+	f.StringVar(&c.flags.cluster.Namespace, "system-namespace", kube.DefaultNamespace, "namespace in which Raceway is installed")
 	registerFlagCompletion(root, "agent", c.completeAgents)
 	registerFlagCompletion(root, "output", cobra.FixedCompletions(formatNames(), cobra.ShellCompDirectiveNoFileComp))
 	registerFlagCompletion(root, "namespace", c.completeNamespaces)

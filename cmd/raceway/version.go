@@ -53,7 +53,7 @@ func versionColumns() []column[versionRow] {
 }
 
 func (c *cli) agentVersions(ctx context.Context) ([]versionRow, error) {
-	agents, err := c.anyAgents()
+	agents, err := c.anyAgents(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -55,7 +55,7 @@ most.`,
 
 // askWhy prefers the answer of the source's own node.
 func (c *cli) askWhy(ctx context.Context, q admin.WhyQuery) (admin.Why, error) {
-	agents, err := c.anyAgents()
+	agents, err := c.anyAgents(ctx)
 	if err != nil {
 		return admin.Why{}, err
 	}

@@ -88,7 +88,7 @@ func TestClientGetsWhatTheBackendAnswers(t *testing.T) {
 
 func TestEmptyListIsNotNull(t *testing.T) {
 	c := start(t, &admintest.Backend{})
-	status, body := request(t, c.Socket(), http.MethodGet, "/v1/workloads", "")
+	status, body := request(t, c.Address(), http.MethodGet, "/v1/workloads", "")
 	if status != http.StatusOK || body != "[]\n" {
 		t.Errorf("GET /v1/workloads = %d %q, want 200 []", status, body)
 	}
@@ -154,7 +154,7 @@ func TestBadRequestsAreAnsweredWithAReason(t *testing.T) {
 		{"large body", "PUT", "/v1/log-level", strings.Repeat("x", 5000), 413, "larger than"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			status, body := request(t, c.Socket(), test.method, test.path, test.body)
+			status, body := request(t, c.Address(), test.method, test.path, test.body)
 			if status != test.status || !strings.HasPrefix(body, `{"error":"`) || !strings.Contains(body, test.says) {
 				t.Errorf("%s %s = %d %s, want %d with %q", test.method, test.path, status, body, test.status, test.says)
 			}
@@ -187,7 +187,7 @@ func TestErrorKeepsItsStatusAndCandidates(t *testing.T) {
 
 func TestPprofAnswers(t *testing.T) {
 	c := start(t, &admintest.Backend{})
-	if status, body := request(t, c.Socket(), "GET", "/debug/pprof/goroutine?debug=1", ""); status != 200 || !strings.Contains(body, "goroutine profile") {
+	if status, body := request(t, c.Address(), "GET", "/debug/pprof/goroutine?debug=1", ""); status != 200 || !strings.Contains(body, "goroutine profile") {
 		t.Errorf("GET /debug/pprof/goroutine = %d %.80s", status, body)
 	}
 }

@@ -20,28 +20,37 @@ import (
 // dialTimeout is short: the agent is on this machine.
 const dialTimeout = 2 * time.Second
 
-// Client asks the agent behind a unix socket. It is safe for concurrent use.
+// Client asks one agent. It is safe for concurrent use.
 type Client struct {
-	socket string
-	http   *http.Client
+	address string // the socket's path, or what a dialer's agent is called
+	local   bool   // it is a socket's path
+	http    *http.Client
 }
 
 var _ Backend = (*Client)(nil)
 
-// NewClient connects with the first call. Close releases idle connections.
+// NewClient asks the agent behind a unix socket of this machine. It connects with the first
+// call; Close releases idle connections.
 func NewClient(socket string) *Client {
 	dialer := &net.Dialer{Timeout: dialTimeout}
-	transport := &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "unix", socket)
-		},
-		ResponseHeaderTimeout: answerTimeout + writeTimeout,
-	}
-	return &Client{socket: socket, http: &http.Client{Transport: transport}}
+	c := NewDialingClient(socket, func(ctx context.Context) (net.Conn, error) {
+		return dialer.DialContext(ctx, "unix", socket)
+	})
+	c.local = true
+	return c
 }
 
-// Socket is the path that it was made with.
-func (c *Client) Socket() string { return c.socket }
+// NewDialingClient asks the agent that dial leads to; address is what errors call it.
+func NewDialingClient(address string, dial func(context.Context) (net.Conn, error)) *Client {
+	transport := &http.Transport{
+		DialContext:           func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+		ResponseHeaderTimeout: answerTimeout + writeTimeout,
+	}
+	return &Client{address: address, http: &http.Client{Transport: transport}}
+}
+
+// Address is what it was made with.
+func (c *Client) Address() string { return c.address }
 
 // Close releases idle connections; the client stays usable.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
@@ -178,20 +187,20 @@ func (c *Client) do(ctx context.Context, method, path string, params url.Values,
 // explain gives a failed exchange the reason that an operator can act on.
 func (c *Client) explain(err error) error {
 	var op *net.OpError
-	if !errors.As(err, &op) || op.Op != "dial" {
+	if !c.local || !errors.As(err, &op) || op.Op != "dial" {
 		var wrapped *url.Error
 		if errors.As(err, &wrapped) {
 			err = wrapped.Err // without the URL, which names a host that does not exist
 		}
-		return fmt.Errorf("ask the agent at %s: %w", c.socket, err)
+		return fmt.Errorf("ask the agent at %s: %w", c.address, err)
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("no agent socket at %s: is raceway-agent running on this node? (%w)", c.socket, op.Err)
+		return fmt.Errorf("no agent socket at %s: is raceway-agent running on this node? (%w)", c.address, op.Err)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("nobody listens at %s: raceway-agent is not running any more (%w)", c.socket, op.Err)
+		return fmt.Errorf("nobody listens at %s: raceway-agent is not running any more (%w)", c.address, op.Err)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("open %s: %w: run this as root", c.socket, fs.ErrPermission)
+		return fmt.Errorf("open %s: %w: run this as root", c.address, fs.ErrPermission)
 	}
-	return fmt.Errorf("connect to %s: %w", c.socket, op.Err)
+	return fmt.Errorf("connect to %s: %w", c.address, op.Err)
 }

@@ -77,7 +77,7 @@ func (b *countingBackend) Flows(ctx context.Context, follow bool, emit func(admi
 func TestStreamEndsWithItsClient(t *testing.T) {
 	b := &countingBackend{&admintest.Backend{}, make(chan struct{}, 1), make(chan struct{}, 1)}
 	c := start(t, b)
-	conn, err := net.Dial("unix", c.Socket())
+	conn, err := net.Dial("unix", c.Address())
 	if err != nil {
 		t.Fatal(err)
 	}

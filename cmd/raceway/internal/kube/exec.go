@@ -1,0 +1,102 @@
+package kube
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/remotecommand"
+)
+
+// PipeVerb is the verb of raceway that joins its standard input and output to the admin
+// socket of the agent beside it.
+const PipeVerb = "admin-pipe"
+
+// Dial connects to the admin API of an agent, through a command that runs inside its pod. The
+// connection ends with ctx.
+func (c *Cluster) Dial(ctx context.Context, a Agent) (net.Conn, error) {
+	if a.Trouble != "" {
+		return nil, fmt.Errorf("pod %s/%s does not run: %s", c.Namespace, a.Pod, a.Trouble)
+	}
+	executor, err := c.executor(a.Pod, "raceway", PipeVerb)
+	if err != nil {
+		return nil, err
+	}
+	near, far := net.Pipe()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	conn := &execConn{Conn: near, cancel: cancel, pod: c.Namespace + "/" + a.Pod, ended: make(chan struct{})}
+	go func() {
+		var complaint bytes.Buffer
+		err := executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: far, Stdout: far, Stderr: &complaint})
+		conn.end(err, complaint.String())
+		_ = far.Close() // a pipe's end always closes
+	}()
+	return conn, nil
+}
+
+// executor prefers a WebSocket (Kubernetes 1.31 and later take it) to SPDY, as kubectl does.
+func (c *Cluster) executor(pod string, command ...string) (remotecommand.Executor, error) {
+	request := c.client.CoreV1().RESTClient().Post().Namespace(c.Namespace).Resource("pods").Name(pod).SubResource("exec").
+		VersionedParams(&corev1.PodExecOptions{
+			Container: agentContainer, Command: command, Stdin: true, Stdout: true, Stderr: true,
+		}, scheme.ParameterCodec)
+	spdy, err := remotecommand.NewSPDYExecutor(c.config, "POST", request.URL())
+	if err != nil {
+		return nil, fmt.Errorf("exec in pod %s/%s: %w", c.Namespace, pod, err)
+	}
+	socket, err := remotecommand.NewWebSocketExecutor(c.config, "GET", request.URL().String())
+	if err != nil {
+		return nil, fmt.Errorf("exec in pod %s/%s: %w", c.Namespace, pod, err)
+	}
+	return remotecommand.NewFallbackExecutor(socket, spdy, func(err error) bool {
+		return httpstream.IsUpgradeFailure(err) || httpstream.IsHTTPSProxyError(err)
+	})
+}
+
+// execConn is the near end of a command's standard input and output.
+type execConn struct {
+	net.Conn
+	cancel context.CancelFunc
+	pod    string
+	ended  chan struct{}
+	err    error // why the command ended, once ended is closed
+}
+
+func (c *execConn) end(err error, complaint string) {
+	if complaint = strings.TrimSpace(complaint); complaint != "" {
+		err = errors.New(complaint)
+	}
+	if err != nil {
+		c.err = fmt.Errorf("exec in pod %s: %w", c.pod, err)
+	}
+	close(c.ended)
+}
+
+// Read says why the command ended, rather than that it did.
+func (c *execConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == nil {
+		return n, nil
+	}
+	select {
+	case <-c.ended:
+		if c.err != nil {
+			return n, c.err
+		}
+	default:
+	}
+	return n, err
+}
+
+// Close ends the command.
+func (c *execConn) Close() error {
+	err := c.Conn.Close()
+	c.cancel()
+	return err
+}
