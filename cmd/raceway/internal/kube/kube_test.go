@@ -100,7 +100,8 @@ func TestAgentsAreOneForEachNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []Agent{
-		{Node: "n1", Pod: "new"}, {Node: "n2", Pod: "works"},
+		{Node: "n1", Pod: "new"},
+		{Node: "n2", Pod: "works"},
 		{Node: "n3", Pod: "broken", Trouble: "CrashLoopBackOff: back-off 5m0s"},
 	}
 	if !slices.Equal(got, want) {

@@ -23,30 +23,30 @@ type kind struct {
 
 // installedKinds are in the order in which they go: first those that run, then what they need.
 func installedKinds() []kind {
-	namespaced := func(group, version, resource string) kind {
-		return kind{schema.GroupVersionResource{Group: group, Version: version, Resource: resource}, true}
+	namespaced := func(group, resource string) kind {
+		return kind{schema.GroupVersionResource{Group: group, Version: "v1", Resource: resource}, true}
 	}
 	clusterWide := func(group, resource string) kind {
 		return kind{schema.GroupVersionResource{Group: group, Version: "v1", Resource: resource}, false}
 	}
 	return []kind{
-		namespaced("apps", "v1", "daemonsets"),
-		namespaced("apps", "v1", "deployments"),
-		namespaced("batch", "v1", "jobs"),
-		namespaced("policy", "v1", "poddisruptionbudgets"),
-		namespaced("monitoring.coreos.com", "v1", "podmonitors"),
-		namespaced("monitoring.coreos.com", "v1", "prometheusrules"),
-		namespaced("networking.k8s.io", "v1", "networkpolicies"),
-		namespaced("", "v1", "services"),
+		namespaced("apps", "daemonsets"),
+		namespaced("apps", "deployments"),
+		namespaced("batch", "jobs"),
+		namespaced("policy", "poddisruptionbudgets"),
+		namespaced("monitoring.coreos.com", "podmonitors"),
+		namespaced("monitoring.coreos.com", "prometheusrules"),
+		namespaced("networking.k8s.io", "networkpolicies"),
+		namespaced("", "services"),
 		clusterWide("admissionregistration.k8s.io", "validatingadmissionpolicybindings"),
 		clusterWide("admissionregistration.k8s.io", "validatingadmissionpolicies"),
 		clusterWide("rbac.authorization.k8s.io", "clusterrolebindings"),
 		clusterWide("rbac.authorization.k8s.io", "clusterroles"),
-		namespaced("rbac.authorization.k8s.io", "v1", "rolebindings"),
-		namespaced("rbac.authorization.k8s.io", "v1", "roles"),
-		namespaced("", "v1", "serviceaccounts"),
-		namespaced("", "v1", "configmaps"),
-		namespaced("coordination.k8s.io", "v1", "leases"),
+		namespaced("rbac.authorization.k8s.io", "rolebindings"),
+		namespaced("rbac.authorization.k8s.io", "roles"),
+		namespaced("", "serviceaccounts"),
+		namespaced("", "configmaps"),
+		namespaced("coordination.k8s.io", "leases"),
 	}
 }
 
