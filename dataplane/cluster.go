@@ -100,8 +100,9 @@ const (
 
 // ServicePort is one TCP port of a service.
 type ServicePort struct {
-	Name string
-	Port uint16
+	Name     string
+	Port     uint16
+	NodePort uint16 // on every node's addresses, 0 for none
 }
 
 // Endpoint is one address behind a service.
@@ -124,6 +125,8 @@ type Service struct {
 	Ports           []ServicePort
 	Selector        map[string]string
 	InternalTraffic TrafficPolicy
+	ExternalTraffic TrafficPolicy // of node ports
+	SessionAffinity bool          // ClientIP: a client keeps to one endpoint
 	Distribution    TrafficDistribution
 	PublishNotReady bool
 	Endpoints       []Endpoint

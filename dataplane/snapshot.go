@@ -37,6 +37,8 @@ type Snapshot struct {
 	byAddr     map[netip.Addr]*Workload
 	services   map[Name]*Service
 	byVIP      map[netip.Addr]*Service
+	nodeByAddr map[netip.Addr]*Node
+	byNodePort map[uint16]*Service
 }
 
 // NewSnapshot indexes c and derives what depends on more than one object: each workload's
@@ -50,6 +52,8 @@ func NewSnapshot(c Contents) *Snapshot {
 		byAddr:     make(map[netip.Addr]*Workload, len(c.Workloads)),
 		services:   make(map[Name]*Service, len(c.Services)),
 		byVIP:      make(map[netip.Addr]*Service, len(c.Services)),
+		nodeByAddr: make(map[netip.Addr]*Node, len(c.Nodes)),
+		byNodePort: make(map[uint16]*Service),
 	}
 	slices.SortFunc(c.Workloads, func(a, b Workload) int {
 		return cmp.Or(cmp.Compare(a.Name.Namespace, b.Name.Namespace), cmp.Compare(a.Name.Name, b.Name.Name), cmp.Compare(a.UID, b.UID))
@@ -62,6 +66,9 @@ func NewSnapshot(c Contents) *Snapshot {
 	}
 	for i := range c.Nodes {
 		s.nodes[c.Nodes[i].Name] = &c.Nodes[i]
+		for _, a := range c.Nodes[i].Addrs {
+			s.nodeByAddr[a] = &c.Nodes[i]
+		}
 	}
 	for i := range c.Workloads {
 		w := &c.Workloads[i]
@@ -79,6 +86,11 @@ func NewSnapshot(c Contents) *Snapshot {
 		for _, a := range svc.Addrs {
 			if s.byVIP[a] == nil {
 				s.byVIP[a] = svc
+			}
+		}
+		for _, p := range svc.Ports {
+			if p.NodePort != 0 && s.byNodePort[p.NodePort] == nil {
+				s.byNodePort[p.NodePort] = svc
 			}
 		}
 	}
@@ -136,6 +148,19 @@ func (s *Snapshot) Namespace(name string) *Namespace { return s.namespaces[name]
 
 // Node returns nil when there is none of that name.
 func (s *Snapshot) Node(name string) *Node { return s.nodes[name] }
+
+// NodeAt returns the node with that address, or nil.
+func (s *Snapshot) NodeAt(a netip.Addr) *Node { return s.nodeByAddr[a] }
+
+// ServiceAtNodePort returns the service that has that port on every node, and the port, or nil.
+func (s *Snapshot) ServiceAtNodePort(number uint16) (*Service, ServicePort) {
+	svc := s.byNodePort[number]
+	if svc == nil {
+		return nil, ServicePort{}
+	}
+	at := slices.IndexFunc(svc.Ports, func(p ServicePort) bool { return p.NodePort == number })
+	return svc, svc.Ports[at]
+}
 
 // Workload returns nil when no pod has that UID.
 func (s *Snapshot) Workload(uid string) *Workload { return s.byUID[uid] }

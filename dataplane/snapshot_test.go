@@ -174,14 +174,14 @@ func TestServiceAddressClaimedTwiceBelongsToTheFirstByName(t *testing.T) {
 func TestLookups(t *testing.T) {
 	s := NewSnapshot(Contents{
 		Namespaces: []Namespace{{Name: "shop"}},
-		Nodes: []Node{{Name: "n1", PodCIDRs: []netip.Prefix{
+		Nodes: []Node{{Name: "n1", Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, PodCIDRs: []netip.Prefix{
 			netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd00:1::/64"),
 		}}},
 		Workloads: []Workload{
 			{UID: "1", Name: Name{"shop", "web"}},
 			{UID: "2", Name: Name{"lab", "web"}},
 		},
-		Services: []Service{{Name: Name{"shop", "db"}, Ports: []ServicePort{{"sql", 3306}}}},
+		Services: []Service{{Name: Name{"shop", "db"}, Ports: []ServicePort{{Name: "sql", Port: 3306, NodePort: 30306}}}},
 	})
 	if s.Namespace("shop") == nil || s.Namespace("lab") != nil {
 		t.Error("namespaces are mixed up")
@@ -200,6 +200,15 @@ func TestLookups(t *testing.T) {
 	}
 	if p, ok := s.Service(Name{"shop", "db"}).Port(3306); !ok || p.Name != "sql" {
 		t.Errorf("port 3306 = %+v, %v", p, ok)
+	}
+	if n := s.NodeAt(netip.MustParseAddr("192.0.2.1")); n == nil || n.Name != "n1" || s.NodeAt(netip.MustParseAddr("192.0.2.2")) != nil {
+		t.Errorf("node at 192.0.2.1 = %+v", n)
+	}
+	if svc, p := s.ServiceAtNodePort(30306); svc == nil || svc.Name.Name != "db" || p.Port != 3306 {
+		t.Errorf("service at node port 30306 = %+v %+v", svc, p)
+	}
+	if svc, _ := s.ServiceAtNodePort(0); svc != nil {
+		t.Errorf("a service without a node port is found at 0: %+v", svc)
 	}
 	if _, ok := s.Service(Name{"shop", "db"}).Port(80); ok {
 		t.Error("found port 80")
@@ -228,6 +237,51 @@ func TestCaptureStateIsAWord(t *testing.T) {
 	} {
 		if got, err := state.MarshalText(); err != nil || string(got) != want {
 			t.Errorf("state %d = %s, %v, want %s", int(state), got, err, want)
+		}
+	}
+}
+
+func TestLabelsEnrol(t *testing.T) {
+	const istio = "istio.io/dataplane-mode"
+	set := func(pairs ...string) map[string]string {
+		labels := make(map[string]string)
+		for i := 0; i < len(pairs); i += 2 {
+			labels[pairs[i]] = pairs[i+1]
+		}
+		return labels
+	}
+	for _, test := range []struct {
+		name           string
+		pod, namespace map[string]string
+		others         []string
+		want           bool
+	}{
+		{name: "none"},
+		{name: "namespace", namespace: set(ModeLabel, ModeAmbient), want: true},
+		{name: "pod opts out", pod: set(ModeLabel, ModeNone), namespace: set(ModeLabel, ModeAmbient)},
+		{name: "pod alone", pod: set(ModeLabel, ModeAmbient), want: true},
+		{name: "a word that is none", pod: set(ModeLabel, "yes"), namespace: set(ModeLabel, ModeAmbient)},
+		{name: "another label that nobody named", namespace: set(istio, ModeAmbient)},
+		{name: "another label", namespace: set(istio, ModeAmbient), others: []string{istio}, want: true},
+		{name: "ours first", namespace: set(istio, ModeAmbient, ModeLabel, ModeNone), others: []string{istio}},
+		{name: "the pod before its namespace", pod: set(istio, ModeNone), namespace: set(ModeLabel, ModeAmbient), others: []string{istio}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if got := WantsEnrolment(test.pod, test.namespace, test.others...); got != test.want {
+				t.Errorf("got %t", got)
+			}
+		})
+	}
+}
+
+func TestReleasedMeshEnrolsNobody(t *testing.T) {
+	for _, released := range []bool{false, true} {
+		s := NewSnapshot(Contents{
+			Released: released, Namespaces: []Namespace{{Name: "shop", Labels: map[string]string{ModeLabel: ModeAmbient}}},
+			Workloads: []Workload{{UID: "1", Name: Name{"shop", "web"}, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Phase: PodRunning}},
+		})
+		if s.Workload("1").Enrolled == released {
+			t.Errorf("released %t: enrolled %t", released, !released)
 		}
 	}
 }

@@ -1,7 +1,8 @@
 // Package route decides where an enrolled pod's connection goes: (snapshot, flow) ->
 // Decision. It is pure: no clock, no I/O, and the only chance in it is the caller's.
 //
-//	              ┌ cluster IP ─ port known? ─ endpoints ─ pick one ─┐
+//	              ┌ node port of a node ──┐
+//	              ├ cluster IP ─ port known? ─ endpoints ─ pick one ─┐
 //	destination ──┤                                                  ├─► workload ─┬ captured     ─► Tunnel
 //	              ├ pod IP ──────────────────────────────────────────┘             └ not captured ─► Passthrough
 //	              ├ pod range, nobody known there ─► Wait
@@ -90,7 +91,16 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 		return Decision{Action: Wait, Target: f.Dst, Reason: "the state of the cluster is not known yet"}
 	}
 	if svc := s.ServiceAt(f.Dst.Addr()); svc != nil {
-		return decideService(s, f, svc, pick)
+		port, ok := svc.Port(f.Dst.Port())
+		if !ok {
+			return Decision{Service: svc, Reason: fmt.Sprintf("service %s has no TCP port %d", svc.Name, f.Dst.Port())}
+		}
+		return decideService(s, f, svc, port, locality{svc.InternalTraffic, "internalTrafficPolicy", f.Node}, pick)
+	}
+	if node := s.NodeAt(f.Dst.Addr()); node != nil {
+		if svc, port := s.ServiceAtNodePort(f.Dst.Port()); svc != nil {
+			return decideService(s, f, svc, port, locality{svc.ExternalTraffic, "externalTrafficPolicy", node.Name}, pick)
+		}
 	}
 	if f.tried(f.Dst) {
 		return Decision{Target: f.Dst, Workload: s.WorkloadAt(f.Dst.Addr()), Reason: fmt.Sprintf("%s was tried and there is no other address to try", f.Dst)}
@@ -101,16 +111,12 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 	return decideAddress(s, f.Dst)
 }
 
-func decideService(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, pick func(int) int) Decision {
-	port, ok := svc.Port(f.Dst.Port())
-	if !ok {
-		return Decision{Service: svc, Reason: fmt.Sprintf("service %s has no TCP port %d", svc.Name, f.Dst.Port())}
-	}
-	choices, why := candidates(s, f, svc, port)
+func decideService(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort, where locality, pick func(int) int) Decision {
+	choices, why := candidates(s, f, svc, port, where)
 	if len(choices) == 0 {
 		return Decision{Service: svc, Reason: why}
 	}
-	chosen := choices[pick(len(choices))]
+	chosen := choose(f, svc, choices, pick)
 	d := chosen.decide(s, f)
 	d.Service = svc
 	d.Reason = fmt.Sprintf("service %s chose %s: %s", svc.Name, chosen.target, d.Reason)
@@ -145,7 +151,7 @@ func decideWorkload(f Flow, w *dataplane.Workload, target netip.AddrPort) Decisi
 // decideAddress is for a target that is neither a service's nor a pod's.
 func decideAddress(s *dataplane.Snapshot, target netip.AddrPort) Decision {
 	d := Decision{Action: Passthrough, Target: target}
-	if node := nodeAt(s, target.Addr()); node != nil {
+	if node := s.NodeAt(target.Addr()); node != nil {
 		d.Reason = fmt.Sprintf("%s is an address of node %s", target.Addr(), node.Name)
 		return d
 	}
@@ -156,16 +162,6 @@ func decideAddress(s *dataplane.Snapshot, target netip.AddrPort) Decision {
 	}
 	d.Reason = fmt.Sprintf("%s is outside the cluster", target.Addr())
 	return d
-}
-
-func nodeAt(s *dataplane.Snapshot, a netip.Addr) *dataplane.Node {
-	nodes := s.Nodes()
-	for i := range nodes {
-		if slices.Contains(nodes[i].Addrs, a) {
-			return &nodes[i]
-		}
-	}
-	return nil
 }
 
 func (f Flow) tried(target netip.AddrPort) bool { return slices.Contains(f.Exclude, target) }

@@ -264,6 +264,14 @@ func TestDestination(t *testing.T) {
 		}, block: vipBlock, host: 1, port: 80, want: Passthrough, reason: "node's own network"},
 		{name: "node", block: nodeBlock, host: 2, port: 10250, want: Passthrough, reason: "address of node n2"},
 		{name: "node inside a pod range", world: func(c *dataplane.Contents, f ipFamily) { c.Nodes[0].Addrs = []netip.Addr{f.pod(200)} }, block: podBlock, host: 200, port: 10250, want: Passthrough, reason: "address of node n1"},
+		{name: "node port", world: nodePort(""), block: nodeBlock, host: 2, port: 30080, want: Tunnel, reason: "service shop/web chose"},
+		{name: "node port of nobody", world: nodePort(""), block: nodeBlock, host: 2, port: 30081, want: Passthrough, reason: "address of node n2"},
+		{name: "node port of an address that is no node's", world: nodePort(""), block: outsideBlock, host: 9, port: 30080, want: Passthrough, reason: "outside the cluster"},
+		{name: "node port of a node without an endpoint, Local", world: func(c *dataplane.Contents, f ipFamily) {
+			nodePort(dataplane.TrafficLocal)(c, f)
+			c.Services[0].Endpoints = c.Services[0].Endpoints[:1]
+		}, block: nodeBlock, host: 2, port: 30080, want: Refuse, reason: `no endpoint on node "n2", and its externalTrafficPolicy is Local`},
+		{name: "node port of a node with an endpoint, Local", world: nodePort(dataplane.TrafficLocal), block: nodeBlock, host: 2, port: 30080, want: Tunnel, reason: "shop/web-2 is captured"},
 		{name: "outside", block: outsideBlock, host: 9, port: 443, want: Passthrough, reason: "outside the cluster"},
 	}
 	for _, tc := range cases {
@@ -285,11 +293,60 @@ func TestDestination(t *testing.T) {
 				if tc.want == Tunnel && d.Workload == nil {
 					t.Error("a tunnel to no workload")
 				}
-				if tc.block != vipBlock && d.Target != dst {
+				if d.Service == nil && d.Target != dst {
 					t.Errorf("target is %v, want %v", d.Target, dst)
 				}
 			})
 		}
+	}
+}
+
+// nodePort gives the service a port on every node.
+func nodePort(policy dataplane.TrafficPolicy) func(*dataplane.Contents, ipFamily) {
+	return func(c *dataplane.Contents, _ ipFamily) {
+		c.Services[0].Ports[0].NodePort, c.Services[0].ExternalTraffic = 30080, policy
+	}
+}
+
+func TestClientsWithAffinityKeepToOneEndpoint(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			contents := world(f)
+			contents.Services[0].SessionAffinity = true
+			s := dataplane.NewSnapshot(contents)
+			never := func(int) int { t.Fatal("the choice was left to chance"); return 0 }
+			clients := make(map[netip.AddrPort]int) // by the endpoint that they got
+			for host := range 300 {
+				client := &dataplane.Workload{Addrs: []netip.Addr{f.addr(outsideBlock, 1+host%250), f.addr(5+host/250, 1)}}
+				flow := Flow{Source: client, Node: "n1", Dst: netip.AddrPortFrom(f.addr(vipBlock, 1), 80)}
+				first := Decide(s, flow, never)
+				if again := Decide(s, flow, never); again.Target != first.Target {
+					t.Fatalf("a client got %v, then %v", first.Target, again.Target)
+				}
+				clients[first.Target]++
+				flow.Exclude = []netip.AddrPort{first.Target}
+				if other := Decide(s, flow, never); other.Target == first.Target || other.Action != Tunnel {
+					t.Fatalf("after %v failed: %v %v", first.Target, other.Action, other.Target)
+				}
+			}
+			if len(clients) != 3 {
+				t.Fatalf("clients went to %d of 3 endpoints", len(clients))
+			}
+			for target, n := range clients {
+				if n < 50 {
+					t.Errorf("%v got %d of 300 clients", target, n)
+				}
+			}
+		})
+	}
+}
+
+func TestAffinityOfAnUnknownClientIsLeftToChance(t *testing.T) {
+	contents := world(families[0])
+	contents.Services[0].SessionAffinity = true
+	d := Decide(dataplane.NewSnapshot(contents), Flow{Dst: netip.AddrPortFrom(families[0].addr(vipBlock, 1), 80)}, func(n int) int { return n - 1 })
+	if d.Action != Tunnel {
+		t.Errorf("%+v", d)
 	}
 }
 

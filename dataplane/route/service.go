@@ -1,6 +1,9 @@
 package route
 
 import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -27,11 +30,22 @@ func (c candidate) decide(s *dataplane.Snapshot, f Flow) Decision {
 	return decideAddress(s, c.target)
 }
 
+// locality is the traffic policy that a flow comes under, what it is called, and the node
+// that counts when it is Local: the source's for a cluster IP, that of the address for a
+// node port.
+type locality struct {
+	policy dataplane.TrafficPolicy
+	name   string
+	node   string
+}
+
+func (l locality) local() bool { return l.policy == dataplane.TrafficLocal }
+
 // candidates are the endpoints to choose from, or why there are none. The order of the
 // steps is kube-proxy's: who may serve at all (ready, else serving while it terminates),
-// restricted by internalTrafficPolicy, then preferred by trafficDistribution, which never
+// restricted by the traffic policy, then preferred by trafficDistribution, which never
 // leaves a flow without an endpoint.
-func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort) ([]candidate, string) {
+func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort, where locality) ([]candidate, string) {
 	if len(svc.Endpoints) == 0 {
 		return nil, fmt.Sprintf("service %s has no endpoints", svc.Name)
 	}
@@ -39,33 +53,65 @@ func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port data
 	if len(reachable) == 0 {
 		return nil, fmt.Sprintf("service %s has no %s endpoint for port %d", svc.Name, family(f.Dst.Addr()), port.Port)
 	}
-	local := svc.InternalTraffic == dataplane.TrafficLocal
-	if local {
-		reachable = keep(reachable, func(c candidate) bool { return f.Node != "" && c.endpoint.Node == f.Node })
+	restriction := ""
+	if where.local() {
+		restriction = fmt.Sprintf(" on node %q, and its %s is Local", where.node, where.name)
+		reachable = keep(reachable, func(c candidate) bool { return where.node != "" && c.endpoint.Node == where.node })
 		if len(reachable) == 0 {
-			return nil, fmt.Sprintf("service %s has no endpoint on node %q, and its internalTrafficPolicy is Local", svc.Name, f.Node)
+			return nil, fmt.Sprintf("service %s has no endpoint%s", svc.Name, restriction)
 		}
 	}
 	able := serving(svc, reachable)
 	if len(able) == 0 {
-		where := ""
-		if local {
-			where = fmt.Sprintf(" on node %q, and its internalTrafficPolicy is Local", f.Node)
-		}
-		return nil, fmt.Sprintf("service %s has no ready endpoint%s", svc.Name, where)
+		return nil, fmt.Sprintf("service %s has no ready endpoint%s", svc.Name, restriction)
 	}
 	untried := keep(able, func(c candidate) bool { return !f.tried(c.target) })
 	if len(untried) == 0 {
 		return nil, fmt.Sprintf("every endpoint of service %s was tried", svc.Name)
 	}
 	preferred := untried
-	if !local {
+	if !where.local() {
 		preferred = prefer(s, f, svc.Distribution, untried)
 	}
 	for i := range preferred {
 		preferred[i].alternates = len(untried) - 1
 	}
 	return preferred, ""
+}
+
+// choose is left to pick, unless the service wants its clients to keep to one endpoint. Then
+// it is the endpoint that weighs most with the client's address (rendezvous hashing): agents
+// agree on it without a word, and a client moves only when its endpoint goes.
+func choose(f Flow, svc *dataplane.Service, choices []candidate, pick func(int) int) candidate {
+	client, known := f.client()
+	if !svc.SessionAffinity || !known {
+		return choices[pick(len(choices))]
+	}
+	return slices.MaxFunc(choices, func(a, b candidate) int {
+		return cmp.Or(cmp.Compare(weight(client, a.target), weight(client, b.target)), a.target.Compare(b.target))
+	})
+}
+
+// client is the source's address of the flow's family.
+func (f Flow) client() (netip.Addr, bool) {
+	if f.Source == nil {
+		return netip.Addr{}, false
+	}
+	at := slices.IndexFunc(f.Source.Addrs, func(a netip.Addr) bool { return a.Is4() == f.Dst.Addr().Is4() })
+	if at < 0 {
+		return netip.Addr{}, false
+	}
+	return f.Source.Addrs[at], true
+}
+
+func weight(client netip.Addr, target netip.AddrPort) uint64 {
+	var pair [16 + 16 + 2]byte
+	from, to := client.As16(), target.Addr().As16()
+	copy(pair[:], from[:])
+	copy(pair[16:], to[:])
+	binary.BigEndian.PutUint16(pair[32:], target.Port())
+	sum := sha256.Sum256(pair[:]) // every agent's weights are the same, and even
+	return binary.BigEndian.Uint64(sum[:])
 }
 
 // addressable keeps the endpoints of the flow's family that have the port.
