@@ -170,6 +170,32 @@ func (s *Space) Join(name string, peer *Space, peerName string) error {
 	return errors.Join(s.Up(name), peer.Up(peerName))
 }
 
+// AddBridge makes a bridge that is up.
+func (s *Space) AddBridge(name string) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	if err := s.nl.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+		return fmt.Errorf("add bridge %s in %s: %w", name, s.Name, err)
+	}
+	return s.Up(name)
+}
+
+// Plug makes a link a port of a bridge.
+func (s *Space) Plug(link, bridge string) error {
+	port, err := s.link(link)
+	if err != nil {
+		return err
+	}
+	master, err := s.link(bridge)
+	if err != nil {
+		return err
+	}
+	if err := s.nl.LinkSetMaster(port, master); err != nil {
+		return fmt.Errorf("plug %s into %s in %s: %w", link, bridge, s.Name, err)
+	}
+	return nil
+}
+
 // AddAddr needs no duplicate address detection: there is nobody to duplicate.
 func (s *Space) AddAddr(link string, p netip.Prefix) error {
 	l, err := s.link(link)
