@@ -53,17 +53,25 @@ func (l ledger) load() (map[string]*record, error) {
 		return nil, err
 	}
 	for _, path := range paths {
-		data, err := os.ReadFile(path)
+		r, err := readRecord(path)
 		if err != nil {
 			return nil, err
-		}
-		r := new(record)
-		if err := json.Unmarshal(data, r); err != nil {
-			return nil, fmt.Errorf("pod record %s (delete it to forget the pod): %w", path, err)
 		}
 		records[r.UID] = r
 	}
 	return records, nil
+}
+
+func readRecord(path string) (*record, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	r := new(record)
+	if err := json.Unmarshal(data, r); err != nil {
+		return nil, fmt.Errorf("pod record %s (delete it to forget the pod): %w", path, err)
+	}
+	return r, nil
 }
 
 // save replaces the record's file in one step.
