@@ -54,6 +54,7 @@ type Workload struct {
 	Network        string // topology.istio.io/network; "" is the local one
 	Cluster        string
 	NetNS          string // path of the network namespace; only its own node can use it
+	StaticHash     string // of a static pod: the UID that its kubelet knows it by
 	// Starting says that its network is being set up and nothing runs in it yet, so that
 	// it can be captured without a pause. Only its own node knows.
 	Starting bool

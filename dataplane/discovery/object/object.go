@@ -102,6 +102,12 @@ func (s *Set) Delete(k Key) bool {
 	return ok
 }
 
+// Get returns the object of that key.
+func (s *Set) Get(k Key) (Object, bool) {
+	value, ok := s.objects[k]
+	return Object{Key: k, value: value}, ok
+}
+
 // Keys lists the keys of all objects in order.
 func (s *Set) Keys() []Key {
 	return slices.SortedFunc(maps.Keys(s.objects), Key.Compare)
@@ -141,6 +147,18 @@ func (s *Set) Contents(mesh Mesh) (dataplane.Contents, []Conflict) {
 		}
 	}
 	return c, v.conflicts
+}
+
+// Workload returns the pod, and whether o is one. What depends on other objects is not set.
+func (o Object) Workload() (dataplane.Workload, bool) {
+	p, ok := o.value.(pod)
+	return p.Workload, ok
+}
+
+// Namespace returns the namespace, and whether o is one.
+func (o Object) Namespace() (dataplane.Namespace, bool) {
+	n, ok := o.value.(dataplane.Namespace)
+	return n, ok
 }
 
 // Invalid says why a policy could not be read as written, "" when it could.

@@ -18,6 +18,9 @@ const networkLabel = "topology.istio.io/network"
 // podTemplateHashLabel is what a Deployment appends to its ReplicaSets' names.
 const podTemplateHashLabel = "pod-template-hash"
 
+// staticHashAnnotation is what a kubelet writes on the mirror of a static pod.
+const staticHashAnnotation = "kubernetes.io/config.hash"
+
 // cronJobRun matches the name of a CronJob's Job: its own and the minutes since 1970 (older
 // releases: the seconds).
 var cronJobRun = regexp.MustCompile(`^(.+)-\d{8,10}$`)
@@ -49,6 +52,7 @@ func FromPod(in *corev1.Pod) (Object, error) {
 			Terminating:    in.DeletionTimestamp != nil,
 			Network:        in.Labels[networkLabel],
 			NetNS:          in.Annotations[dataplane.NetNSAnnotation],
+			StaticHash:     staticHash(in),
 		},
 		ports: namedPorts(&in.Spec),
 	}
@@ -69,6 +73,16 @@ func FromPod(in *corev1.Pod) (Object, error) {
 		return Object{}, err
 	}
 	return Object{Key: Key{Kind: KindPod, Name: name}, value: out}, nil
+}
+
+// staticHash is the UID of a static pod on its node, where the API server knows but its
+// mirror. Whoever may annotate a pod can claim one: it is a place to look, no proof.
+func staticHash(in *corev1.Pod) string {
+	hash := in.Annotations[staticHashAnnotation]
+	if in.Annotations[corev1.MirrorPodAnnotationKey] == "" || validUID(hash) != nil {
+		return ""
+	}
+	return hash
 }
 
 func podAddrs(w *dataplane.Workload, status *corev1.PodStatus) error {

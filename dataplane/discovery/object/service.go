@@ -51,6 +51,8 @@ func FromService(in *corev1.Service) (Object, error) {
 			Name:            name,
 			Selector:        in.Spec.Selector,
 			PublishNotReady: in.Spec.PublishNotReadyAddresses,
+			ExternalTraffic: dataplane.TrafficPolicy(in.Spec.ExternalTrafficPolicy),
+			SessionAffinity: in.Spec.SessionAffinity == corev1.ServiceAffinityClientIP,
 		},
 		externalName: in.Spec.Type == corev1.ServiceTypeExternalName,
 	}
@@ -113,7 +115,13 @@ func (s *service) readPorts(ports []corev1.ServicePort) error {
 		if err != nil {
 			return err
 		}
-		s.Ports = append(s.Ports, dataplane.ServicePort{Name: p.Name, Port: number})
+		port := dataplane.ServicePort{Name: p.Name, Port: number}
+		if p.NodePort != 0 {
+			if port.NodePort, err = parsePort(fmt.Sprintf("spec.ports[%d].nodePort", i), p.NodePort); err != nil {
+				return err
+			}
+		}
+		s.Ports = append(s.Ports, port)
 		t := target{name: p.Name, port: number}
 		switch {
 		case p.TargetPort.Type == intstr.String && p.TargetPort.StrVal != "":
