@@ -1,0 +1,65 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/raceway-mesh/raceway/cni-plugin/install"
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// verdict is whether a pod must not start without the agent, and why.
+type verdict struct {
+	wanted bool
+	reason string // of a wanted one
+}
+
+// decide finds out without the agent whether the pod is to be enrolled: from the API server,
+// else from the node's last state. What nobody knows is held up, for a pod that starts in
+// plaintext cannot be taken back.
+func (a *attachment) decide(ctx context.Context) verdict {
+	state, stateErr := install.ReadState(a.entry.StateDir)
+	if stateErr == nil && state.Cluster.Released {
+		return verdict{}
+	}
+	pod := a.sandbox.Pod
+	labels, apiErr := ask(ctx, state.API, pod)
+	switch {
+	case apiErr == nil:
+		wanted := dataplane.WantsEnrolment(labels.pod, labels.namespace, state.Cluster.EnrollLabels...)
+		return verdict{wanted, "it is to be enrolled, says the API server"}
+	case errors.Is(apiErr, errUninstalled):
+		a.uninstall(state.ConfDir)
+		return verdict{}
+	case stateErr != nil:
+		return verdict{true, fmt.Sprintf("nobody knows whether it is to be enrolled: %v", stateErr)}
+	}
+	wanted, known := state.Cluster.Wants(pod.Namespace, a.sandbox.UID)
+	switch {
+	case known:
+		return verdict{wanted, fmt.Sprintf("it is to be enrolled by what this node knew last (%v)", apiErr)}
+	case slices.Contains(state.Exempt, pod.Namespace):
+		return verdict{}
+	}
+	return verdict{true, fmt.Sprintf("nobody knows whether it is to be enrolled: its namespace is newer than what this node knows (%v)", apiErr)}
+}
+
+// uninstall takes the plugin off this node, which nobody else is left to do. What goes wrong
+// is tried again with the next pod, and none is held up for it.
+func (a *attachment) uninstall(confDir string) {
+	self, err := os.Executable()
+	if err != nil || confDir == "" || a.entry.StateDir == "" {
+		return
+	}
+	_ = install.Remove(install.Config{ConfDir: confDir, BinDir: filepath.Dir(self), StateDir: a.entry.StateDir})
+}
+
+// expired reports whether a token's time is over.
+func expired(api install.API, now time.Time) bool {
+	return !api.Expires.IsZero() && !now.Before(api.Expires)
+}
