@@ -117,7 +117,8 @@ const pauseRef = "images.test/pause:1"
 
 func (c *Cluster) bin(program string) string { return filepath.Join(stateDir, "bin", program) }
 func (c *Cluster) pauseTar() string          { return filepath.Join(stateDir, "images", "pause.tar") }
-func (c *Cluster) dnsTar() string            { return filepath.Join(stateDir, "images", "coredns.tar") }
+
+func (c *Cluster) dnsTar() string { return filepath.Join(stateDir, "images", "coredns.tar") }
 
 // prepare makes the directories, programs and images.
 func (c *Cluster) prepare(ctx context.Context) error {

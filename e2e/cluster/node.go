@@ -129,7 +129,8 @@ func (c *Cluster) StopNode(n *Node) error {
 	}
 	err := removeCgroups(n.Name)
 	if n.space != nil {
-		err = errors.Join(err, n.space.Close())
+		// A namespace goes when the kernel comes to it. Its cable goes now: the next boot needs the name.
+		err = errors.Join(err, n.c.control.space.RemoveLink(n.Name), n.space.Close())
 	}
 	n.space, n.process = nil, nil
 	return err

@@ -170,6 +170,18 @@ func (s *Space) Join(name string, peer *Space, peerName string) error {
 	return errors.Join(s.Up(name), peer.Up(peerName))
 }
 
+// RemoveLink removes a link, and with a veth its other end.
+func (s *Space) RemoveLink(name string) error {
+	l, err := s.link(name)
+	if err != nil {
+		return err
+	}
+	if err := s.nl.LinkDel(l); err != nil {
+		return fmt.Errorf("remove link %s in %s: %w", name, s.Name, err)
+	}
+	return nil
+}
+
 // AddBridge makes a bridge that is up.
 func (s *Space) AddBridge(name string) error {
 	attrs := netlink.NewLinkAttrs()

@@ -55,7 +55,7 @@ func Build(ctx context.Context, log *slog.Logger) (_ Parts, err error) {
 		if err := step.do(ctx, p, source); err != nil {
 			return Parts{}, fmt.Errorf("get %s: %w", step.name, err)
 		}
-		log.Info("ready: "+step.name, "seconds", int(time.Since(start).Seconds()))
+		log.Info("a part is ready", "part", step.name, "seconds", int(time.Since(start).Seconds()))
 	}
 	if err := errors.Join(os.Chmod(partial, 0o755), os.Rename(partial, dir)); err != nil { //nolint:gosec // nothing in it is secret
 		return Parts{}, fmt.Errorf("keep the parts: %w", err)

@@ -1,0 +1,67 @@
+// Command app is what tests run in pods: a server, and clients of it.
+//
+//	app serve                   HTTP, an echo and gRPC's health service, until it is told to end
+//	app get [-n N] URL          N requests, each on a connection of its own; the last answer
+//	app echo ADDRESS TEXT       one connection, one message and its echo
+//	app loop URL                requests one after the other, each on a new connection
+//	app hold ADDRESS            one connection, used again and again
+//	app check                   whether the server in this container is well, for exec probes
+//
+// loop and hold print what they have counted as a line of JSON (Count) each second.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+// Ports of serve.
+const (
+	httpPort = 8080
+	echoPort = 9000
+	grpcPort = 9090
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "error:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	if len(args) == 0 {
+		return errors.New("usage: app serve | get | echo | loop | hold | check")
+	}
+	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
+	count := flags.Int("n", 1, "how many")
+	every := flags.Duration("every", 20*time.Millisecond, "pause between uses")
+	timeout := flags.Duration("timeout", 5*time.Second, "for one request")
+	if err := flags.Parse(args[1:]); err != nil {
+		return err
+	}
+	c := client{timeout: *timeout}
+	switch args[0] {
+	case "serve":
+		return serve(ctx)
+	case "get":
+		return c.get(ctx, flags.Arg(0), *count)
+	case "echo":
+		return c.echo(ctx, flags.Arg(0), flags.Arg(1))
+	case "loop":
+		return c.loop(ctx, flags.Arg(0), *every)
+	case "hold":
+		return c.hold(ctx, flags.Arg(0), *every)
+	case "check":
+		return c.get(ctx, fmt.Sprintf("http://localhost:%d/", httpPort), 1)
+	}
+	return fmt.Errorf("unknown command %q", args[0])
+}

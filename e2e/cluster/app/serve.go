@@ -1,0 +1,89 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// Answer is what the HTTP server answers to any path.
+type Answer struct {
+	Pod  string `json:"pod"`
+	Node string `json:"node"`
+	Peer string `json:"peer"`
+	Path string `json:"path"`
+}
+
+// drainTime is longer than endpoints take to lose a pod that ends.
+const drainTime = 2 * time.Second
+
+// serve ends some time after ctx: as a server should that is being taken out of a service.
+func serve(ctx context.Context) error {
+	pod, err := os.Hostname()
+	if err != nil {
+		return err
+	}
+	server := &http.Server{
+		ReadHeaderTimeout: 10 * time.Second,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			answer := Answer{Pod: pod, Node: os.Getenv("NODE"), Peer: r.RemoteAddr, Path: r.URL.RequestURI()}
+			_ = json.NewEncoder(w).Encode(answer) // whoever asked has gone
+		}),
+	}
+	echo, err := net.Listen("tcp", fmt.Sprintf(":%d", echoPort))
+	if err != nil {
+		return err
+	}
+	wellness, err := net.Listen("tcp", fmt.Sprintf(":%d", grpcPort))
+	if err != nil {
+		return err
+	}
+	web, err := net.Listen("tcp", fmt.Sprintf(":%d", httpPort))
+	if err != nil {
+		return err
+	}
+	rpc := grpc.NewServer()
+	healthpb.RegisterHealthServer(rpc, health.NewServer())
+	fmt.Println("serving")
+	var group errgroup.Group
+	group.Go(func() error { return rpc.Serve(wellness) })
+	group.Go(func() error { return serveEcho(echo) })
+	group.Go(func() error {
+		if err := server.Serve(web); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	<-ctx.Done()
+	time.Sleep(drainTime)
+	rpc.Stop()
+	return errors.Join(server.Close(), echo.Close(), group.Wait())
+}
+
+// serveEcho ends with l, and leaves connections to the end of the process.
+func serveEcho(l net.Listener) error {
+	for {
+		conn, err := l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		go func() {
+			_, _ = io.Copy(conn, conn) // the client sees it
+			_ = conn.Close()
+		}()
+	}
+}
