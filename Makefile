@@ -13,6 +13,9 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/raceway
 GO ?= go
 TOOL := $(GO) tool -modfile=.ci/tools/go.mod
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+# The image's name is what the chart asks for, unless told otherwise.
+IMAGE ?= ghcr.io/raceway-mesh/raceway:$(shell sed -n 's/^appVersion: //p' daemonset/chart/Chart.yaml)
+ARCH ?= $(shell $(GO) env GOARCH)
 LDFLAGS := $(if $(VERSION),-X github.com/raceway-mesh/raceway/cmd/internal/version.linked=$(VERSION))
 
 # The committed BPF object is made by the clang of Debian 12; another one's is as good and
@@ -36,9 +39,28 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: ## build bin/raceway, bin/raceway-agent and bin/raceway-ca
+build: ## build bin/raceway, bin/raceway-agent, bin/raceway-ca and bin/raceway-cni
 	@mkdir -p $(BIN)
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/raceway ./cmd/raceway-agent ./cmd/raceway-ca
+	$(call go-build,$(BIN))
+
+# All programs into a directory, linked statically: they run in an image without a C library.
+define go-build
+CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(1)/ ./cmd/raceway ./cmd/raceway-agent ./cmd/raceway-ca
+CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(1)/raceway-cni ./cni-plugin
+endef
+
+.PHONY: image
+image: export GOOS = linux
+image: export GOARCH = $(ARCH)
+image: ## write the container image bin/raceway-image.tar, without a container engine; ARCH=arm64
+	@mkdir -p $(BIN)/linux-$(ARCH)
+	$(call go-build,$(BIN)/linux-$(ARCH))
+	GOOS= GOARCH= $(GO) run ./daemonset/image --bin $(BIN)/linux-$(ARCH) --arch $(ARCH) \
+		--tag $(IMAGE) --version '$(VERSION)' --output $(BIN)/raceway-image.tar
+
+.PHONY: manifests
+manifests: ## render daemonset/raceway.yaml from the chart
+	@.ci/render $(HELM) >daemonset/raceway.yaml
 
 .PHONY: generate
 generate: ## compile the BPF programs and generate their Go types (needs clang, llvm and libbpf-dev)
@@ -58,9 +80,13 @@ test-root: ## run the tests that need root, and fail those that cannot run
 	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) -p 1 \
 		$$(git grep -lE 'netnstest"|labtest"|RACEWAY_REQUIRE_ROOT' -- '*_test.go' | xargs -n1 dirname | sort -u | sed 's,^,./,')
 
+.PHONY: kubernetes
+kubernetes: ## build or find what the tests' Kubernetes clusters are made of (some minutes, once)
+	$(GO) run ./e2e/cluster/cmd/parts
+
 .PHONY: e2e
-e2e: ## run the end-to-end tests alone (needs root)
-	RACEWAY_REQUIRE_ROOT=1 $(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) -p 1 ./e2e/...
+e2e: kubernetes ## run the end-to-end tests alone, those on Kubernetes too (needs root)
+	RACEWAY_REQUIRE_ROOT=1 RACEWAY_REQUIRE_PEERS=1 $(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) -p 1 ./e2e/...
 
 .PHONY: fuzz
 fuzz: ## fuzz every parser for FUZZTIME (5s) each
@@ -87,6 +113,7 @@ fmt: ## format the Go sources
 clean: ## remove what was built, and the clusters whose maker was killed
 	rm -rf $(BIN)
 	@if [ -d /run/raceway-lab ]; then $(GO) run ./e2e/lab/cmd/labclean; fi
+	@if [ -d /var/tmp/raceway-cluster ]; then $(GO) run ./e2e/cluster/cmd/clusterclean; fi
 
 # Peers that the interoperability tests talk to: missing ones fail in CI.
 .PHONY: peers
@@ -105,6 +132,7 @@ ci: export RACEWAY_H2SPEC := $(CACHE)/h2spec
 ci: ## everything that CI checks (needs root and apt-get; installs what is missing)
 	@.ci/packages
 	@.ci/step "peers" $(MAKE) peers
+	@.ci/step "Kubernetes" $(MAKE) kubernetes
 	@.ci/step "lint" $(MAKE) lint
 	@.ci/step "generated code" $(MAKE) generate-check
 	@.ci/step "build" $(MAKE) build
