@@ -36,6 +36,7 @@ type Datapath struct {
 
 	mu      sync.Mutex
 	closed  bool               // no pod may be opened any more
+	yielded bool               // what is in force is another's
 	freed   bool               // the descriptors are closed
 	pods    map[string]*Pod    // open, or on their way, by UID
 	records map[string]*record // of all pods in force, by UID
@@ -107,8 +108,10 @@ func (d *Datapath) lock(dir string) error {
 		return err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return errors.Join(fmt.Errorf("lock %s: another agent that uses it is running: %w", dir, err), f.Close())
+		return errors.Join(fmt.Errorf("lock %s: %w: %w", dir, ErrInUse, err), f.Close())
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.locks = append(d.locks, f)
 	return nil
 }
@@ -284,7 +287,11 @@ func (d *Datapath) Unload() error {
 	var errs []error
 	d.mu.Lock()
 	pods := slices.Collect(maps.Values(d.pods))
+	yielded := d.yielded
 	d.mu.Unlock()
+	if yielded {
+		return fmt.Errorf("unload: %w", ErrYielded)
+	}
 	for _, p := range pods {
 		errs = append(errs, p.Remove())
 	}
@@ -307,8 +314,11 @@ func (d *Datapath) RemoveAdopted(uid string) error {
 	d.mu.Lock()
 	r := d.records[uid]
 	open := d.pods[uid] != nil
+	yielded := d.yielded
 	d.mu.Unlock()
 	switch {
+	case yielded:
+		return fmt.Errorf("remove adopted pod %s: %w", uid, ErrYielded)
 	case open:
 		return fmt.Errorf("remove adopted pod %s: it is open", uid)
 	case r == nil:

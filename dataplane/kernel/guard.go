@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"time"
@@ -31,8 +30,8 @@ func (p *Pod) guard(ctx context.Context) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return os.ErrClosed
+	if err := p.usable(); err != nil {
+		return err
 	}
 	if p.rec.HostIfindex == 0 {
 		select {
@@ -118,8 +117,8 @@ func (d *Datapath) furtherGuard(ifindex int) point {
 func (p *Pod) Unguard() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return fmt.Errorf("unguard pod %s: %w", p.uid, os.ErrClosed)
+	if err := p.usable(); err != nil {
+		return fmt.Errorf("unguard pod %s: %w", p.uid, err)
 	}
 	err := errors.Join(p.d.detachGuard(p.rec), p.d.forgetOlder(p.rec.Cookie), p.d.ledger.save(p.rec))
 	if err != nil {

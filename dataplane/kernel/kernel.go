@@ -14,12 +14,15 @@
 package kernel
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"path/filepath"
 	"slices"
+
+	"github.com/raceway-mesh/raceway/bpf"
 )
 
 // InboundMode is how connections that arrive in a pod reach the agent's listeners.
@@ -63,7 +66,11 @@ type Config struct {
 	DisableGuard bool
 	// Log must be set.
 	Log *slog.Logger
+
+	otherLayout string // stands in for another version's, in tests
 }
+
+func (c Config) layout() string { return cmp.Or(c.otherLayout, bpf.Layout()) }
 
 func (c Config) withDefaults() Config {
 	if c.StateDir == "" && c.Dir != "" {

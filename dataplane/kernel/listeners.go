@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -122,8 +121,8 @@ func accepts(l *net.TCPListener) (listens bool, err error) {
 func (p *Pod) Relisten() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return fmt.Errorf("listen anew in pod %s: %w", p.uid, os.ErrClosed)
+	if err := p.usable(); err != nil {
+		return fmt.Errorf("listen anew in pod %s: %w", p.uid, err)
 	}
 	if err := errors.Join(p.closeListeners(), p.listen()); err != nil {
 		return fmt.Errorf("listen anew in pod %s: %w", p.uid, err)

@@ -25,7 +25,8 @@ import (
 
 // The pins of an agent:
 //
-//	<Dir>/layout-<hash>/{pods,listeners,own,established,counters}   maps
+//	<Dir>/layout-<hash>/{pods,established,counters}                 maps
+//	<Dir>/shared/{listeners,own}-<shape>                            maps
 //	<Dir>/layout-<hash>/{connect4,connect6}                         links
 //	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard,guard_<n>}  links
 //	<Dir>/new/                                                      a load that is under way
@@ -53,6 +54,7 @@ type loaded struct {
 	maps  bpf.RacewayMaps
 	coll  *ebpf.Collection // owns the maps
 	dump  *link.Iter
+	dir   string // of all pins
 	hooks string // directory with the links of the connect hooks
 	fresh bool   // made by this agent, not adopted
 }
@@ -86,7 +88,7 @@ func load(dir string, cfg Config, records map[string]*record) (_ *loaded, err er
 	if err := os.RemoveAll(filepath.Join(dir, newDir)); err != nil {
 		return nil, fmt.Errorf("clear an unfinished load: %w", err)
 	}
-	l.hooks = filepath.Join(dir, layoutPrefix+bpf.Layout())
+	l.dir, l.hooks = dir, filepath.Join(dir, layoutPrefix+cfg.layout())
 	if _, err := os.Stat(l.hooks); err == nil {
 		cfg.Log.Info("adopting the data plane of an earlier agent", "pins", l.hooks)
 		if err := l.adopt(cfg); err != nil {
@@ -95,8 +97,8 @@ func load(dir string, cfg Config, records map[string]*record) (_ *loaded, err er
 	} else if err := l.install(filepath.Join(dir, newDir), cfg, records); err != nil {
 		return nil, err
 	}
-	if err := removeOtherLayouts(dir); err != nil {
-		return nil, fmt.Errorf("remove the data plane of an older layout: %w", err)
+	if err := errors.Join(l.removeOtherLayouts(), l.removeOtherShapes(dir)); err != nil {
+		return nil, fmt.Errorf("remove the data plane of another layout: %w", err)
 	}
 	return l, nil
 }
@@ -122,18 +124,19 @@ func newLoaded() (*loaded, error) {
 	return &loaded{spec: spec}, nil
 }
 
-// build makes or opens the maps in path and loads the programs that all pods share.
-func (l *loaded) build(path string) error {
+// build makes or opens the maps in path, beside those that are given, and loads the programs
+// that all pods share. Without a path nothing is pinned.
+func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	spec := l.spec.Copy()
 	for _, perPod := range []string{progSteer, progIngress, progGuard, progGuardMore} {
 		delete(spec.Programs, perPod)
 	}
 	for name, m := range spec.Maps {
-		if name != mapRodata {
+		if path != "" && name != mapRodata && shared[name] == nil {
 			m.Pinning = ebpf.PinByName
 		}
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: path}})
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: path}, MapReplacements: shared})
 	if err != nil {
 		return fmt.Errorf("load BPF programs (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON): %w", err)
 	}
@@ -152,6 +155,15 @@ func (l *loaded) build(path string) error {
 	return nil
 }
 
+func (l *loaded) buildPinned(path string) error {
+	shared, err := l.shared(l.dir)
+	if err != nil {
+		return err
+	}
+	defer closeMaps(shared) // the collection has its own descriptors
+	return l.build(path, shared)
+}
+
 // install is one transaction: maps and hooks come into being below fresh, which is renamed
 // once they are complete. Before that a failure undoes itself, and a crash leaves nothing
 // that the next load does not clear.
@@ -164,7 +176,7 @@ func (l *loaded) install(fresh string, cfg Config, records map[string]*record) (
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return err
 	}
-	if err := l.build(fresh); err != nil {
+	if err := l.buildPinned(fresh); err != nil {
 		return err
 	}
 	// Pods captured under another layout must not speak in clear between its end and
@@ -195,7 +207,7 @@ func (l *loaded) undo(records map[string]*record) error {
 	if !l.fresh || len(records) > 0 {
 		return nil
 	}
-	return removeLayout(l.hooks)
+	return errors.Join(removeLayout(l.hooks), os.RemoveAll(filepath.Join(l.dir, sharedDir)))
 }
 
 func (l *loaded) attachHook(h hook, pin string, cfg Config) error {
@@ -220,7 +232,7 @@ func (l *loaded) attachHook(h hook, pin string, cfg Config) error {
 // adopt takes the pinned maps over and puts this agent's programs behind the pinned links.
 // If one link cannot be updated, those before it get their old program back.
 func (l *loaded) adopt(cfg Config) (err error) {
-	if err := l.build(l.hooks); err != nil {
+	if err := l.buildPinned(l.hooks); err != nil {
 		return err
 	}
 	var undo []func() error
@@ -284,15 +296,15 @@ func replaceProgram(pin string, prog *ebpf.Program) (undo func() error, err erro
 	}, nil
 }
 
-func removeOtherLayouts(dir string) error {
-	entries, err := os.ReadDir(dir)
+func (l *loaded) removeOtherLayouts() error {
+	entries, err := os.ReadDir(l.dir)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), layoutPrefix) && e.Name() != layoutPrefix+bpf.Layout() {
-			errs = append(errs, removeLayout(filepath.Join(dir, e.Name())))
+		if strings.HasPrefix(e.Name(), layoutPrefix) && e.Name() != filepath.Base(l.hooks) {
+			errs = append(errs, removeLayout(filepath.Join(l.dir, e.Name())))
 		}
 	}
 	return errors.Join(errs...)

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -55,8 +54,8 @@ func (p *Pod) Opening() int {
 func (p *Pod) Prune() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return fmt.Errorf("prune pod %s: %w", p.uid, os.ErrClosed)
+	if err := p.usable(); err != nil {
+		return fmt.Errorf("prune pod %s: %w", p.uid, err)
 	}
 	if len(p.older) == 0 {
 		return nil

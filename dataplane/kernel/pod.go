@@ -21,9 +21,10 @@ type Pod struct {
 	addrs []netip.Addr // unmapped
 	ns    *netns.Namespace
 
-	mu     sync.Mutex
-	closed bool
-	rec    *record
+	mu      sync.Mutex
+	closed  bool
+	yielded bool // only what is live may go on
+	rec     *record
 
 	outbound, inbound, tunnel *net.TCPListener
 
@@ -212,8 +213,8 @@ func (p *Pod) ReleaseInbound() error {
 func (p *Pod) setFlags(deed string, change func(*record)) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return fmt.Errorf("%s of pod %s: %w", deed, p.uid, os.ErrClosed)
+	if err := p.usable(); err != nil {
+		return fmt.Errorf("%s of pod %s: %w", deed, p.uid, err)
 	}
 	before := *p.rec
 	change(p.rec)
@@ -253,8 +254,8 @@ func (p *Pod) closeLocked() error {
 func (p *Pod) Remove() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return fmt.Errorf("remove pod %s: %w", p.uid, os.ErrClosed)
+	if err := p.usable(); err != nil {
+		return fmt.Errorf("remove pod %s: %w", p.uid, err)
 	}
 	err := p.d.release(p.rec, p.ns)
 	if err := errors.Join(err, p.closeLocked()); err != nil {

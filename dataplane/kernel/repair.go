@@ -62,7 +62,7 @@ func (d *Datapath) mendHooks() error {
 func (p *Pod) Repair() (mended []string, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
+	if p.usable() != nil {
 		return nil, nil
 	}
 	parts := []part{
