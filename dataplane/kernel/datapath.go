@@ -278,6 +278,7 @@ func (d *Datapath) closeFDs() error {
 	for _, l := range d.locks {
 		errs = append(errs, l.Close())
 	}
+	d.locks = nil
 	return errors.Join(errs...)
 }
 

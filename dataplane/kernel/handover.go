@@ -70,7 +70,7 @@ func (d *Datapath) unlock() error {
 	for _, l := range d.locks {
 		errs = append(errs, l.Close())
 	}
-	d.locks = nil
+	d.locks = nil // Close has nothing to unlock then
 	return errors.Join(errs...)
 }
 
