@@ -77,25 +77,29 @@ func replace(path string, was, text []byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
-// swap puts temp in the place of path if that is was. It exchanges the two and looks at what
-// came out, so that what another program writes at the same moment is not lost: a comparison
-// before a plain rename leaves it a gap.
+// swap puts temp in the place of path if that is was.
 func swap(temp, path string, was []byte) error {
 	if now, err := os.ReadFile(path); err != nil || !bytes.Equal(now, was) {
 		return errors.Join(errChanged, err)
 	}
-	exchange := func() error {
-		return unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
-	}
-	err := exchange()
+	err := exchange(temp, path, was)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
 		return os.Rename(temp, path) // a file system that cannot exchange
 	}
-	if err != nil {
+	return err
+}
+
+// exchange swaps two files and looks at what came out of path: what another program has written
+// there since it was compared goes back. A plain rename would lose it.
+func exchange(temp, path string, was []byte) error {
+	rename := func() error {
+		return unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
+	}
+	if err := rename(); err != nil {
 		return err
 	}
 	if out, err := os.ReadFile(temp); err != nil || !bytes.Equal(out, was) {
-		return errors.Join(errChanged, err, exchange())
+		return errors.Join(errChanged, err, rename())
 	}
 	return nil
 }
