@@ -1,10 +1,12 @@
 // Package ca is the mesh's signing authority: it certifies workload identities over keys
-// that it never sees, and decides nothing about who may have which.
+// that it never sees, and decides nothing about who may have which. Its key and certificates
+// come from a Source, which is watched: a set that does not fit together leaves the last good
+// one in force.
 //
 // # On disk
 //
-// The directory has the layout of Istio's `cacerts` secret, so that one made for istiod
-// serves here too:
+// A Dir has the layout of Istio's `cacerts` secret, so that one made for istiod serves here
+// too:
 //
 //	ca-key.pem      the signing key, 0600 (or readable for its group, as Kubernetes mounts it)
 //	ca-cert.pem     the signing certificate: a root or an intermediate
@@ -17,9 +19,7 @@
 //
 // # Rotating the root
 //
-// The directory is watched, and a set of files that does not fit together leaves the last
-// good one in force. Every reply carries all of root-cert.pem, so old and new roots are
-// served together:
+// Every reply carries all of root-cert.pem, so old and new roots are served together:
 //
 //  1. Append the new root to root-cert.pem, and wait until every agent has it.
 //  2. Replace ca-key.pem, ca-cert.pem and cert-chain.pem by the new ones (in Kubernetes: one
@@ -44,20 +44,22 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/raceway-mesh/raceway/certs/filewatch"
+	"golang.org/x/sync/errgroup"
+
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 )
 
 // Config of an Authority.
 type Config struct {
-	Dir         string        // where the key and the certificates are, or will be; required
+	Source      Source        // of the key and the certificates; required
 	TrustDomain string        // the only one that identities are certified for; required
 	TTL         time.Duration // lifetime of a leaf that asks for none; 0: 24 h
 	MaxTTL      time.Duration // longest lifetime of a leaf; 0: TTL
 	Backdate    time.Duration // how far a leaf's validity begins in the past, for clocks that are behind; 0: 2 min
-	RootTTL     time.Duration // lifetime of a root made here; 0: ten years
 	Log         *slog.Logger  // nil: none
 }
+
+const defaultBackdate = 2 * time.Minute
 
 func (c Config) withDefaults() Config {
 	set := func(d *time.Duration, value time.Duration) {
@@ -67,8 +69,7 @@ func (c Config) withDefaults() Config {
 	}
 	set(&c.TTL, 24*time.Hour)
 	set(&c.MaxTTL, c.TTL)
-	set(&c.Backdate, 2*time.Minute)
-	set(&c.RootTTL, 10*365*24*time.Hour)
+	set(&c.Backdate, defaultBackdate)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -78,13 +79,13 @@ func (c Config) withDefaults() Config {
 // Validate joins every complaint about c.
 func (c Config) Validate() error {
 	var errs []error
-	if c.Dir == "" {
-		errs = append(errs, errors.New("ca: no directory"))
+	if c.Source == nil {
+		errs = append(errs, errors.New("ca: no source of credentials"))
 	}
 	if err := (spiffe.ID{TrustDomain: c.TrustDomain, Namespace: "n", ServiceAccount: "s"}).Validate(); err != nil {
 		errs = append(errs, fmt.Errorf("ca: %w", err))
 	}
-	if c.TTL < 0 || c.MaxTTL < 0 || c.Backdate < 0 || c.RootTTL < 0 {
+	if c.TTL < 0 || c.MaxTTL < 0 || c.Backdate < 0 {
 		errs = append(errs, errors.New("ca: a duration is negative"))
 	}
 	if d := c.withDefaults(); d.TTL > d.MaxTTL {
@@ -97,55 +98,94 @@ func (c Config) Validate() error {
 type Authority struct {
 	cfg     Config
 	current atomic.Pointer[credentials]
-	watch   *filewatch.Watcher
 }
 
-// New loads the authority in cfg.Dir, or makes one where there is none. Run follows changes
-// of its files, Close ends that.
+// New takes over what cfg.Source holds. Run follows its changes; the source is closed by
+// whoever opened it.
 func New(cfg Config) (*Authority, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	a := &Authority{cfg: cfg.withDefaults()}
-	made, err := a.prepare()
+	creds, err := a.load()
 	if err != nil {
-		return nil, fmt.Errorf("certificate authority in %s: %w", cfg.Dir, err)
-	}
-	if a.watch, err = filewatch.New(cfg.Dir); err != nil {
-		return nil, fmt.Errorf("certificate authority: %w", err)
-	}
-	creds, err := load(cfg.Dir)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("certificate authority in %s: %w", cfg.Dir, err), a.watch.Close())
+		return nil, fmt.Errorf("certificate authority in %s: %w", cfg.Source, err)
 	}
 	a.current.Store(creds)
-	a.cfg.Log.Info("certificate authority ready", "dir", cfg.Dir, "made", made, "signer", creds.cert.Subject.String(), "root", creds.isRoot(), "expires", creds.notAfter, "roots", len(creds.roots))
+	a.cfg.Log.Info("certificate authority ready", "source", cfg.Source.String(), "signer", creds.cert.Subject.String(), "root", creds.isRoot(), "expires", creds.notAfter, "roots", len(creds.roots))
 	return a, nil
 }
 
-// Run takes over changed files, until ctx ends.
-func (a *Authority) Run(ctx context.Context) error {
-	var lastErr string
-	return a.watch.Run(ctx, func() {
-		creds, err := load(a.cfg.Dir)
-		if err != nil {
-			if err.Error() != lastErr {
-				a.cfg.Log.Error("certificate authority not reloaded, the last good one stays in force", "dir", a.cfg.Dir, "error", err)
-			}
-			lastErr = err.Error()
-			return
-		}
-		lastErr = ""
-		if creds.equal(a.current.Load()) {
-			return
-		}
-		a.current.Store(creds)
-		a.cfg.Log.Info("certificate authority reloaded", "signer", creds.cert.Subject.String(), "root", creds.isRoot(), "expires", creds.notAfter, "roots", len(creds.roots))
-	})
+func (a *Authority) load() (*credentials, error) {
+	m, err := a.cfg.Source.Load()
+	if err != nil {
+		return nil, err
+	}
+	creds, err := parse(m)
+	if err != nil {
+		return nil, err
+	}
+	creds.replaced = make(chan struct{})
+	return creds, nil
 }
 
-// Close ends the watch of the files. It may be called again.
-func (a *Authority) Close() error { return a.watch.Close() }
+// Run takes over what changes in the source, and warns while the end is near, until ctx ends.
+func (a *Authority) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		a.warnOfExpiry(ctx)
+		return nil
+	})
+	var lastErr string
+	group.Go(func() error {
+		return a.cfg.Source.Run(ctx, func() {
+			if err := a.reload(); err != nil {
+				if err.Error() != lastErr {
+					a.cfg.Log.Error("certificate authority not reloaded, the last good one stays in force", "source", a.cfg.Source.String(), "error", err)
+				}
+				lastErr = err.Error()
+				return
+			}
+			lastErr = ""
+		})
+	})
+	return group.Wait()
+}
+
+func (a *Authority) reload() error {
+	creds, err := a.load()
+	if err != nil {
+		return err
+	}
+	old := a.current.Load()
+	if creds.equal(old) {
+		return nil
+	}
+	a.current.Store(creds)
+	close(old.replaced)
+	a.cfg.Log.Info("certificate authority reloaded", "signer", creds.cert.Subject.String(), "root", creds.isRoot(), "expires", creds.notAfter, "roots", len(creds.roots))
+	return nil
+}
+
+const (
+	expiryInterval = time.Hour // between warnings
+	expiryNotice   = 30 * 24 * time.Hour
+)
+
+func (a *Authority) warnOfExpiry(ctx context.Context) {
+	tick := time.NewTicker(expiryInterval)
+	defer tick.Stop()
+	for {
+		if creds := a.current.Load(); creds.endIsNear(time.Now()) {
+			a.cfg.Log.Warn("the signing certificate, or one above it, expires soon, and no certificate outlives it", "source", a.cfg.Source.String(), "signer", creds.cert.Subject.String(), "expires", creds.notAfter)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
 
 // TrustDomain is the only one that identities are certified for.
 func (a *Authority) TrustDomain() string { return a.cfg.TrustDomain }
@@ -155,6 +195,13 @@ func (a *Authority) Expires() time.Time { return a.current.Load().notAfter }
 
 // Roots are those that agents are to trust.
 func (a *Authority) Roots() []*x509.Certificate { return a.current.Load().roots }
+
+// Bundle is the roots as PEM, and a channel that is closed when others may have come into
+// force.
+func (a *Authority) Bundle() ([]byte, <-chan struct{}) {
+	creds := a.current.Load()
+	return encode(creds.roots...), creds.replaced
+}
 
 // Issued is a certificate with its way to the roots.
 type Issued struct {
@@ -204,7 +251,7 @@ func (a *Authority) Sign(csrPEM []byte, id spiffe.ID, ttl time.Duration) (Issued
 func (a *Authority) issue(creds *credentials, template *x509.Certificate, pub crypto.PublicKey, ttl time.Duration) (*x509.Certificate, error) {
 	now := time.Now()
 	if !now.Before(creds.notAfter) {
-		return nil, fmt.Errorf("%w at %s: put a new one into %s", ErrExpired, creds.notAfter.UTC().Format(time.RFC3339), a.cfg.Dir)
+		return nil, fmt.Errorf("%w at %s: put a new one into %s", ErrExpired, creds.notAfter.UTC().Format(time.RFC3339), a.cfg.Source)
 	}
 	if ttl <= 0 {
 		ttl = a.cfg.TTL

@@ -35,15 +35,24 @@ const td = "cluster.local"
 
 var web = spiffe.ID{TrustDomain: td, Namespace: "shop", ServiceAccount: "web"}
 
-func open(t *testing.T, cfg Config) *Authority {
+func open(t *testing.T, dir string, cfg Config) *Authority {
 	t.Helper()
-	cfg.TrustDomain = td
-	a, err := New(cfg)
+	a, err := try(t, dir, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = a.Close() })
 	return a
+}
+
+func try(t *testing.T, dir string, cfg Config) (*Authority, error) {
+	t.Helper()
+	source, err := NewDir(dir, Root{TrustDomain: td})
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(func() { _ = source.Close() })
+	cfg.Source, cfg.TrustDomain = source, td
+	return New(cfg)
 }
 
 func p256(t testing.TB) *ecdsa.PrivateKey {
@@ -131,14 +140,14 @@ func install(t *testing.T, dir string, signer *authority, chain []byte, roots ..
 	for _, r := range roots {
 		bundle = append(bundle, encode(r.cert)...)
 	}
-	write(t, filepath.Join(dir, keyFile), signer.keyPEM(t), 0o600)
-	write(t, filepath.Join(dir, certFile), encode(signer.cert), 0o644)
+	write(t, filepath.Join(dir, KeyFile), signer.keyPEM(t), 0o600)
+	write(t, filepath.Join(dir, CertFile), encode(signer.cert), 0o644)
 	write(t, filepath.Join(dir, RootFile), bundle, 0o644)
-	write(t, filepath.Join(dir, chainFile), chain, 0o644)
+	write(t, filepath.Join(dir, ChainFile), chain, 0o644)
 }
 
 func TestLeafIsAnX509SVID(t *testing.T) {
-	a := open(t, Config{Dir: t.TempDir()})
+	a := open(t, t.TempDir(), Config{})
 	// All that a request may try to smuggle in is left behind.
 	uri, _ := url.Parse("spiffe://cluster.local/ns/kube-system/sa/admin")
 	ca, err := asn1.Marshal(struct{ IsCA bool }{true})
@@ -207,8 +216,12 @@ func TestLifetimeIsClamped(t *testing.T) {
 		{name: "longer, allowed", cfg: Config{TTL: time.Hour, MaxTTL: 72 * time.Hour}, ask: 48 * time.Hour, want: 48 * time.Hour},
 		{name: "not longer than the root", life: 30 * time.Minute, want: 30 * time.Minute},
 	} {
-		tt.cfg.Dir, tt.cfg.RootTTL = t.TempDir(), tt.life
-		issued, _ := sign(t, open(t, tt.cfg), tt.ask)
+		dir := t.TempDir()
+		if tt.life > 0 {
+			root := newAuthority(t, "root", nil, tt.life)
+			install(t, dir, root, nil, root)
+		}
+		issued, _ := sign(t, open(t, dir, tt.cfg), tt.ask)
 		if got := time.Until(issued.NotAfter); got > tt.want || got < tt.want-time.Minute {
 			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
 		}
@@ -222,7 +235,7 @@ func TestIntermediateBoundsLeavesAndIsSentAlong(t *testing.T) {
 	lower := newAuthority(t, "lower", upper, 10*time.Hour)
 	dir := t.TempDir()
 	install(t, dir, lower, append(encode(lower.cert, upper.cert), encode(root.cert)...), old, root)
-	a := open(t, Config{Dir: dir})
+	a := open(t, dir, Config{})
 	issued, chain := sign(t, a, 0)
 	if issued.NotAfter.After(upper.cert.NotAfter) || !a.Expires().Equal(upper.cert.NotAfter) {
 		t.Errorf("leaf expires %s, authority %s, the intermediate above it %s", issued.NotAfter, a.Expires(), upper.cert.NotAfter)
@@ -246,7 +259,7 @@ func TestIntermediateBoundsLeavesAndIsSentAlong(t *testing.T) {
 }
 
 func TestExpiredAuthoritySignsNothing(t *testing.T) {
-	a := open(t, Config{Dir: t.TempDir()})
+	a := open(t, t.TempDir(), Config{})
 	creds := *a.current.Load()
 	creds.notAfter = time.Now().Add(-time.Second)
 	a.current.Store(&creds)
@@ -256,7 +269,7 @@ func TestExpiredAuthoritySignsNothing(t *testing.T) {
 }
 
 func TestRequestsThatCannotBeCertified(t *testing.T) {
-	a := open(t, Config{Dir: t.TempDir()})
+	a := open(t, t.TempDir(), Config{})
 	good := request(t, p256(t), &x509.CertificateRequest{})
 	_, edKey, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -305,7 +318,7 @@ func TestChangedFilesAreTakenOver(t *testing.T) {
 	oldRoot, newRoot := newAuthority(t, "old", nil, time.Hour), newAuthority(t, "new", nil, time.Hour)
 	dir := t.TempDir()
 	install(t, dir, oldRoot, nil, oldRoot)
-	a := open(t, Config{Dir: dir})
+	a := open(t, dir, Config{})
 	serving, err := a.Serving([]string{"ca.example", "127.0.0.1"})
 	if err != nil {
 		t.Fatal(err)
@@ -320,7 +333,7 @@ func TestChangedFilesAreTakenOver(t *testing.T) {
 	install(t, dir, oldRoot, nil, oldRoot, newRoot)
 	eventually(t, func() bool { return len(a.Roots()) == 2 })
 	// A key without its certificate is no authority: the old one stays.
-	write(t, filepath.Join(dir, keyFile), newRoot.keyPEM(t), 0o600)
+	write(t, filepath.Join(dir, KeyFile), newRoot.keyPEM(t), 0o600)
 	time.Sleep(200 * time.Millisecond)
 	if _, chain := sign(t, a, 0); chain[0].CheckSignatureFrom(oldRoot.cert) != nil {
 		t.Error("half a set of files was taken over")
@@ -350,7 +363,7 @@ func eventually(t *testing.T, is func() bool) {
 }
 
 func TestServingCertificateRenewsItself(t *testing.T) {
-	a := open(t, Config{Dir: t.TempDir()})
+	a := open(t, t.TempDir(), Config{})
 	if _, err := a.Serving(nil); err == nil {
 		t.Error("made one without a name")
 	}
@@ -376,10 +389,10 @@ func TestConfigIsChecked(t *testing.T) {
 		cfg  Config
 		text string
 	}{
-		{Config{TrustDomain: td}, "no directory"},
-		{Config{Dir: "x", TrustDomain: "UPPER"}, "trust domain"},
-		{Config{Dir: "x", TrustDomain: td, TTL: -1}, "negative"},
-		{Config{Dir: "x", TrustDomain: td, TTL: 2, MaxTTL: 1}, "longer than"},
+		{Config{TrustDomain: td}, "no source"},
+		{Config{Source: &Dir{}, TrustDomain: "UPPER"}, "trust domain"},
+		{Config{Source: &Dir{}, TrustDomain: td, TTL: -1}, "negative"},
+		{Config{Source: &Dir{}, TrustDomain: td, TTL: 2, MaxTTL: 1}, "longer than"},
 	} {
 		if err := tt.cfg.Validate(); err == nil || !strings.Contains(err.Error(), tt.text) {
 			t.Errorf("%+v: %v", tt.cfg, err)

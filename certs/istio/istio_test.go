@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -48,8 +49,8 @@ var (
 // grants is an Authorizer that lets each node have what its list says.
 type grants map[string][]spiffe.ID
 
-func (g grants) Authorize(_ context.Context, caller string, id spiffe.ID) error {
-	for _, granted := range g[caller] {
+func (g grants) Authorize(_ context.Context, caller Caller, id spiffe.ID) error {
+	for _, granted := range g[caller.Node] {
 		if granted == id {
 			return nil
 		}
@@ -59,7 +60,7 @@ func (g grants) Authorize(_ context.Context, caller string, id spiffe.ID) error 
 
 type blind struct{}
 
-func (blind) Authorize(context.Context, string, spiffe.ID) error {
+func (blind) Authorize(context.Context, Caller, spiffe.ID) error {
 	return errors.New("no view of the cluster")
 }
 
@@ -104,17 +105,27 @@ func runs(t *testing.T, f func(context.Context) error) (stop func()) {
 	return stop
 }
 
+func authorityIn(t *testing.T, dir string) *ca.Authority {
+	t.Helper()
+	source, err := ca.NewDir(dir, ca.Root{TrustDomain: td})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = source.Close() })
+	authority, err := ca.New(ca.Config{Source: source, TrustDomain: td})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return authority
+}
+
 func start(t *testing.T, edit func(*ServerConfig)) *service {
 	t.Helper()
 	dir := t.TempDir()
 	s := &service{tokenFile: filepath.Join(dir, "token"), nodesFile: filepath.Join(dir, "nodes.yaml"), rootFile: filepath.Join(dir, "ca", ca.RootFile)}
 	put(t, s.tokenFile, tokenA+"\n")
 	put(t, s.nodesFile, "node-a: "+tokenA+"\nnode-b: "+tokenB+"\n")
-	var err error
-	if s.authority, err = ca.New(ca.Config{Dir: filepath.Dir(s.rootFile), TrustDomain: td}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = s.authority.Close() })
+	s.authority = authorityIn(t, filepath.Dir(s.rootFile))
 	tokens, err := NewNodeTokens(s.nodesFile, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -221,7 +232,7 @@ func TestOutcomesAreTold(t *testing.T) {
 		t.Fatal("signed for another node's pod")
 	}
 	got := s.outcomes()
-	if len(got) != 2 || got[0].Outcome != Signed || got[0].Caller != "node-a" || got[0].Identity != web || got[0].NotAfter.IsZero() ||
+	if len(got) != 2 || got[0].Outcome != Signed || got[0].Caller.Node != "node-a" || got[0].Identity != web || got[0].NotAfter.IsZero() ||
 		got[1].Outcome != RefusedImpersonate || got[1].Identity != db || !got[1].NotAfter.IsZero() {
 		t.Errorf("told %+v", got)
 	}
@@ -241,7 +252,7 @@ func (s *service) call(t *testing.T, headers []string, r *security.IstioCertific
 }
 
 func TestRefusalsOnTheWire(t *testing.T) {
-	s := start(t, nil)
+	s := start(t, func(c *ServerConfig) { c.FailureBurst = 1000 })
 	impersonate := func(v any) *structpb.Struct {
 		m, err := structpb.NewStruct(map[string]any{impersonatedIdentity: v})
 		if err != nil {
@@ -303,6 +314,52 @@ func TestForeignTrustDomainIsRefusedEvenIfGranted(t *testing.T) {
 	}
 }
 
+// mute is an Authenticator that cannot tell.
+type mute struct{}
+
+func (mute) Authenticate(context.Context, string) (Caller, error) {
+	return Caller{}, errors.New("no answer from the reviewer")
+}
+
+func TestAuthenticatorThatCannotTellIsUnavailable(t *testing.T) {
+	s := start(t, func(c *ServerConfig) { c.Authenticator, c.FailureBurst = mute{}, 1 })
+	for range 3 { // which is nobody's fault, so it is not counted as a guess
+		if _, err := s.client(t, nil).Sign(limit(t), web, csr(t), 0); code(err) != codes.Unavailable || !strings.Contains(err.Error(), "no answer from the reviewer") {
+			t.Error(err)
+		}
+	}
+}
+
+func TestGuessesOfOneAddressAreLimited(t *testing.T) {
+	s := start(t, func(c *ServerConfig) { c.FailureRate, c.FailureBurst = 0.001, 2 })
+	wrong := filepath.Join(t.TempDir(), "token")
+	put(t, wrong, strings.Repeat("w", 40))
+	guess := s.client(t, func(c *ClientConfig) { c.TokenFile = wrong })
+	for want := range 3 {
+		_, err := guess.Sign(limit(t), web, csr(t), 0)
+		if limited := code(err) == codes.ResourceExhausted; limited != (want == 2) {
+			t.Errorf("guess %d: %v", want, err)
+		}
+	}
+	got := s.outcomes()
+	if last := got[len(got)-1]; last.Outcome != RefusedRate || last.Caller != (Caller{}) {
+		t.Errorf("told %+v", last)
+	}
+}
+
+func TestLimitersThatLimitNothingAreLetGo(t *testing.T) {
+	l := newLimiters(0.001, 2)
+	for range 2 {
+		l.get("busy").Allow()
+	}
+	for i := range maxLimiters {
+		l.get(strconv.Itoa(i))
+	}
+	if len(l.byKey) > 3 || l.get("busy").Allow() {
+		t.Errorf("%d are kept, or the busy one was forgotten", len(l.byKey))
+	}
+}
+
 func code(err error) codes.Code {
 	var call *CallError
 	if errors.As(err, &call) {
@@ -337,7 +394,7 @@ func TestEachCallerHasItsOwnRate(t *testing.T) {
 }
 
 func TestTokensAreReadAnew(t *testing.T) {
-	s := start(t, nil)
+	s := start(t, func(c *ServerConfig) { c.FailureBurst = 1000 })
 	c := s.client(t, nil)
 	if _, err := c.Sign(limit(t), web, csr(t), 0); err != nil {
 		t.Fatal(err)
@@ -369,11 +426,7 @@ func TestTokensAreReadAnew(t *testing.T) {
 
 func TestClientKnowsItsCA(t *testing.T) {
 	s := start(t, nil)
-	other, err := ca.New(ca.Config{Dir: t.TempDir(), TrustDomain: td})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = other.Close() }()
+	other := authorityIn(t, t.TempDir())
 	alien := filepath.Join(t.TempDir(), "root.pem")
 	put(t, alien, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: other.Roots()[0].Raw})))
 	good, err := os.ReadFile(s.rootFile)

@@ -8,18 +8,13 @@ import (
 	"log/slog"
 	"math"
 	"net"
-	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/net/netutil"
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	security "istio.io/api/security/v1alpha1"
 
@@ -33,20 +28,14 @@ type Signer interface {
 	Sign(csrPEM []byte, id spiffe.ID, ttl time.Duration) (ca.Issued, error)
 }
 
-// Authenticator knows callers by their token.
-type Authenticator interface {
-	// Authenticate returns the name of the caller; ok is false when nobody has the token.
-	Authenticate(token string) (caller string, ok bool)
-}
-
 // Authorizer decides who may have whose certificate.
 type Authorizer interface {
 	// Authorize returns nil when caller may impersonate id. A *DeniedError's reason is told
 	// to the caller, who may try again; any other error means that it cannot tell now.
-	Authorize(ctx context.Context, caller string, id spiffe.ID) error
+	Authorize(ctx context.Context, caller Caller, id spiffe.ID) error
 }
 
-// DeniedError says why a caller may not have a certificate.
+// DeniedError says why a caller is not known, or may not have a certificate.
 type DeniedError struct{ Reason string }
 
 func (e *DeniedError) Error() string { return e.Reason }
@@ -72,7 +61,7 @@ func Refusals() []Outcome {
 // Result is one request and its answer.
 type Result struct {
 	Outcome  Outcome
-	Caller   string    // "" when not authenticated
+	Caller   Caller    // zero when not authenticated
 	Identity spiffe.ID // zero when it was not legible
 	NotAfter time.Time // of the certificate, when signed
 }
@@ -87,6 +76,8 @@ type ServerConfig struct {
 
 	RatePerCaller  float64       // requests per second, each; 0: 50
 	BurstPerCaller int           // 0: 200, a full node's first start
+	FailureRate    float64       // failed authentications per second from one address; 0: 1
+	FailureBurst   int           // 0: 20
 	MaxConnections int           // 0: 4096
 	DrainTimeout   time.Duration // for calls in flight at the end; 0: 5 s
 	// OnResult is told every answer, from many goroutines; nil: nobody is.
@@ -100,6 +91,12 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	}
 	if c.BurstPerCaller == 0 {
 		c.BurstPerCaller = 200
+	}
+	if c.FailureRate == 0 {
+		c.FailureRate = 1
+	}
+	if c.FailureBurst == 0 {
+		c.FailureBurst = 20
 	}
 	if c.MaxConnections == 0 {
 		c.MaxConnections = 4096
@@ -132,7 +129,7 @@ func (c ServerConfig) Validate() error {
 			errs = append(errs, fmt.Errorf("certificate service: no %s", required.what))
 		}
 	}
-	if c.RatePerCaller < 0 || c.BurstPerCaller < 0 || c.MaxConnections < 0 || c.DrainTimeout < 0 {
+	if c.RatePerCaller < 0 || c.BurstPerCaller < 0 || c.FailureRate < 0 || c.FailureBurst < 0 || c.MaxConnections < 0 || c.DrainTimeout < 0 {
 		errs = append(errs, errors.New("certificate service: a limit is negative"))
 	}
 	return errors.Join(errs...)
@@ -142,10 +139,9 @@ func (c ServerConfig) Validate() error {
 type Server struct {
 	security.UnimplementedIstioCertificateServiceServer
 
-	cfg ServerConfig
-
-	mu       sync.Mutex
-	limiters map[string]*rate.Limiter // by caller: as many as there are tokens
+	cfg      ServerConfig
+	callers  *limiters // of those who are known, by node
+	failures *limiters // to authenticate, by address
 }
 
 // NewServer makes a Server; Serve makes it work.
@@ -153,7 +149,12 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg.withDefaults(), limiters: map[string]*rate.Limiter{}}, nil
+	cfg = cfg.withDefaults()
+	return &Server{
+		cfg:      cfg,
+		callers:  newLimiters(cfg.RatePerCaller, cfg.BurstPerCaller),
+		failures: newLimiters(cfg.FailureRate, cfg.FailureBurst),
+	}, nil
 }
 
 // maxRequestBytes bounds a message: a request for a certificate is some 2 KiB.
@@ -202,40 +203,50 @@ func (s *Server) CreateCertificate(ctx context.Context, r *security.IstioCertifi
 	result, chain, err := s.answer(ctx, r)
 	s.cfg.OnResult(result)
 	if err != nil {
-		remote := "unknown"
-		if p, ok := peer.FromContext(ctx); ok {
-			remote = p.Addr.String()
-		}
-		s.cfg.Log.Warn("certificate refused", "caller", result.Caller, "identity", result.Identity.String(), "remote", remote, "cause", string(result.Outcome), "error", status.Convert(err).Message())
+		s.cfg.Log.Warn("certificate refused", "node", result.Caller.Node, "agent", result.Caller.Pod, "identity", result.Identity.String(), "remote", remoteHost(ctx), "cause", string(result.Outcome), "error", status.Convert(err).Message())
 		return nil, err
 	}
 	return &security.IstioCertificateResponse{CertChain: chain}, nil
 }
 
 func (s *Server) answer(ctx context.Context, r *security.IstioCertificateRequest) (Result, []string, error) {
-	caller, err := s.authenticate(ctx)
-	if err != nil {
-		return Result{Outcome: RefusedToken}, nil, status.Error(codes.Unauthenticated, err.Error())
-	}
-	result := Result{Caller: caller}
+	result := Result{}
 	refuse := func(outcome Outcome, code codes.Code, format string, args ...any) (Result, []string, error) {
 		result.Outcome = outcome
 		return result, nil, status.Errorf(code, format, args...)
 	}
-	if !s.limiter(caller).Allow() {
-		return refuse(RefusedRate, codes.ResourceExhausted, "node %s asks for more than %g certificates a second", caller, s.cfg.RatePerCaller)
+	failures := s.failures.get(remoteHost(ctx))
+	if failures.Tokens() < 1 { // who guesses shall not keep the authenticator busy
+		return refuse(RefusedRate, codes.ResourceExhausted, "too many calls from this address with a token that is not accepted")
+	}
+	token, err := bearerToken(ctx)
+	if err != nil {
+		failures.Allow()
+		return refuse(RefusedToken, codes.Unauthenticated, "%v", err)
+	}
+	caller, err := s.cfg.Authenticator.Authenticate(ctx, token)
+	var denied *DeniedError
+	switch {
+	case errors.As(err, &denied):
+		failures.Allow()
+		return refuse(RefusedToken, codes.Unauthenticated, "%s", denied.Reason)
+	case err != nil:
+		return refuse(RefusedUnavailable, codes.Unavailable, "%v", err)
+	}
+	result.Caller = caller
+	if !s.callers.get(caller.Node).Allow() {
+		return refuse(RefusedRate, codes.ResourceExhausted, "%s asks for more than %g certificates a second", caller, s.cfg.RatePerCaller)
 	}
 	id, err := requestedIdentity(r)
 	if err != nil {
 		return refuse(RefusedRequest, codes.InvalidArgument, "%v", err)
 	}
 	result.Identity = id
-	var denied *DeniedError
 	switch err := s.cfg.Authorizer.Authorize(ctx, caller, id); {
 	case errors.As(err, &denied):
-		return refuse(RefusedImpersonate, codes.PermissionDenied, "node %s may not have a certificate for %s: %s", caller, id, denied.Reason)
+		return refuse(RefusedImpersonate, codes.PermissionDenied, "%s may not have a certificate for %s: %s", caller, id, denied.Reason)
 	case err != nil:
-		return refuse(RefusedUnavailable, codes.Unavailable, "authorize node %s for %s: %v", caller, id, err)
+		return refuse(RefusedUnavailable, codes.Unavailable, "authorize %s for %s: %v", caller, id, err)
 	}
 	// More seconds than a Duration holds are as good as the longest one.
 	ttl := time.Duration(min(r.GetValidityDuration(), int64(math.MaxInt64/time.Second))) * time.Second
@@ -252,36 +263,8 @@ func (s *Server) answer(ctx context.Context, r *security.IstioCertificateRequest
 	for i, c := range issued.Chain {
 		chain[i] = string(c)
 	}
-	s.cfg.Log.Info("certificate signed", "caller", caller, "identity", id.String(), "serial", issued.Serial, "notAfter", issued.NotAfter)
+	s.cfg.Log.Info("certificate signed", "node", caller.Node, "agent", caller.Pod, "identity", id.String(), "serial", issued.Serial, "notAfter", issued.NotAfter)
 	return result, chain, nil
-}
-
-func (s *Server) authenticate(ctx context.Context) (string, error) {
-	md, _ := metadata.FromIncomingContext(ctx)
-	values := md.Get(authorizationHeader)
-	if len(values) != 1 {
-		return "", fmt.Errorf("%d authorization headers, want one bearer token", len(values))
-	}
-	// The scheme is case insensitive (RFC 9110 section 11.1).
-	if len(values[0]) < len(bearerPrefix) || !strings.EqualFold(values[0][:len(bearerPrefix)], bearerPrefix) {
-		return "", errors.New("the authorization header is not a bearer token")
-	}
-	caller, ok := s.cfg.Authenticator.Authenticate(values[0][len(bearerPrefix):])
-	if !ok {
-		return "", errors.New("the bearer token belongs to no node: compare the agent's token file with the CA's")
-	}
-	return caller, nil
-}
-
-func (s *Server) limiter(caller string) *rate.Limiter {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	l := s.limiters[caller]
-	if l == nil {
-		l = rate.NewLimiter(rate.Limit(s.cfg.RatePerCaller), s.cfg.BurstPerCaller)
-		s.limiters[caller] = l
-	}
-	return l
 }
 
 func requestedIdentity(r *security.IstioCertificateRequest) (spiffe.ID, error) {

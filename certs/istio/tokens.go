@@ -73,14 +73,18 @@ func (n *NodeTokens) Run(ctx context.Context) error {
 func (n *NodeTokens) Close() error { return n.watch.Close() }
 
 // Authenticate implements Authenticator. Its time depends on the number of nodes alone.
-func (n *NodeTokens) Authenticate(token string) (node string, ok bool) {
+func (n *NodeTokens) Authenticate(_ context.Context, token string) (Caller, error) {
 	hash := sha256.Sum256([]byte(token))
+	node := ""
 	for _, t := range *n.current.Load() {
 		if subtle.ConstantTimeCompare(hash[:], t.hash[:]) == 1 {
-			node, ok = t.node, true
+			node = t.node
 		}
 	}
-	return node, ok
+	if node == "" {
+		return Caller{}, &DeniedError{Reason: "the bearer token belongs to no node: compare the agent's token file with the CA's"}
+	}
+	return Caller{Node: node}, nil
 }
 
 // maxTokenFileBytes is room for some 50,000 nodes.

@@ -20,11 +20,12 @@ type nodeRule struct {
 var errNoSnapshot = errors.New("the cluster's state has not been read yet")
 
 // Authorize implements istio.Authorizer.
-func (r nodeRule) Authorize(_ context.Context, node string, id spiffe.ID) error {
+func (r nodeRule) Authorize(_ context.Context, caller istio.Caller, id spiffe.ID) error {
 	snapshot, _ := r.store.Load()
 	if snapshot == nil {
 		return errNoSnapshot
 	}
+	node := caller.Node
 	if node == "" { // also where pods are that are not scheduled yet
 		return &istio.DeniedError{Reason: "the caller is no node"}
 	}

@@ -27,7 +27,7 @@ func TestNodeMayImpersonateOnlyItsOwnLivePods(t *testing.T) {
 	id := func(account string) spiffe.ID {
 		return spiffe.ID{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: account}
 	}
-	if err := rule.Authorize(t.Context(), "a", id("web")); !errors.Is(err, errNoSnapshot) {
+	if err := rule.Authorize(t.Context(), istio.Caller{Node: "a"}, id("web")); !errors.Is(err, errNoSnapshot) {
 		t.Errorf("before the first snapshot: %v", err)
 	}
 	store.Publish(dataplane.NewSnapshot(dataplane.Contents{TrustDomain: "cluster.local", Workloads: []dataplane.Workload{
@@ -58,7 +58,7 @@ func TestNodeMayImpersonateOnlyItsOwnLivePods(t *testing.T) {
 		{"unknown node", "c", id("web"), false},
 		{"nobody", "a", spiffe.ID{}, false},
 	} {
-		err := rule.Authorize(t.Context(), tt.node, tt.id)
+		err := rule.Authorize(t.Context(), istio.Caller{Node: tt.node}, tt.id)
 		var denied *istio.DeniedError
 		if tt.granted != (err == nil) || err != nil && !errors.As(err, &denied) {
 			t.Errorf("%s: %v", tt.name, err)

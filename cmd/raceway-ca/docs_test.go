@@ -6,8 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/raceway-mesh/raceway/certs/ca"
 )
 
 func TestMetricsAreThoseOfThePage(t *testing.T) {
@@ -19,13 +17,11 @@ func TestMetricsAreThoseOfThePage(t *testing.T) {
 	for _, match := range regexp.MustCompile("(?m)^\\| `(raceway_ca_[a-z_]+)` ").FindAllSubmatch(page, -1) {
 		want = append(want, string(match[1]))
 	}
-	authority, err := ca.New(ca.Config{Dir: t.TempDir(), TrustDomain: "cluster.local"})
+	m, err := newMetrics()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = authority.Close() }()
-	m, err := newMetrics(authority)
-	if err != nil {
+	if err := m.watch(newAuthority(t)); err != nil {
 		t.Fatal(err)
 	}
 	families, err := m.registry.Gather()

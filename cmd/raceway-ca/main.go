@@ -9,12 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/raceway-mesh/raceway/certs/ca"
 	"github.com/raceway-mesh/raceway/cmd/internal/daemon"
 	"github.com/raceway-mesh/raceway/cmd/internal/flagenv"
 	"github.com/raceway-mesh/raceway/cmd/internal/version"
@@ -25,11 +23,9 @@ func main() { daemon.Main(command()) }
 // config is what flags and environment say.
 type config struct {
 	listen         string
-	dataDir        string
-	clusterDir     string
-	nodeTokens     string
+	files          fileConfig
+	kube           kubeConfig
 	trustDomain    string
-	rootNamespace  string
 	tlsNames       []string
 	ttl, maxTTL    time.Duration
 	metricsAddress string
@@ -46,9 +42,13 @@ func command() *cobra.Command {
 		Short: "Sign the certificates of the mesh's workloads",
 		Long: `Sign the certificates of the mesh's workloads.
 
-The authority's key and certificates are in --data-dir, in the layout of Istio's cacerts
-(ca-key.pem, ca-cert.pem, cert-chain.pem, root-cert.pem); an empty directory gets a new root.
-Agents need root-cert.pem, and a token of their own from the file --node-tokens.
+On Kubernetes the authority's key and certificates are in the Secret --secret, in the layout of
+Istio's cacerts (ca-key.pem, ca-cert.pem, cert-chain.pem, root-cert.pem) or of cert-manager
+(tls.key, tls.crt, ca.crt); where it is missing it is made, with a new root. The roots are
+published in --bundle-configmap. Agents show projected tokens of the service accounts --node-agent.
+
+With --cluster-dir no API server is asked: pods are read from YAML files, the authority is in
+--data-dir, an empty one gets a new root, and each node has a token in the file --node-tokens.
 
 Every flag can also be set by a variable: --data-dir by ` + envPrefix + `DATA_DIR.`,
 		Args:          cobra.NoArgs,
@@ -66,43 +66,51 @@ Every flag can also be set by a variable: --data-dir by ` + envPrefix + `DATA_DI
 	}
 	f := cmd.Flags()
 	f.StringVar(&cfg.listen, "listen", ":15012", "address of the certificate API")
-	f.StringVar(&cfg.dataDir, "data-dir", "/var/lib/raceway-ca", "directory of the authority's key and certificates")
-	f.StringVar(&cfg.clusterDir, "cluster-dir", "", "directory of Kubernetes YAML that says which pods run on which node (required)")
-	f.StringVar(&cfg.nodeTokens, "node-tokens", "", "YAML `file` of lines \"node: token\", mode 0600 (required)")
+	cfg.kube.flags(f)
+	cfg.files.flags(f)
 	f.StringVar(&cfg.trustDomain, "trust-domain", "cluster.local", "trust domain of the identities")
-	f.StringVar(&cfg.rootNamespace, "root-namespace", "istio-system", "namespace of mesh-wide policies")
-	f.StringSliceVar(&cfg.tlsNames, "tls-name", nil, "DNS name or IP address by which agents reach the API (repeatable; default: the host of --listen)")
+	f.StringSliceVar(&cfg.tlsNames, "tls-name", nil, "DNS name or IP address by which agents reach the API (repeatable; default: the host of --listen or, on Kubernetes, raceway-ca.<namespace of --secret>.svc)")
 	f.DurationVar(&cfg.ttl, "ttl", 24*time.Hour, "lifetime of a certificate for which none is asked")
 	f.DurationVar(&cfg.maxTTL, "max-ttl", 0, "longest lifetime of a certificate (default: that of --ttl)")
-	f.StringVar(&cfg.metricsAddress, "metrics-address", "127.0.0.1:15014", "address of /metrics and /healthz, empty for none")
+	f.StringVar(&cfg.metricsAddress, "metrics-address", "127.0.0.1:15014", "address of /metrics, /healthz and /readyz, empty for none")
 	f.TextVar(&cfg.logLevel, "log-level", slog.LevelInfo, "`level` of the log: debug, info, warn or error")
 	return cmd
 }
 
+// onKubernetes says that the cluster is behind an API server and not in a directory.
+func (c *config) onKubernetes() bool { return c.files.clusterDir == "" }
+
 // complete fills in what depends on other settings and joins every complaint.
 func (c *config) complete() error {
 	var errs []error
-	if c.clusterDir == "" {
-		errs = append(errs, errors.New("--cluster-dir is not set"))
-	}
-	if c.nodeTokens == "" {
-		errs = append(errs, errors.New("--node-tokens is not set"))
+	if c.onKubernetes() {
+		errs = append(errs, c.kube.validate())
+	} else {
+		errs = append(errs, c.files.validate())
+		if c.kube.kubeconfig != "" {
+			errs = append(errs, errors.New("--cluster-dir and --kubeconfig are both set: the cluster is in one place"))
+		}
 	}
 	host, _, err := net.SplitHostPort(c.listen)
 	if err != nil {
 		errs = append(errs, fmt.Errorf("--listen: %w", err))
 	}
 	if len(c.tlsNames) == 0 {
-		if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		ip := net.ParseIP(host)
+		switch open := host == "" || ip != nil && ip.IsUnspecified(); {
+		case c.onKubernetes():
+			c.tlsNames = []string{"raceway-ca." + c.kube.secret.Namespace + ".svc"}
+		case open:
 			errs = append(errs, errors.New("--tls-name is not set, and --listen names no host that agents could reach"))
+		default:
+			c.tlsNames = []string{host}
 		}
-		c.tlsNames = []string{host}
 	}
 	return errors.Join(errs...)
 }
 
 // announce tells, on out, what agents need.
-func announce(out io.Writer, cfg config, address net.Addr) error {
-	_, err := fmt.Fprintf(out, "ready: certificate API on %s, root certificate in %s\n", address, filepath.Join(cfg.dataDir, ca.RootFile))
+func announce(out io.Writer, address net.Addr, rootsAt string) error {
+	_, err := fmt.Fprintf(out, "ready: certificate API on %s, root certificate in %s\n", address, rootsAt)
 	return err
 }

@@ -14,17 +14,20 @@ import (
 
 	"github.com/raceway-mesh/raceway/certs/ca"
 	"github.com/raceway-mesh/raceway/certs/istio"
-	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/cmd/raceway-ca/internal/kube"
 )
 
-// metrics counts what the certificate API answers.
+// metrics counts what the certificate API answers, and what the API server is asked for that.
 type metrics struct {
 	registry *prometheus.Registry
 	signed   prometheus.Counter
 	refused  *prometheus.CounterVec
+	reviews  *prometheus.CounterVec
+	waited   prometheus.Histogram
+	bundles  *prometheus.CounterVec
 }
 
-func newMetrics(authority *ca.Authority) (*metrics, error) {
+func newMetrics() (*metrics, error) {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
 		signed: prometheus.NewCounter(prometheus.CounterOpts{
@@ -35,22 +38,71 @@ func newMetrics(authority *ca.Authority) (*metrics, error) {
 			Name: "raceway_ca_requests_refused_total",
 			Help: "Certificate requests refused, by cause.",
 		}, []string{"cause"}),
+		reviews: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "raceway_ca_token_reviews_total",
+			Help: "Tokens of callers judged, by outcome.",
+		}, []string{"outcome"}),
+		waited: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "raceway_ca_token_review_duration_seconds",
+			Help:    "How long the API server took to review a token.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14), // to 8 s; a review is given up after 5
+		}),
+		bundles: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "raceway_ca_bundle_checks_total",
+			Help: "Checks that the published roots are the authority's, and repairs, by outcome.",
+		}, []string{"outcome"}),
 	}
 	for _, cause := range istio.Refusals() {
 		m.refused.WithLabelValues(string(cause)) // a counter that is there before it counts
 	}
-	expiry := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "raceway_ca_signing_certificate_expiry_timestamp_seconds",
-		Help: "When the signing certificate, or the first one above it, expires.",
-	}, func() float64 { return float64(authority.Expires().Unix()) })
+	for _, outcome := range kube.Reviews() {
+		m.reviews.WithLabelValues(string(outcome))
+	}
+	for _, outcome := range []string{succeeded, failed} {
+		m.bundles.WithLabelValues(outcome)
+	}
 	for _, c := range []prometheus.Collector{
-		m.signed, m.refused, expiry, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		m.signed, m.refused, m.reviews, m.waited, m.bundles,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	} {
 		if err := m.registry.Register(c); err != nil {
 			return nil, fmt.Errorf("register metric: %w", err)
 		}
 	}
 	return m, nil
+}
+
+// watch adds what is known once there is an authority.
+func (m *metrics) watch(authority *ca.Authority) error {
+	expiry := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "raceway_ca_signing_certificate_expiry_timestamp_seconds",
+		Help: "When the signing certificate, or the first one above it, expires.",
+	}, func() float64 { return float64(authority.Expires().Unix()) })
+	if err := m.registry.Register(expiry); err != nil {
+		return fmt.Errorf("register metric: %w", err)
+	}
+	return nil
+}
+
+// Outcomes of a check of the bundle.
+const (
+	succeeded = "succeeded"
+	failed    = "failed"
+)
+
+func (m *metrics) bundle(err error) {
+	outcome := succeeded
+	if err != nil {
+		outcome = failed
+	}
+	m.bundles.WithLabelValues(outcome).Inc()
+}
+
+func (m *metrics) review(outcome kube.Review, took time.Duration) {
+	m.reviews.WithLabelValues(string(outcome)).Inc()
+	if took > 0 { // the API server was asked
+		m.waited.Observe(took.Seconds())
+	}
 }
 
 func (m *metrics) count(r istio.Result) {
@@ -61,29 +113,25 @@ func (m *metrics) count(r istio.Result) {
 	m.refused.WithLabelValues(string(r.Outcome)).Inc()
 }
 
-// handler serves /metrics and /healthz; the latter fails while nothing can be signed.
-func (m *metrics) handler(authority *ca.Authority, store *dataplane.Store) http.Handler {
+// handler serves /metrics; /healthz, which says that the process lives; and /readyz, which
+// fails while nothing can be signed.
+func (m *metrics) handler(ready func() error) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := healthy(authority, store); err != nil {
+	mux.HandleFunc("GET /healthz", answer(func() error { return nil }))
+	mux.HandleFunc("GET /readyz", answer(ready))
+	return mux
+}
+
+func answer(check func() error) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		if err := check(); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
 		// Nothing can be done about a prober that does not read its answer.
 		_, _ = fmt.Fprintln(w, "ok")
-	})
-	return mux
-}
-
-func healthy(authority *ca.Authority, store *dataplane.Store) error {
-	if snapshot, _ := store.Load(); snapshot == nil {
-		return errNoSnapshot
 	}
-	if expires := authority.Expires(); !time.Now().Before(expires) {
-		return fmt.Errorf("%w at %s", ca.ErrExpired, expires.UTC().Format(time.RFC3339))
-	}
-	return nil
 }
 
 // serveHTTP serves handler on l, which it closes, until ctx ends.

@@ -7,44 +7,80 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/raceway-mesh/raceway/certs/ca"
 	"github.com/raceway-mesh/raceway/certs/istio"
-	"github.com/raceway-mesh/raceway/dataplane"
-	"github.com/raceway-mesh/raceway/dataplane/discovery/file"
 )
 
-// run wires the service and serves until ctx ends.
-func run(ctx context.Context, cfg config, out io.Writer, log *slog.Logger) (err error) {
-	var closers []io.Closer
-	defer func() { err = errors.Join(err, closeAll(closers)) }()
-	authority, err := ca.New(ca.Config{Dir: cfg.dataDir, TrustDomain: cfg.trustDomain, TTL: cfg.ttl, MaxTTL: cfg.maxTTL, Log: log})
+// backend is what differs between a cluster of files and one behind an API server.
+type backend struct {
+	credentials   ca.Source
+	authenticator istio.Authenticator
+	authorizer    istio.Authorizer
+	ready         func() error // why it cannot tell who may have what; nil when it can
+	run           []func(context.Context) error
+	publish       func(context.Context, *ca.Authority) error // of the roots; nil: nothing to do
+	rootsAt       string                                     // where agents find the roots
+	closers       []io.Closer
+}
+
+func (b *backend) close() error {
+	errs := []error{b.credentials.Close()}
+	for _, c := range b.closers {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// run serves until ctx ends. Probes and metrics are there before there are credentials.
+func run(ctx context.Context, cfg config, out io.Writer, log *slog.Logger) error {
+	counts, err := newMetrics()
 	if err != nil {
 		return err
 	}
-	closers = append(closers, authority)
-	tokens, err := istio.NewNodeTokens(cfg.nodeTokens, log)
+	group, ctx := errgroup.WithContext(ctx)
+	ready := &readiness{}
+	if cfg.metricsAddress != "" {
+		l, err := net.Listen("tcp", cfg.metricsAddress)
+		if err != nil {
+			return fmt.Errorf("metrics: %w", err)
+		}
+		group.Go(func() error { return serveHTTP(ctx, l, counts.handler(ready.check)) })
+	}
+	group.Go(func() error {
+		err := serve(ctx, cfg, out, counts, ready, log)
+		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			return nil // it was told to end before it began
+		}
+		return err
+	})
+	return group.Wait()
+}
+
+// serve answers certificate requests.
+func serve(ctx context.Context, cfg config, out io.Writer, counts *metrics, ready *readiness, log *slog.Logger) (err error) {
+	b, err := open(ctx, cfg, counts, log)
 	if err != nil {
 		return err
 	}
-	closers = append(closers, tokens)
+	defer func() { err = errors.Join(err, b.close()) }()
+	authority, err := ca.New(ca.Config{Source: b.credentials, TrustDomain: cfg.trustDomain, TTL: cfg.ttl, MaxTTL: cfg.maxTTL, Log: log})
+	if err != nil {
+		return err
+	}
 	serving, err := authority.Serving(cfg.tlsNames)
 	if err != nil {
 		return err
 	}
-	source, err := file.New(file.Config{Dir: cfg.clusterDir, TrustDomain: cfg.trustDomain, RootNamespace: cfg.rootNamespace, Log: log})
-	if err != nil {
+	if err := counts.watch(authority); err != nil {
 		return err
 	}
-	counts, err := newMetrics(authority)
-	if err != nil {
-		return err
-	}
-	store := &dataplane.Store{}
 	server, err := istio.NewServer(istio.ServerConfig{
-		Signer: authority, Authenticator: tokens, Authorizer: nodeRule{store},
+		Signer: authority, Authenticator: b.authenticator, Authorizer: b.authorizer,
 		GetCertificate: serving.GetCertificate, OnResult: counts.count, Log: log,
 	})
 	if err != nil {
@@ -54,33 +90,49 @@ func run(ctx context.Context, cfg config, out io.Writer, log *slog.Logger) (err 
 	if err != nil {
 		return fmt.Errorf("certificate API: %w", err)
 	}
-	closers = append(closers, listener)
+	ready.set(func() error { return errors.Join(b.ready(), valid(authority)) })
 
 	group, ctx := errgroup.WithContext(ctx)
-	if cfg.metricsAddress != "" {
-		metricsListener, err := net.Listen("tcp", cfg.metricsAddress)
-		if err != nil {
-			return fmt.Errorf("metrics: %w", err)
-		}
-		group.Go(func() error { return serveHTTP(ctx, metricsListener, counts.handler(authority, store)) })
-	}
 	group.Go(func() error { return authority.Run(ctx) })
-	group.Go(func() error { return tokens.Run(ctx) })
-	group.Go(func() error { return source.Run(ctx, store) })
+	for _, f := range b.run {
+		group.Go(func() error { return f(ctx) })
+	}
+	if b.publish != nil {
+		group.Go(func() error { return b.publish(ctx, authority) })
+	}
 	group.Go(func() error { return server.Serve(ctx, listener) })
-	if err := announce(out, cfg, listener.Addr()); err != nil {
+	if err := announce(out, listener.Addr(), b.rootsAt); err != nil {
 		log.Warn("ready, but standard output is gone", "error", err)
 	}
 	return group.Wait()
 }
 
-// closeAll closes what is left open; the listener is not, once it was served.
-func closeAll(closers []io.Closer) error {
-	var errs []error
-	for _, c := range closers {
-		if err := c.Close(); !errors.Is(err, net.ErrClosed) {
-			errs = append(errs, err)
-		}
+func open(ctx context.Context, cfg config, counts *metrics, log *slog.Logger) (*backend, error) {
+	if cfg.onKubernetes() {
+		return kubeBackend(ctx, cfg, counts, log)
 	}
-	return errors.Join(errs...)
+	return filesBackend(cfg, log)
+}
+
+func valid(authority *ca.Authority) error {
+	if expires := authority.Expires(); !time.Now().Before(expires) {
+		return fmt.Errorf("%w at %s", ca.ErrExpired, expires.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// readiness is what /readyz tells.
+type readiness struct {
+	current atomic.Pointer[func() error]
+}
+
+var errStarting = errors.New("the authority has no credentials yet: the log says why")
+
+func (r *readiness) set(check func() error) { r.current.Store(&check) }
+
+func (r *readiness) check() error {
+	if check := r.current.Load(); check != nil {
+		return (*check)()
+	}
+	return errStarting
 }

@@ -28,7 +28,7 @@ import (
 	"github.com/raceway-mesh/raceway/certs/ca"
 	"github.com/raceway-mesh/raceway/certs/istio"
 	"github.com/raceway-mesh/raceway/certs/spiffe"
-	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/cmd/raceway-ca/internal/kube"
 )
 
 func TestMain(m *testing.M) {
@@ -167,30 +167,53 @@ func TestServiceSignsForThePodsThatItSees(t *testing.T) {
 	until("the pod is gone", denied)
 }
 
-func TestMetricsAndHealth(t *testing.T) {
-	authority, err := ca.New(ca.Config{Dir: t.TempDir(), TrustDomain: "cluster.local"})
+func newAuthority(t *testing.T) *ca.Authority {
+	t.Helper()
+	source, err := ca.NewDir(t.TempDir(), ca.Root{TrustDomain: "cluster.local"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = authority.Close() }()
-	m, err := newMetrics(authority)
+	t.Cleanup(func() { _ = source.Close() })
+	authority, err := ca.New(ca.Config{Source: source, TrustDomain: "cluster.local"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	store := &dataplane.Store{}
-	handler := m.handler(authority, store)
+	return authority
+}
+
+func TestMetricsAndProbes(t *testing.T) {
+	m, err := newMetrics()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ready := &readiness{}
+	handler := m.handler(ready.check)
 	get := func(path string) (int, string) {
 		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
 		return w.Code, w.Body.String()
 	}
-	if code, text := get("/healthz"); code != http.StatusServiceUnavailable || !strings.Contains(text, "has not been read") {
-		t.Errorf("before the first snapshot: %d %s", code, text)
+	probe := func(when string, want int, text string) {
+		t.Helper()
+		if code, got := get("/readyz"); code != want || !strings.Contains(got, text) {
+			t.Errorf("%s: %d %s", when, code, got)
+		}
+		if code, _ := get("/healthz"); code != http.StatusOK {
+			t.Errorf("%s: the process is not alive: %d", when, code)
+		}
 	}
-	store.Publish(dataplane.NewSnapshot(dataplane.Contents{}))
-	if code, text := get("/healthz"); code != http.StatusOK {
-		t.Errorf("healthy: %d %s", code, text)
+	probe("before there is an authority", http.StatusServiceUnavailable, "no credentials yet")
+	ready.set(func() error { return errNoSnapshot })
+	probe("before the cluster was read", http.StatusServiceUnavailable, "has not been read")
+	ready.set(func() error { return nil })
+	probe("ready", http.StatusOK, "ok")
+	if err := m.watch(newAuthority(t)); err != nil {
+		t.Fatal(err)
 	}
+	m.review(kube.ReviewCached, 0)
+	m.review(kube.ReviewAccepted, 3*time.Millisecond)
+	m.bundle(nil)
+	m.bundle(errNoSnapshot)
 	m.count(istio.Result{Outcome: istio.Signed})
 	m.count(istio.Result{Outcome: istio.RefusedImpersonate})
 	m.count(istio.Result{Outcome: istio.RefusedImpersonate})
@@ -200,12 +223,16 @@ func TestMetricsAndHealth(t *testing.T) {
 		"\nraceway_ca_requests_refused_total{cause=\"denied\"} 2\n",
 		"\nraceway_ca_requests_refused_total{cause=\"unauthenticated\"} 0\n",
 		"\nraceway_ca_signing_certificate_expiry_timestamp_seconds ",
+		"\nraceway_ca_token_reviews_total{outcome=\"cached\"} 1\n",
+		"\nraceway_ca_token_reviews_total{outcome=\"failed\"} 0\n",
+		"\nraceway_ca_token_review_duration_seconds_count 1\n",
+		"\nraceway_ca_bundle_checks_total{outcome=\"failed\"} 1\n",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("metrics lack %q", want)
 		}
 	}
-	if problems, err := testutil.GatherAndLint(m.registry, "raceway_ca_certificates_signed_total", "raceway_ca_requests_refused_total", "raceway_ca_signing_certificate_expiry_timestamp_seconds"); err != nil || len(problems) > 0 {
+	if problems, err := testutil.GatherAndLint(m.registry); err != nil || len(problems) > 0 {
 		t.Errorf("lint: %v %v", problems, err)
 	}
 }
@@ -225,7 +252,13 @@ func TestStartErrorsNameTheirCause(t *testing.T) {
 		args []string
 		text string
 	}{
-		{"nothing set", []string{"--listen=:0"}, "--cluster-dir is not set\n--node-tokens is not set\n--tls-name is not set"},
+		{"nothing set", []string{"--listen=:0", "--metrics-address="}, "neither --cluster-dir nor --kubeconfig is set"},
+		{"a directory alone", []string{"--listen=:0", "--cluster-dir=" + dir}, "--node-tokens is not set\n--tls-name is not set"},
+		{"two clusters", append(good, "--kubeconfig="+tokens), "both set"},
+		{"no kubeconfig", []string{"--listen=:0", "--metrics-address=", "--kubeconfig=" + dir + "/gone"}, "gone"},
+		{"no audience", []string{"--audience="}, "--audience is empty"},
+		{"bad name of the secret", []string{"--secret=raceway-ca"}, "not NAMESPACE/NAME"},
+		{"bad name of an agent", []string{"--node-agent=raceway-agent"}, "--node-agent: \"raceway-agent\""},
 		{"no port", append(good, "--listen=localhost"), "--listen"},
 		{"unspecified address without a name", append(good, "--listen=[::]:0"), "--tls-name"},
 		{"no tokens", append(good, "--node-tokens="+dir+"/gone"), "gone"},
@@ -252,7 +285,7 @@ func TestLogsNeverHoldTokens(t *testing.T) {
 	var log bytes.Buffer
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	cfg := config{listen: "127.0.0.1:0", dataDir: filepath.Join(dir, "data"), clusterDir: t.TempDir(), nodeTokens: filepath.Join(dir, "nodes.yaml"), trustDomain: "cluster.local", tlsNames: []string{"localhost"}, ttl: time.Hour}
+	cfg := config{listen: "127.0.0.1:0", files: fileConfig{dataDir: filepath.Join(dir, "data"), clusterDir: t.TempDir(), nodeTokens: filepath.Join(dir, "nodes.yaml")}, trustDomain: "cluster.local", tlsNames: []string{"localhost"}, ttl: time.Hour}
 	if err := run(ctx, cfg, io.Discard, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))); err != nil {
 		t.Error(err)
 	}

@@ -12,12 +12,14 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/raceway-mesh/raceway/certs"
 )
 
 func TestFirstStartMakesARootThatLaterStartsKeep(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "deep", "data")
-	first := open(t, Config{Dir: dir}).Roots()[0]
-	for name, mode := range map[string]os.FileMode{keyFile: 0o600, certFile: 0o644, RootFile: 0o644} {
+	first := open(t, dir, Config{}).Roots()[0]
+	for name, mode := range map[string]os.FileMode{KeyFile: 0o600, CertFile: 0o644, RootFile: 0o644} {
 		info, err := os.Stat(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
@@ -29,7 +31,7 @@ func TestFirstStartMakesARootThatLaterStartsKeep(t *testing.T) {
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 3 {
 		t.Errorf("directory holds %v, %v", left, err)
 	}
-	if again := open(t, Config{Dir: dir}).Roots()[0]; !again.Equal(first) {
+	if again := open(t, dir, Config{}).Roots()[0]; !again.Equal(first) {
 		t.Error("the second start made another root")
 	}
 }
@@ -40,13 +42,12 @@ func TestFirstStartsAtOnceAgree(t *testing.T) {
 	var group sync.WaitGroup
 	for i := range roots {
 		group.Go(func() {
-			a, err := New(Config{Dir: dir, TrustDomain: td})
+			a, err := try(t, dir, Config{})
 			if err != nil {
 				t.Error(err)
 				return
 			}
 			roots[i] = a.Roots()[0]
-			_ = a.Close()
 		})
 	}
 	group.Wait()
@@ -61,12 +62,15 @@ func TestFirstStartsAtOnceAgree(t *testing.T) {
 func crash(t *testing.T, point string) (dir string, root *x509.Certificate) {
 	t.Helper()
 	dir = t.TempDir()
-	a := &Authority{cfg: Config{Dir: dir, TrustDomain: td}.withDefaults()}
-	if err := a.create(); err != nil {
+	if err := create(dir, Root{TrustDomain: td}); err != nil {
 		t.Fatal(err)
 	}
 	committed := filepath.Join(dir, committedDir)
-	parsed, err := loadCerts(filepath.Join(committed, certFile))
+	text, err := os.ReadFile(filepath.Join(committed, CertFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := certs.ParseCertificates(text)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,12 +86,12 @@ func crash(t *testing.T, point string) (dir string, root *x509.Certificate) {
 		if err := os.Rename(committed, filepath.Join(dir, stagingDir)); err != nil {
 			t.Fatal(err)
 		}
-		write(t, filepath.Join(dir, stagingDir, certFile), nil, 0o600) // torn
+		write(t, filepath.Join(dir, stagingDir, CertFile), nil, 0o600) // torn
 	case "after the commit":
 	case "half moved":
-		move(certFile)
+		move(CertFile)
 	case "all moved":
-		move(certFile, keyFile, RootFile)
+		move(CertFile, KeyFile, RootFile)
 	default:
 		t.Fatal(point)
 	}
@@ -98,7 +102,7 @@ func TestCrashAtTheFirstStartIsHealed(t *testing.T) {
 	for _, point := range []string{"before the commit", "after the commit", "half moved", "all moved"} {
 		t.Run(point, func(t *testing.T) {
 			dir, root := crash(t, point)
-			a := open(t, Config{Dir: dir})
+			a := open(t, dir, Config{})
 			if committed := point != "before the commit"; a.Roots()[0].Equal(root) != committed {
 				t.Errorf("root kept: %v, want %v", !committed, committed)
 			}
@@ -118,30 +122,27 @@ func TestUnsafeOrIncompleteDirectoriesAreRefused(t *testing.T) {
 		spoil func(t *testing.T, dir string)
 		text  string
 	}{
-		{"key readable by everyone", func(t *testing.T, dir string) { chmod(t, filepath.Join(dir, keyFile), 0o604) }, "chmod 600"},
-		{"key writable by its group", func(t *testing.T, dir string) { chmod(t, filepath.Join(dir, keyFile), 0o620) }, "chmod 600"},
+		{"key readable by everyone", func(t *testing.T, dir string) { chmod(t, filepath.Join(dir, KeyFile), 0o604) }, "chmod 600"},
+		{"key writable by its group", func(t *testing.T, dir string) { chmod(t, filepath.Join(dir, KeyFile), 0o620) }, "chmod 600"},
 		{"directory writable by everyone", func(t *testing.T, dir string) { chmod(t, dir, 0o777) }, "chmod o-w"},
-		{"no key", func(t *testing.T, dir string) { remove(t, filepath.Join(dir, keyFile)) }, "ca-cert.pem and root-cert.pem is there but ca-key.pem is not"},
+		{"no key", func(t *testing.T, dir string) { remove(t, filepath.Join(dir, KeyFile)) }, "ca-cert.pem and root-cert.pem is there but ca-key.pem is not"},
 		{"no root", func(t *testing.T, dir string) { remove(t, filepath.Join(dir, RootFile)) }, "root-cert.pem is not"},
-		{"another key", func(t *testing.T, dir string) { write(t, filepath.Join(dir, keyFile), other.keyPEM(t), 0o600) }, "not the certificate of the key"},
+		{"another key", func(t *testing.T, dir string) { write(t, filepath.Join(dir, KeyFile), other.keyPEM(t), 0o600) }, "not the certificate of the key"},
 		{"another root", func(t *testing.T, dir string) { write(t, filepath.Join(dir, RootFile), encode(other.cert), 0o644) }, "chain to root-cert.pem"},
-		{"no PEM key", func(t *testing.T, dir string) { write(t, filepath.Join(dir, keyFile), []byte("x"), 0o600) }, "no PEM encoded private key"},
+		{"no PEM key", func(t *testing.T, dir string) { write(t, filepath.Join(dir, KeyFile), []byte("x"), 0o600) }, "no PEM encoded private key"},
 		{"encrypted key", func(t *testing.T, dir string) {
-			write(t, filepath.Join(dir, keyFile), pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte{1}}), 0o600)
+			write(t, filepath.Join(dir, KeyFile), pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte{1}}), 0o600)
 		}, "not an unencrypted private key"},
-		{"torn certificate", func(t *testing.T, dir string) { write(t, filepath.Join(dir, certFile), encode(root.cert)[:100], 0o644) }, "no PEM encoded certificate"},
+		{"torn certificate", func(t *testing.T, dir string) { write(t, filepath.Join(dir, CertFile), encode(root.cert)[:100], 0o644) }, "no PEM encoded certificate"},
 		{"torn chain", func(t *testing.T, dir string) {
-			write(t, filepath.Join(dir, chainFile), encode(root.cert)[:100], 0o644)
+			write(t, filepath.Join(dir, ChainFile), encode(root.cert)[:100], 0o644)
 		}, "cert-chain.pem"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
 			install(t, dir, root, nil, root)
 			tt.spoil(t, dir)
-			if a, err := New(Config{Dir: dir, TrustDomain: td}); err == nil || !strings.Contains(err.Error(), tt.text) {
-				if a != nil {
-					_ = a.Close()
-				}
+			if _, err := try(t, dir, Config{}); err == nil || !strings.Contains(err.Error(), tt.text) {
 				t.Errorf("error %v, want one with %q", err, tt.text)
 			}
 		})
@@ -157,18 +158,18 @@ func TestSecretAsKubernetesMountsIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	install(t, data, root, nil, root)
-	chmod(t, filepath.Join(data, keyFile), 0o440)
-	for _, name := range []string{keyFile, certFile, RootFile, chainFile} {
+	chmod(t, filepath.Join(data, KeyFile), 0o440)
+	for _, name := range []string{KeyFile, CertFile, RootFile, ChainFile} {
 		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	chmod(t, dir, 0o777|os.ModeSticky)
-	sign(t, open(t, Config{Dir: dir}), 0)
+	sign(t, open(t, dir, Config{}), 0)
 
 	empty := t.TempDir()
 	chmod(t, empty, 0o777|os.ModeSticky)
-	if _, err := New(Config{Dir: empty, TrustDomain: td}); err == nil || !strings.Contains(err.Error(), "chmod o-w") {
+	if _, err := try(t, empty, Config{}); err == nil || !strings.Contains(err.Error(), "chmod o-w") {
 		t.Errorf("made an authority where everyone may write: %v", err)
 	}
 }
@@ -200,7 +201,7 @@ func TestACertificateThatMayNotSignIsNoAuthority(t *testing.T) {
 	}
 	dir := t.TempDir()
 	install(t, dir, &authority{leaf, key}, nil, root)
-	if _, err := New(Config{Dir: dir, TrustDomain: td}); err == nil || !strings.Contains(err.Error(), "not a CA certificate") {
+	if _, err := try(t, dir, Config{}); err == nil || !strings.Contains(err.Error(), "not a CA certificate") {
 		t.Errorf("error %v", err)
 	}
 }

@@ -7,26 +7,29 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs"
 )
 
-// credentials are one consistent set of files.
+// credentials are material that fits together.
 type credentials struct {
 	key                 crypto.Signer
 	cert                *x509.Certificate
 	intermediates       []*x509.Certificate // what peers need beside the roots, the signing one first
 	roots               []*x509.Certificate
-	notBefore, notAfter time.Time // of the whole way to the root
+	notBefore, notAfter time.Time     // of the whole way to the root
+	replaced            chan struct{} // closed when others came into force
 }
 
 func (c *credentials) isRoot() bool { return selfIssued(c.cert) }
+
+// endIsNear says that a new signing certificate is due: a month before the end, or, of one
+// that does not live for months, in the last fifth of its life.
+func (c *credentials) endIsNear(now time.Time) bool {
+	return c.notAfter.Sub(now) < min(expiryNotice, c.notAfter.Sub(c.notBefore)/5)
+}
 
 func (c *credentials) equal(other *credentials) bool {
 	return c.cert.Equal(other.cert) &&
@@ -36,36 +39,57 @@ func (c *credentials) equal(other *credentials) bool {
 
 func selfIssued(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, c.RawSubject) }
 
-// load reads the files and checks that they fit together.
-func load(dir string) (*credentials, error) {
-	key, err := loadKey(filepath.Join(dir, keyFile))
+// parse reads the material and checks that its parts fit together.
+func parse(m Material) (*credentials, error) {
+	key, err := parseKey(m.Key.PEM)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", m.Key.Name, err)
+	}
+	signing, err := m.Cert.certificates()
 	if err != nil {
 		return nil, err
 	}
-	signing, err := loadCerts(filepath.Join(dir, certFile))
+	roots, err := m.Roots.certificates()
 	if err != nil {
 		return nil, err
 	}
-	roots, err := loadCerts(filepath.Join(dir, RootFile))
-	if err != nil {
-		return nil, err
+	var chain []*x509.Certificate
+	if len(bytes.TrimSpace(m.Chain.PEM)) > 0 {
+		if chain, err = m.Chain.certificates(); err != nil {
+			return nil, err
+		}
 	}
-	chain, err := loadCerts(filepath.Join(dir, chainFile))
-	if err != nil && !errors.Is(err, errNoCertificates) {
-		return nil, err
-	}
-	creds := &credentials{key: key, cert: signing[0], roots: roots}
-	if err := creds.verify(slices.Concat(signing, chain)); err != nil {
-		return nil, fmt.Errorf("%s: %w", certFile, err)
+	creds := &credentials{key: key, cert: signing[0], roots: unique(roots)}
+	if err := creds.verify(m, slices.Concat(signing, chain)); err != nil {
+		return nil, fmt.Errorf("%s: %w", m.Cert.Name, err)
 	}
 	return creds, nil
 }
 
+func (p Part) certificates() ([]*x509.Certificate, error) {
+	parsed, err := certs.ParseCertificates(p.PEM)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p.Name, err)
+	}
+	return parsed, nil
+}
+
+// unique keeps the first of equal certificates.
+func unique(all []*x509.Certificate) []*x509.Certificate {
+	var kept []*x509.Certificate
+	for _, c := range all {
+		if !slices.ContainsFunc(kept, c.Equal) {
+			kept = append(kept, c)
+		}
+	}
+	return kept
+}
+
 // verify checks the signing certificate and finds out how long its way to a root is valid.
-func (c *credentials) verify(chain []*x509.Certificate) error {
+func (c *credentials) verify(m Material, chain []*x509.Certificate) error {
 	pub, ok := c.cert.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
 	if !ok || !pub.Equal(c.key.Public()) {
-		return fmt.Errorf("it is not the certificate of the key in %s", keyFile)
+		return fmt.Errorf("it is not the certificate of the key in %s", m.Key.Name)
 	}
 	if err := checkKey(c.cert.PublicKey); err != nil {
 		return err
@@ -76,7 +100,7 @@ func (c *credentials) verify(chain []*x509.Certificate) error {
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, r := range c.roots {
 		if !r.BasicConstraintsValid || !r.IsCA {
-			return fmt.Errorf("%s holds %q, which is not a CA certificate", RootFile, r.Subject)
+			return fmt.Errorf("%s holds %q, which is not a CA certificate", m.Roots.Name, r.Subject)
 		}
 		roots.AddCert(r)
 	}
@@ -90,7 +114,7 @@ func (c *credentials) verify(chain []*x509.Certificate) error {
 	}
 	ways, err := c.cert.Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 	if err != nil {
-		return fmt.Errorf("chain to %s by %s: %w", RootFile, chainFile, err)
+		return fmt.Errorf("chain to %s by %s: %w", m.Roots.Name, m.Chain.Name, err)
 	}
 	for _, way := range ways { // of several, the one that lasts longest
 		notBefore, notAfter := way[0].NotBefore, way[0].NotAfter
@@ -103,68 +127,6 @@ func (c *credentials) verify(chain []*x509.Certificate) error {
 		}
 	}
 	return nil
-}
-
-// maxFileBytes bounds what is read of a file: hundreds of certificates.
-const maxFileBytes = 1 << 20
-
-var errNoCertificates = errors.New("no certificates")
-
-func loadCerts(name string) ([]*x509.Certificate, error) {
-	file, err := os.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: %w", errNoCertificates, err)
-	}
-	if err != nil {
-		return nil, err
-	}
-	data, err := readClose(file)
-	if err != nil {
-		return nil, err
-	}
-	if len(bytes.TrimSpace(data)) == 0 {
-		return nil, fmt.Errorf("%w: %s is empty", errNoCertificates, name)
-	}
-	parsed, err := certs.ParseCertificates(data)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", filepath.Base(name), err)
-	}
-	return parsed, nil
-}
-
-func loadKey(name string) (crypto.Signer, error) {
-	file, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	info, err := file.Stat()
-	if err != nil {
-		return nil, errors.Join(err, file.Close())
-	}
-	// Its group may read it: that is how Kubernetes gives a secret to a process that is not root.
-	if mode := info.Mode().Perm(); mode&0o037 != 0 {
-		return nil, errors.Join(fmt.Errorf("others than its owner may use %s (mode %#o): chmod 600 (in Kubernetes: defaultMode 0400 on the secret's volume), and replace the key if it may have been read", keyFile, mode), file.Close())
-	}
-	data, err := readClose(file)
-	if err != nil {
-		return nil, err
-	}
-	key, err := parseKey(data)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", keyFile, err)
-	}
-	return key, nil
-}
-
-func readClose(file *os.File) ([]byte, error) {
-	data, err := io.ReadAll(io.LimitReader(file, maxFileBytes+1))
-	if err := errors.Join(err, file.Close()); err != nil {
-		return nil, err
-	}
-	if len(data) > maxFileBytes {
-		return nil, fmt.Errorf("%s is larger than %d bytes", file.Name(), maxFileBytes)
-	}
-	return data, nil
 }
 
 // parseKey reads the forms that openssl writes.
