@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
 	"github.com/raceway-mesh/raceway/e2e/lab"
 )
 
@@ -49,7 +50,12 @@ func eachVariant(t *testing.T, test func(t *testing.T, v variant)) {
 		"TCX":       {opts: lab.Options{DualStack: true, IPv6: true}, args: []string{"--inbound", "tc", "--tc", "tcx"}},
 		"Clsact":    {opts: lab.Options{DualStack: true}, args: []string{"--inbound", "tc", "--tc", "clsact"}},
 	} {
-		t.Run(name, func(t *testing.T) { test(t, v) })
+		t.Run(name, func(t *testing.T) {
+			if name == "TCX" && netnstest.KernelBefore(6, 6) {
+				t.Skip("tcx is in Linux since 6.6")
+			}
+			test(t, v)
+		})
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -49,13 +50,18 @@ type mode struct {
 	tc      kernel.TCMode
 }
 
+// modes are those that this kernel has: tcx is in Linux since 6.6.
 func modes() []mode {
-	return []mode{
+	all := []mode{
 		{"sk_lookup+tcx", kernel.InboundSKLookup, kernel.TCX},
 		{"sk_lookup+clsact", kernel.InboundSKLookup, kernel.TCClsact},
 		{"tc+tcx", kernel.InboundTC, kernel.TCX},
 		{"tc+clsact", kernel.InboundTC, kernel.TCClsact},
 	}
+	if netnstest.KernelBefore(6, 6) {
+		return slices.DeleteFunc(all, func(m mode) bool { return m.tc == kernel.TCX })
+	}
+	return all
 }
 
 func inAllModes(t *testing.T, test func(t *testing.T, m mode)) {

@@ -28,6 +28,20 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
+// KernelBefore reports whether the kernel is older than a release: what that release brought
+// cannot be tested.
+func KernelBefore(major, minor int) bool {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		panic(err)
+	}
+	var have [2]int
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(uts.Release[:]), "%d.%d", &have[0], &have[1]); err != nil {
+		panic(err)
+	}
+	return have[0] < major || have[0] == major && have[1] < minor
+}
+
 // Require skips the test, saying what is missing, unless it can make network namespaces
 // and load BPF. With RACEWAY_REQUIRE_ROOT=1 it fails the test instead.
 func Require(t testing.TB) {
