@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/cni-plugin/install"
+	"github.com/raceway-mesh/raceway/cni-plugin/node"
 	"github.com/raceway-mesh/raceway/dataplane"
 )
 
@@ -21,8 +22,8 @@ type verdict struct {
 
 // decide finds out without the agent whether the pod is to be enrolled: from the API server,
 // else from the node's last state. What nobody knows is held up, for a pod that starts in
-// plaintext cannot be taken back.
-func (a *attachment) decide(ctx context.Context) verdict {
+// plaintext cannot be taken back. agentErr is why the agent could not be asked.
+func (a *attachment) decide(ctx context.Context, agentErr error) verdict {
 	state, stateErr := install.ReadState(a.entry.StateDir)
 	if stateErr == nil && state.Cluster.Released {
 		return verdict{}
@@ -33,7 +34,7 @@ func (a *attachment) decide(ctx context.Context) verdict {
 	case apiErr == nil:
 		wanted := dataplane.WantsEnrolment(labels.pod, labels.namespace, state.Cluster.EnrollLabels...)
 		return verdict{wanted, "it is to be enrolled, says the API server"}
-	case errors.Is(apiErr, errUninstalled):
+	case errors.Is(apiErr, errUninstalled) && errors.Is(agentErr, node.ErrAway):
 		a.uninstall(state.ConfDir)
 		return verdict{}
 	case stateErr != nil:

@@ -147,6 +147,7 @@ func pod(namespace, name string) *libcni.RuntimeConf {
 // agent is a fake one that notes what it is told.
 type agent struct {
 	captures bool
+	hangs    bool
 	err      error
 
 	mu   sync.Mutex
@@ -161,8 +162,11 @@ func (a *agent) note(verb string, s discovery.Sandbox) {
 	a.last = s
 }
 
-func (a *agent) Add(_ context.Context, s discovery.Sandbox) (bool, error) {
+func (a *agent) Add(ctx context.Context, s discovery.Sandbox) (bool, error) {
 	a.note("add", s)
+	if a.hangs {
+		<-ctx.Done()
+	}
 	return a.captures, a.err
 }
 

@@ -14,10 +14,12 @@ import (
 )
 
 const (
-	// addTimeout is for one ADD in all. Capture takes milliseconds and asking the API
-	// server for a pod that the agent has not seen a second or two; the kubelet gives up
-	// on a sandbox after minutes. An agent that hangs is an error in good time before that.
+	// addTimeout is for one ADD in all; the kubelet gives up on a sandbox after minutes.
 	addTimeout = 30 * time.Second
+	// patience is for the agent to answer. Capture takes milliseconds, and asking the API
+	// server for a pod that the agent has not seen a second or two. One that hangs is as
+	// good as away: it may hold up the pods of the mesh, and no others.
+	patience = 20 * time.Second
 	// comeback is how long an enrolled pod waits for an agent that is away. A container
 	// that is started again is there within it, and the kubelet's next attempt, which
 	// makes the whole sandbox anew, is not needed. Others do not wait at all.
@@ -66,17 +68,19 @@ func (a *attachment) concerned() bool {
 func (a *attachment) capture(ctx context.Context) error {
 	agent := node.NewClient(a.entry.Socket)
 	started := time.Now()
-	_, err := agent.Add(ctx, a.sandbox)
+	asking, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	_, err := agent.Add(asking, a.sandbox)
 	if !away(err) {
 		return a.refused(err)
 	}
-	verdict := a.decide(ctx)
+	verdict := a.decide(ctx, err)
 	if !verdict.wanted {
 		return nil
 	}
 	for time.Since(started) < comeback && away(err) {
 		time.Sleep(knock)
-		_, err = agent.Add(ctx, a.sandbox)
+		_, err = agent.Add(asking, a.sandbox)
 	}
 	if !away(err) {
 		return a.refused(err)
@@ -85,7 +89,9 @@ func (a *attachment) capture(ctx context.Context) error {
 }
 
 // away reports whether the agent cannot be asked for now, rather than that it said no.
-func away(err error) bool { return errors.Is(err, node.ErrAway) || errors.Is(err, node.ErrNotReady) }
+func away(err error) bool {
+	return errors.Is(err, node.ErrAway) || errors.Is(err, node.ErrNotReady) || errors.Is(err, context.DeadlineExceeded)
+}
 
 func (a *attachment) refused(err error) error {
 	if err == nil {
@@ -110,16 +116,18 @@ func check(args *skel.CmdArgs) error {
 	if !a.concerned() {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), byTheWay)
+	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
 	defer cancel()
-	err = node.NewClient(a.entry.Socket).Check(ctx, a.sandbox)
+	asking, cancel := context.WithTimeout(ctx, byTheWay)
+	defer cancel()
+	err = node.NewClient(a.entry.Socket).Check(asking, a.sandbox)
 	switch {
 	case err == nil:
 		return nil
 	case !away(err):
 		return types.NewError(types.ErrInternal, fmt.Sprintf("pod %s is not as it should be: %v", a.sandbox.Pod, err), "")
 	}
-	if v := a.decide(ctx); v.wanted {
+	if v := a.decide(ctx, err); v.wanted {
 		return tryAgain(a.sandbox, "%v, so it cannot say whether the pod is captured, as it should be because %s", err, v.reason)
 	}
 	return nil
