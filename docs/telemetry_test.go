@@ -103,6 +103,7 @@ func exercise(t *testing.T, log *bytes.Buffer) *prometheus.Registry {
 		},
 		Certificates: func() []telemetry.Certificate { return make([]telemetry.Certificate, 1) },
 		Pool:         func() telemetry.Pool { return telemetry.Pool{} },
+		Staleness: func() time.Duration { return time.Second },
 		Hooks: func() ([]telemetry.Counter, error) {
 			return []telemetry.Counter{{Hook: "guard", Reason: "dropped_connect"}}, nil
 		},
@@ -126,6 +127,7 @@ func exercise(t *testing.T, log *bytes.Buffer) *prometheus.Registry {
 	tel.Decided(telemetry.Decision{})
 	tel.HandshakeFailed(telemetry.Inbound, "expired")
 	tel.LimitReached("buffers")
+	tel.Repaired("routing")
 	tel.Refuse(telemetry.Attempt{Direction: telemetry.Inbound}, telemetry.FlagsDeny, errors.New("no"))
 	c := tel.Open(telemetry.Attempt{Direction: telemetry.Outbound, Socket: conn.(*net.TCPConn)})
 	c.Sent(1)

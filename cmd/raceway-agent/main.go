@@ -3,13 +3,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -18,6 +21,7 @@ import (
 	"github.com/raceway-mesh/raceway/cmd/internal/daemon"
 	"github.com/raceway-mesh/raceway/cmd/internal/flagenv"
 	"github.com/raceway-mesh/raceway/cmd/internal/version"
+	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/agent"
 )
 
@@ -27,7 +31,10 @@ func main() { daemon.Main(command()) }
 const envPrefix = "RACEWAY_"
 
 func command() *cobra.Command {
-	cfg := agent.Config{Level: new(slog.LevelVar), Version: version.String()}
+	cfg := agent.Config{
+		Level: new(slog.LevelVar), Version: version.String(),
+		MeshConfig: dataplane.Name{Namespace: "raceway-system", Name: "raceway"},
+	}
 	var accessLog string
 	cmd := &cobra.Command{
 		Use:   "raceway-agent",
@@ -38,6 +45,8 @@ through HBONE tunnels, and authorize what arrives.
 An agent that ends leaves its pods captured: their new connections are refused until an agent
 serves the node again. ` + "`raceway`" + ` talks to it through --socket.
 
+What the cluster is comes from its API server, or from --cluster-dir.
+
 Every flag can also be set by a variable: --node by ` + envPrefix + `NODE.`,
 		Args:          cobra.NoArgs,
 		Version:       cfg.Version,
@@ -45,8 +54,11 @@ Every flag can also be set by a variable: --node by ` + envPrefix + `NODE.`,
 		SilenceErrors: true,
 		PreRunE:       func(cmd *cobra.Command, _ []string) error { return flagenv.Set(cmd.Flags(), envPrefix, os.LookupEnv) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := required(cmd.Flags(), "node", "cluster-dir", "ca-address", "ca-root", "ca-token-file"); err != nil {
+			if err := errors.Join(required(cmd.Flags(), "node", "ca-address", "ca-root", "ca-token-file"), settleSource(cmd.Flags())); err != nil {
 				return err
+			}
+			if cfg.CNI.TokenFile != "" {
+				cfg.CNI.APIServer = cmp.Or(cfg.CNI.APIServer, apiServer(os.LookupEnv))
 			}
 			cfg.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: cfg.Level}))
 			return run(cmd.Context(), cfg, accessLog, cmd.OutOrStdout())
@@ -59,8 +71,15 @@ Every flag can also be set by a variable: --node by ` + envPrefix + `NODE.`,
 
 func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.StringVar(&cfg.Node, "node", "", "name of the node to serve (required)")
-	f.StringVar(&cfg.ClusterDir, "cluster-dir", "", "directory of Kubernetes YAML that describes the cluster (required)")
+	f.StringVar(&cfg.ClusterDir, "cluster-dir", "", "directory of Kubernetes YAML that describes the cluster (default: it is the API server's)")
 	f.StringVar(&cfg.StatusDir, "status-dir", "", "directory where agents publish captured pods (default: .raceway in --cluster-dir)")
+	f.StringVar(&cfg.Kubeconfig, "kubeconfig", "", "file that says how to reach the API server (default: as pods do)")
+	f.StringVar(&cfg.SnapshotFile, "snapshot-file", "/var/lib/raceway/snapshot.json.gz", "last state of the cluster, for a start without API server, empty for none")
+	f.StringSliceVar(&cfg.EnrollLabels, "enroll-label", nil, "further label that enrols namespaces and pods, as "+dataplane.ModeLabel+" does (repeatable)")
+	f.Var((*nameValue)(&cfg.MeshConfig), "mesh-config", "`namespace/name` of the ConfigMap that says when the mesh is taken off the cluster")
+	f.StringVar(&cfg.Pod.Name, "pod-name", "", "name of the agent's own pod")
+	f.StringVar(&cfg.Pod.Namespace, "pod-namespace", "", "namespace of the agent's own pod")
+	f.StringVar(&cfg.StartupTaint, "startup-taint", "raceway.dev/not-ready", "taint that the agent takes from its node once it is ready, empty for none")
 	f.StringVar(&cfg.TrustDomain, "trust-domain", "cluster.local", "trust domain of the identities")
 	f.StringVar(&cfg.RootNamespace, "root-namespace", "istio-system", "namespace of mesh-wide policies")
 	f.StringVar(&cfg.ClusterID, "cluster-id", "Kubernetes", "name of the cluster, as the CA and the metrics know it")
@@ -74,6 +93,18 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.StringVar(&cfg.BPFDir, "bpf-dir", "", "directory of pins on a BPF file system (default /sys/fs/bpf/raceway/<node>)")
 	f.StringVar(&cfg.StateDir, "state-dir", "", "directory of what a restarted agent needs to release pods (default /run/raceway/<node>)")
 	f.StringVar(&cfg.CgroupRoot, "cgroup-root", "", "root of the cgroup v2 hierarchy (default: found)")
+	f.StringVar(&cfg.HostProc, "host-proc", "/proc", "proc file system of the host")
+	f.StringVar(&cfg.HostNetNS, "host-netns", "", "network namespace of the host (default: the agent's own with --cluster-dir, else <host-proc>/1/ns/net)")
+	f.StringVar(&cfg.CNI.ConfDir, "cni-conf-dir", "", "the host's network configuration, as the agent sees it, empty for no CNI plugin")
+	f.StringVar(&cfg.CNI.BinDir, "cni-bin-dir", "", "the host's CNI plugins, as the agent sees them, empty for no CNI plugin")
+	f.StringVar(&cfg.CNI.HostConfDir, "cni-conf-dir-host", "/etc/cni/net.d", "the same as --cni-conf-dir, as the host sees it")
+	f.StringVar(&cfg.CNI.StateDir, "cni-state-dir", "/var/lib/raceway/cni", "what the CNI plugin decides by while the agent is away, on the host at the same path")
+	f.StringVar(&cfg.CNI.Binary, "cni-plugin-binary", "/usr/local/bin/raceway-cni", "the CNI plugin, to copy to the host")
+	f.StringVar(&cfg.CNI.Socket, "cni-socket", "/run/raceway/cni.sock", "socket where the CNI plugin finds the agent")
+	f.StringVar(&cfg.CNI.TokenFile, "cni-token-file", "", "token with which the CNI plugin asks the API server while the agent is away, empty for none")
+	f.StringVar(&cfg.CNI.APIServer, "cni-api-server", "", "URL of the API server for the CNI plugin (default: where pods find it)")
+	f.StringVar(&cfg.CNI.APICAFile, "cni-api-ca", "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", "PEM file of the API server's roots, for the CNI plugin")
+	f.StringSliceVar(&cfg.CNI.Exempt, "cni-exempt-namespace", []string{"kube-system", "raceway-system"}, "namespace whose pods start although nobody can say whether they are to be enrolled (repeatable)")
 	f.StringVar(&cfg.MetricsAddress, "metrics-address", "127.0.0.1:15020", "address of /metrics and /readyz, empty for none")
 	f.StringVar((*string)(&cfg.Inbound), "inbound", "auto", "how inbound connections are captured: auto, sk_lookup or tc")
 	f.StringVar((*string)(&cfg.TC), "tc", "auto", "how TC programs are attached: auto, tcx or clsact")
@@ -88,6 +119,62 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	if err := f.MarkHidden("disable-guard"); err != nil {
 		panic(err) // the flag is defined one line above
 	}
+}
+
+// settleSource refuses flags of the other source of the cluster's state than the one that is
+// used, and empties those that have a default.
+func settleSource(f *pflag.FlagSet) error {
+	ofTheOther, because := []string{"status-dir"}, "without --cluster-dir"
+	if f.Lookup("cluster-dir").Value.String() != "" {
+		ofTheOther, because = []string{
+			"kubeconfig", "snapshot-file", "enroll-label", "mesh-config", "startup-taint", "cni-conf-dir", "cni-bin-dir",
+		}, "with --cluster-dir: there is no API server then"
+	}
+	var errs []error
+	for _, name := range ofTheOther {
+		switch flag := f.Lookup(name); {
+		case flag.Changed:
+			errs = append(errs, fmt.Errorf("--%s means nothing %s", name, because))
+		case flag.DefValue != "[]":
+			errs = append(errs, flag.Value.Set(""))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// nameValue is a flag for the name of an object.
+type nameValue dataplane.Name
+
+func (n *nameValue) String() string {
+	if *n == (nameValue{}) {
+		return ""
+	}
+	return dataplane.Name(*n).String()
+}
+
+func (n *nameValue) Set(text string) error {
+	if text == "" {
+		*n = nameValue{}
+		return nil
+	}
+	namespace, name, ok := strings.Cut(text, "/")
+	if !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
+		return fmt.Errorf("%q is no namespace/name", text)
+	}
+	*n = nameValue{Namespace: namespace, Name: name}
+	return nil
+}
+
+func (n *nameValue) Type() string { return "namespace/name" }
+
+// apiServer is where pods find the API server, "" outside of a cluster.
+func apiServer(lookup func(string) (string, bool)) string {
+	host, _ := lookup("KUBERNETES_SERVICE_HOST")
+	port, _ := lookup("KUBERNETES_SERVICE_PORT")
+	if host == "" || port == "" {
+		return ""
+	}
+	return "https://" + net.JoinHostPort(host, port)
 }
 
 // required complains, in the words of the command line, of every flag that is empty.

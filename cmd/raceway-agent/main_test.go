@@ -33,7 +33,7 @@ func TestStartErrorsNameTheirCause(t *testing.T) {
 		args []string
 		text string
 	}{
-		{"nothing set", nil, "--node is not set\n--cluster-dir is not set\n--ca-address is not set\n--ca-root is not set\n--ca-token-file is not set"},
+		{"nothing set", nil, "--node is not set\n--ca-address is not set\n--ca-root is not set\n--ca-token-file is not set"},
 		{"empty", append(good, "--node="), "--node is not set"},
 		{"unknown flag", append(good, "--nodes=x"), "--nodes"},
 		{"argument", append(good, "x"), "x"},
@@ -43,6 +43,12 @@ func TestStartErrorsNameTheirCause(t *testing.T) {
 		{"negative settle", append(good, "--settle=-1s"), "settle"},
 		{"access log in no directory", append(good, "--access-log="+dir+"/none/log"), "access log"},
 		{"no cluster directory", append(good, "--cluster-dir="+dir+"/none"), "none"},
+		{"a taint without a node object", append(good, "--startup-taint=x/y"), "--startup-taint means nothing with --cluster-dir"},
+		{"a kubeconfig and a directory", append(good, "--kubeconfig=x"), "--kubeconfig means nothing with --cluster-dir"},
+		{"CNI and a directory", append(good, "--cni-conf-dir=x"), "--cni-conf-dir means nothing with --cluster-dir"},
+		{"status files and an API server", append(good, "--cluster-dir=", "--status-dir=x"), "--status-dir means nothing without --cluster-dir"},
+		{"mesh config of no namespace", append(good, "--cluster-dir=", "--mesh-config=raceway"), `"raceway" is no namespace/name`},
+		{"CNI plugins without configuration", append(good, "--cluster-dir=", "--cni-bin-dir=x"), "one is set and the other is not"},
 		{"roots without a certificate", good, "PEM"},
 	} {
 		cmd := command()

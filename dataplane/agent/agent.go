@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,10 +18,11 @@ import (
 	"github.com/raceway-mesh/raceway/certs/istio"
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
-	"github.com/raceway-mesh/raceway/dataplane/discovery/file"
+	"github.com/raceway-mesh/raceway/dataplane/discovery"
 	"github.com/raceway-mesh/raceway/dataplane/enroll"
 	"github.com/raceway-mesh/raceway/dataplane/kernel"
 	"github.com/raceway-mesh/raceway/dataplane/proxy"
+	"github.com/raceway-mesh/raceway/dataplane/sandbox"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 )
 
@@ -33,7 +35,10 @@ type Agent struct {
 	cfg Config
 
 	store      dataplane.Store
-	source     *file.Source
+	source     discovery.Source
+	publisher  discovery.Publisher
+	sandboxes  discovery.Sandboxes // nil when new pods are not told of
+	cluster    cluster             // nil without an API server
 	keeper     *certs.Keeper
 	registry   *prometheus.Registry
 	telemetry  *telemetry.Telemetry
@@ -41,6 +46,11 @@ type Agent struct {
 	datapath   *kernel.Datapath
 	pods       *pods
 	reconciler *enroll.Reconciler
+	plugin     *plugin // nil when none is installed
+	ready      readiness
+
+	released atomic.Bool // the mesh is being taken off; for good
+	unloaded atomic.Bool // and the data plane is
 
 	parts   []func(context.Context) error // what runs beside enrolment
 	closers []io.Closer                   // what New acquired, in that order
@@ -69,8 +79,9 @@ func New(cfg Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a.own(api)
-	a.run(api.Run, a.prune, a.watchNamespaces, a.lookForNode)
-	for _, step := range []func() error{a.newDiscovery, a.newCertificates, a.newTelemetry, a.newProxy, a.newCapture} {
+	a.ready.set(errNoView)
+	a.run(api.Run, a.prune, a.watchNamespaces, a.lookForNode, a.becomeReady)
+	for _, step := range []func() error{a.newDiscovery, a.newCertificates, a.newTelemetry, a.newProxy, a.newCapture, a.newPlugin} {
 		if err := step(); err != nil {
 			return nil, err
 		}
@@ -83,16 +94,6 @@ func (a *Agent) own(c io.Closer) { a.closers = append(a.closers, c) }
 
 // run has Run run parts.
 func (a *Agent) run(parts ...func(context.Context) error) { a.parts = append(a.parts, parts...) }
-
-func (a *Agent) newDiscovery() (err error) {
-	a.source, err = file.New(file.Config{
-		Dir: a.cfg.ClusterDir, StatusDir: a.cfg.StatusDir,
-		TrustDomain: a.cfg.TrustDomain, RootNamespace: a.cfg.RootNamespace,
-		Log: a.cfg.Log.With("part", "discovery"),
-	})
-	a.run(func(ctx context.Context) error { return a.source.Run(ctx, &a.store) })
-	return err
-}
 
 func (a *Agent) newCertificates() (err error) {
 	log := a.cfg.Log.With("part", "certs")
@@ -134,7 +135,7 @@ func (a *Agent) newCertificates() (err error) {
 
 func (a *Agent) newTelemetry() (err error) {
 	if a.cfg.MetricsAddress != "" {
-		metrics, err := listenMetrics(a.cfg.MetricsAddress, a.registry, &a.store)
+		metrics, err := listenMetrics(a.cfg.MetricsAddress, a.registry, a.ready.get)
 		if err != nil {
 			return err
 		}
@@ -149,9 +150,13 @@ func (a *Agent) newTelemetry() (err error) {
 		return err
 	}
 	a.run(a.telemetry.Run)
-	return a.telemetry.Attach(telemetry.Sources{
+	sources := telemetry.Sources{
 		Pods: a.podStates, Certificates: a.certificateExpiry, Pool: func() telemetry.Pool { return a.proxy.Pool() }, Hooks: a.hookCounters,
-	})
+	}
+	if a.cluster != nil {
+		sources.Staleness = a.cluster.Staleness
+	}
+	return a.telemetry.Attach(sources)
 }
 
 func (a *Agent) newProxy() (err error) {
@@ -167,26 +172,22 @@ func (a *Agent) newProxy() (err error) {
 }
 
 func (a *Agent) newCapture() (err error) {
-	a.datapath, err = kernel.Open(kernel.Config{
-		Dir: a.cfg.BPFDir, StateDir: a.cfg.StateDir, CgroupRoot: a.cfg.CgroupRoot, Inbound: a.cfg.Inbound, TC: a.cfg.TC,
-		DisableGuard: a.cfg.DisableGuard, Log: a.cfg.Log.With("part", "kernel"),
-	})
+	a.datapath, err = kernel.Open(a.cfg.kernel())
 	if err != nil {
 		return err
 	}
 	a.own(a.datapath)
-	publisher, err := file.NewPublisher(a.cfg.StatusDir, a.cfg.Node)
-	if err != nil {
-		return err
-	}
 	serve, stop := context.WithCancel(context.Background())
 	force, cut := context.WithCancel(context.Background())
 	a.stopServing, a.cutServing = stop, cut
 	a.pods = &pods{
-		node: a.cfg.Node, datapath: a.datapath, keeper: a.keeper, proxy: a.proxy, publisher: publisher,
+		datapath: a.datapath, keeper: a.keeper, proxy: a.proxy, publisher: a.publisher,
 		log: a.cfg.Log.With("part", "pods"), serve: serve, force: force, served: map[string]*servedPod{},
 	}
 	a.own(a.pods)
+	if a.cluster != nil {
+		a.pods.finder = sandbox.New(sandbox.Config{Proc: a.cfg.HostProc, HostNetNS: a.cfg.HostNetNS, Log: a.pods.log})
+	}
 	var adopted []enroll.Adopted
 	for _, p := range a.datapath.Adopted() {
 		// Whatever it had come to, others may hold it for captured: it stays published
@@ -194,10 +195,20 @@ func (a *Agent) newCapture() (err error) {
 		adopted = append(adopted, enroll.Adopted{UID: p.UID, NetNS: p.NetNS, Published: true})
 	}
 	a.reconciler, err = enroll.New(enroll.Config{
-		Node: a.cfg.Node, Store: &a.store, Target: a.pods, RequireNetNS: true, Adopted: adopted,
-		Settle: a.cfg.Settle, Grace: a.cfg.Grace, BackoffMax: maxBackoff, Log: a.cfg.Log.With("part", "enroll"),
+		Node: a.cfg.Node, Store: &a.store, Target: a.pods, RequireNetNS: a.pods.finder == nil, Adopted: adopted,
+		Settle: a.cfg.Settle, Grace: a.cfg.Grace, MaxDrainAll: a.cfg.DrainTimeout, BackoffMax: maxBackoff, Log: a.cfg.Log.With("part", "enroll"),
 	})
 	return err
+}
+
+// newPlugin starts nothing: the plugin is answered, and put on the node, once there are answers.
+func (a *Agent) newPlugin() error {
+	if !a.cfg.CNI.enabled() {
+		return nil
+	}
+	a.plugin = newPlugin(a.cfg, &a.store, arrivals{a})
+	a.run(a.plugin.Run)
+	return nil
 }
 
 // Run serves the node until ctx ends, then lets live connections go on for the drain
@@ -215,12 +226,15 @@ func (a *Agent) Run(ctx context.Context) error {
 	enrolling, stopEnrolling := context.WithCancel(ctx)
 	defer stopEnrolling()
 	context.AfterFunc(parts, stopEnrolling) // a part that failed ends it all
-	background.Go(func() error { return a.repair(enrolling) })
-	err := a.reconciler.Run(enrolling)
+	err := a.enrol(enrolling)
 	stopEnrolling()
 	a.drain(parts)
 	stopParts()
-	return errors.Join(err, background.Wait())
+	err = errors.Join(err, background.Wait())
+	if a.released.Load() { // discovery may have written since
+		err = errors.Join(err, removeFile(a.cfg.SnapshotFile))
+	}
+	return err
 }
 
 // drain stops accepting, waits for live connections within the drain timeout, and cuts the rest.

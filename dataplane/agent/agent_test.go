@@ -36,7 +36,14 @@ func TestConfigValidation(t *testing.T) {
 	}{
 		{"no node", func(c *Config) { c.Node = "" }, "node is not set"},
 		{"node that is a path", func(c *Config) { c.Node = "../n1" }, "is not a name"},
-		{"no cluster directory", func(c *Config) { c.ClusterDir = "" }, "cluster directory is not set"},
+		{"a kubeconfig for a directory", func(c *Config) { c.Kubeconfig = "/kubeconfig" }, "kubeconfig goes with an API server, and the cluster is directory /cluster"},
+		{"a snapshot file for a directory", func(c *Config) { c.SnapshotFile = "/snapshot" }, "snapshot file goes with an API server"},
+		{"a taint in a directory", func(c *Config) { c.StartupTaint = "x" }, "startup taint goes with an API server"},
+		{"labels in a directory", func(c *Config) { c.EnrollLabels = []string{"x"} }, "enrolment label goes with an API server"},
+		{"CNI with a directory", func(c *Config) { c.CNI = CNIConfig{ConfDir: "/conf", BinDir: "/bin"} }, "CNI plugin goes with an API server"},
+		{"status files without a directory", func(c *Config) { c.ClusterDir, c.StatusDir = "", "/status" }, "status directory goes with a cluster directory, and there is none"},
+		{"half of the CNI directories", func(c *Config) { c.ClusterDir, c.CNI.BinDir = "", "/bin" }, "one is set and the other is not"},
+		{"a token for nobody", func(c *Config) { c.ClusterDir, c.CNI.TokenFile = "", "/token" }, "the CNI plugin has a token, and no API server"},
 		{"no CA", func(c *Config) { c.CAAddress = "" }, "CA address is not set"},
 		{"no roots", func(c *Config) { c.CARootFile = "" }, "CA root file is not set"},
 		{"no token", func(c *Config) { c.CATokenFile = "" }, "CA token file is not set"},
@@ -55,7 +62,7 @@ func TestConfigValidation(t *testing.T) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.text)
 		}
 	}
-	if err := (Config{Settle: -1}).Validate(); err == nil || strings.Count(err.Error(), "\n") != 5 {
+	if err := (Config{Settle: -1}).Validate(); err == nil || strings.Count(err.Error(), "\n") != 4 {
 		t.Errorf("not every complaint: %v", err)
 	}
 }
@@ -68,10 +75,16 @@ func TestPathsFollowTheNodesName(t *testing.T) {
 		{c.StateDir, "/run/raceway/n1"},
 		{c.BPFDir, "/sys/fs/bpf/raceway/n1"},
 		{c.TrustDomain, "cluster.local"},
+		{c.HostNetNS, ""},
 	} {
 		if path.got != path.want {
 			t.Errorf("%s, want %s", path.got, path.want)
 		}
+	}
+	kube := valid()
+	kube.ClusterDir, kube.HostProc = "", "/host/proc"
+	if kube = kube.withDefaults(); kube.StatusDir != "" || kube.HostNetNS != "/host/proc/1/ns/net" {
+		t.Errorf("with an API server: status directory %q, host's namespace %q", kube.StatusDir, kube.HostNetNS)
 	}
 	set := valid()
 	set.Socket, set.DrainTimeout = "/other.sock", time.Minute
@@ -81,13 +94,14 @@ func TestPathsFollowTheNodesName(t *testing.T) {
 }
 
 func TestMetricsAndReadiness(t *testing.T) {
-	registry, store := prometheus.NewRegistry(), new(dataplane.Store)
+	registry, ready := prometheus.NewRegistry(), new(readiness)
+	ready.set(errNoView)
 	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "raceway_test"}, func() float64 { return 7 }))
-	m, err := listenMetrics("127.0.0.1:0", registry, store)
+	m, err := listenMetrics("127.0.0.1:0", registry, ready.get)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listenMetrics(m.listener.Addr().String(), registry, store); err == nil || !strings.Contains(err.Error(), "serve metrics") {
+	if _, err := listenMetrics(m.listener.Addr().String(), registry, ready.get); err == nil || !strings.Contains(err.Error(), "serve metrics") {
 		t.Errorf("address in use: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -111,11 +125,11 @@ func TestMetricsAndReadiness(t *testing.T) {
 		t.Errorf("metrics: %d %s", code, text)
 	}
 	if code, text := get("/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(text, "no complete view") {
-		t.Errorf("before the first snapshot: %d %s", code, text)
+		t.Errorf("not ready: %d %s", code, text)
 	}
-	store.Publish(dataplane.NewSnapshot(dataplane.Contents{}))
+	ready.set(nil)
 	if code, _ := get("/readyz"); code != http.StatusOK {
-		t.Errorf("after the first snapshot: %d", code)
+		t.Errorf("ready: %d", code)
 	}
 	cancel()
 	if err := <-done; err != nil {
@@ -149,7 +163,8 @@ func (f *fakeRepair) Repair() ([]string, error) { return f.mended, f.err }
 
 func TestRepairsAreTold(t *testing.T) {
 	var log bytes.Buffer
-	r := repairs{log: slog.New(slog.NewTextHandler(&log, nil))}
+	counted := map[string]int{}
+	r := repairs{log: slog.New(slog.NewTextHandler(&log, nil)), count: func(part string) { counted[part]++ }}
 	web := new(fakeRepair)
 	for _, step := range []struct {
 		name   string
@@ -173,5 +188,8 @@ func TestRepairsAreTold(t *testing.T) {
 		if got := log.String(); step.text == "" && got != "" || !strings.Contains(got, step.text) {
 			t.Errorf("%s: log %q, want %q", step.name, got, step.text)
 		}
+	}
+	if counted["routing"] != 2 || counted["sysctls"] != 1 || len(counted) != 2 {
+		t.Errorf("counted %v", counted)
 	}
 }

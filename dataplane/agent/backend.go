@@ -3,8 +3,10 @@ package agent
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"log/slog"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -228,26 +230,42 @@ func rank(subject string) int {
 }
 
 func (b backend) checkAgent() []admin.Finding {
-	cluster := admin.Finding{Subject: agentSubject, Check: "cluster state", OK: true}
 	s, err := b.snapshot()
 	if err == nil {
 		err = knowsNode(s, b.cfg.Node)
 	}
-	if err != nil {
-		cluster.OK, cluster.Detail = false, err.Error()
-	}
-	findings := []admin.Finding{cluster}
+	findings := []admin.Finding{finding("cluster state", err)}
 	for _, p := range b.source.Problems() {
-		findings = append(findings, admin.Finding{Subject: agentSubject, Check: "cluster file", Detail: p.String()})
+		findings = append(findings, admin.Finding{Subject: agentSubject, Check: "discovery", Detail: p.String()})
 	}
+	if b.cluster != nil {
+		findings = append(findings, finding("API server", stale(b.cluster.Staleness())))
+	}
+	if b.plugin != nil && !b.released.Load() {
+		findings = append(findings, finding("CNI plugin", b.plugin.ready()))
+	}
+	findings = append(findings, finding("ready", b.ready.get()))
 	for _, st := range b.keeper.Status() {
-		f := admin.Finding{Subject: agentSubject, Check: "certificate " + st.Identity.String(), OK: st.LastError == nil}
-		if !f.OK {
-			f.Detail = st.LastError.Error()
-		}
-		findings = append(findings, f)
+		findings = append(findings, finding("certificate "+st.Identity.String(), st.LastError))
 	}
 	return findings
+}
+
+// finding is one about the agent itself, of what err says is wrong.
+func finding(check string, err error) admin.Finding {
+	f := admin.Finding{Subject: agentSubject, Check: check, OK: err == nil}
+	if err != nil {
+		f.Detail = err.Error()
+	}
+	return f
+}
+
+// stale complains of an API server that has not answered for longer than a hiccup.
+func stale(since time.Duration) error {
+	if since < 10*time.Second {
+		return nil
+	}
+	return fmt.Errorf("it has not answered for %v: what was known last stays in force, also of policies", since.Round(time.Second))
 }
 
 // Version says what runs here.

@@ -2,10 +2,12 @@
 // proxy, telemetry and the admin API, and holds no logic that belongs to one of them.
 //
 //	discovery ──► Store ──► enroll ──► pods (kernel.Pod + proxy.ServePod) ──► publish
-//	                 └────► proxy: route, authorize          admin ◄── all of them
+//	    ▲            └────► proxy: route, authorize          admin ◄── all of them
+//	    └── CNI plugin: a pod is being set up
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs/spiffe"
+	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/kernel"
 	"github.com/raceway-mesh/raceway/dataplane/proxy"
 )
@@ -22,8 +25,17 @@ import (
 type Config struct {
 	Node string // the Kubernetes node that it serves; required
 
-	ClusterDir    string // directory of Kubernetes YAML; required
-	StatusDir     string // where agents publish captured pods; default ClusterDir/.raceway
+	// The cluster is a directory of Kubernetes YAML, or what an API server says.
+	ClusterDir string // "" for an API server
+	StatusDir  string // where agents publish captured pods; default ClusterDir/.raceway
+
+	Kubeconfig   string         // how to reach the API server; "" as its pod does
+	SnapshotFile string         // the last state of the cluster, for a start without API server; "" for none
+	MeshConfig   dataplane.Name // the ConfigMap that says when the mesh is taken off the cluster
+	Pod          dataplane.Name // the agent's own
+	StartupTaint string         // what is taken from the node once the agent is ready; "" for none
+	EnrollLabels []string       // labels that enrol beside raceway.dev/dataplane-mode
+
 	TrustDomain   string // default cluster.local
 	RootNamespace string // default istio-system
 	ClusterID     string // default Kubernetes
@@ -39,12 +51,15 @@ type Config struct {
 	BPFDir         string // directory on a bpffs for pins; default /sys/fs/bpf/raceway/<node>
 	StateDir       string // what releasing a pod after a restart needs to know; default /run/raceway/<node>
 	CgroupRoot     string // cgroup v2 root; "" finds it
+	HostProc       string // the host's /proc; default /proc
+	HostNetNS      string // the host's network namespace; default the agent's own with ClusterDir, else that of HostProc/1
 	MetricsAddress string // "" serves none
 	Inbound        kernel.InboundMode
 	TC             kernel.TCMode
 	// DisableGuard leaves the host's end of the pods' interfaces unguarded. It exists to
 	// prove that the guard is what holds.
 	DisableGuard bool
+	CNI          CNIConfig
 
 	Settle       time.Duration // how long peers get to see a published change; 0 means enroll's default
 	Grace        time.Duration // how long a released pod still takes tunnels; 0 means enroll's default
@@ -63,7 +78,6 @@ func (c Config) Validate() error {
 	var errs []error
 	for _, required := range []struct{ name, value string }{
 		{"node", c.Node},
-		{"cluster directory", c.ClusterDir},
 		{"CA address", c.CAAddress},
 		{"CA root file", c.CARootFile},
 		{"CA token file", c.CATokenFile},
@@ -75,6 +89,7 @@ func (c Config) Validate() error {
 	if filepath.Base(c.Node) != c.Node && c.Node != "" {
 		errs = append(errs, fmt.Errorf("node %q is not a name", c.Node))
 	}
+	errs = append(errs, c.validateSource(), c.CNI.validate())
 	if c.TrustDomain != "" {
 		// The other parts of an identity are not known here.
 		if err := (spiffe.ID{TrustDomain: c.TrustDomain, Namespace: "any", ServiceAccount: "any"}).Validate(); err != nil {
@@ -109,18 +124,61 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
+// validateSource tells apart what goes with a directory and what with an API server.
+func (c Config) validateSource() error {
+	var errs []error
+	for _, f := range []struct {
+		name      string
+		set       bool
+		directory bool // it goes with a directory
+	}{
+		{"status directory", c.StatusDir != "", true},
+		{"kubeconfig", c.Kubeconfig != "", false},
+		{"snapshot file", c.SnapshotFile != "", false},
+		{"startup taint", c.StartupTaint != "", false},
+		{"CNI plugin", c.CNI.enabled(), false},
+		{"enrolment label", len(c.EnrollLabels) > 0, false},
+	} {
+		switch {
+		case f.set && f.directory && c.ClusterDir == "":
+			errs = append(errs, fmt.Errorf("%s goes with a cluster directory, and there is none", f.name))
+		case f.set && !f.directory && c.ClusterDir != "":
+			errs = append(errs, fmt.Errorf("%s goes with an API server, and the cluster is directory %s", f.name, c.ClusterDir))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// kernel is the configuration of the kernel's side.
+func (c Config) kernel() kernel.Config {
+	return kernel.Config{
+		Dir: c.BPFDir, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot, HostNetNS: c.HostNetNS,
+		Inbound: c.Inbound, TC: c.TC, DisableGuard: c.DisableGuard, Log: c.Log.With("part", "kernel"),
+	}
+}
+
 func (c Config) withDefaults() Config {
+	if c.ClusterDir != "" && c.StatusDir == "" {
+		c.StatusDir = filepath.Join(c.ClusterDir, ".raceway")
+	}
+	c.HostProc = cmp.Or(c.HostProc, "/proc")
+	if c.ClusterDir == "" && c.HostNetNS == "" {
+		c.HostNetNS = filepath.Join(c.HostProc, "1/ns/net")
+	}
 	defaults := []struct {
 		value    *string
 		fallback string
 	}{
-		{&c.StatusDir, filepath.Join(c.ClusterDir, ".raceway")},
 		{&c.TrustDomain, "cluster.local"},
 		{&c.RootNamespace, "istio-system"},
 		{&c.ClusterID, "Kubernetes"},
 		{&c.Socket, filepath.Join("/run/raceway", c.Node+".sock")},
 		{&c.StateDir, filepath.Join("/run/raceway", c.Node)},
 		{&c.BPFDir, filepath.Join("/sys/fs/bpf/raceway", c.Node)},
+		{&c.CNI.HostConfDir, "/etc/cni/net.d"},
+		{&c.CNI.StateDir, "/var/lib/raceway/cni"},
+		{&c.CNI.Binary, "/usr/local/bin/raceway-cni"},
+		{&c.CNI.Socket, "/run/raceway/cni.sock"},
 	}
 	for _, d := range defaults {
 		if *d.value == "" {

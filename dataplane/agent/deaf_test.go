@@ -23,47 +23,9 @@ import (
 func TestDestroyedListenerComesBack(t *testing.T) {
 	p, node, _ := newPods(t)
 	web, db := node.NewPod(t), node.NewPod(t)
-	a := &Agent{pods: p, datapath: p.datapath, keeper: p.keeper}
-	workload := dataplane.Workload{
+	a := serve(t, p, dataplane.Workload{
 		UID: "web", Name: dataplane.Name{Namespace: "shop", Name: "web"}, Node: "n1", NetNS: web.Path(), Addrs: web.Addrs(),
 		Labels: map[string]string{dataplane.ModeLabel: dataplane.ModeAmbient}, ServiceAccount: "web", Phase: dataplane.PodRunning,
-	}
-	a.store.Publish(dataplane.NewSnapshot(dataplane.Contents{
-		TrustDomain: "cluster.local", Namespaces: []dataplane.Namespace{{Name: "shop"}}, Workloads: []dataplane.Workload{workload},
-	}))
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	var err error
-	a.telemetry, err = telemetry.New(telemetry.Config{})
-	must(err)
-	p.proxy, err = proxy.New(proxy.Config{Node: "n1", Store: &a.store, Certs: p.keeper, Telemetry: a.telemetry, Log: slog.New(slog.DiscardHandler)})
-	must(err)
-	p.publisher, err = file.NewPublisher(t.TempDir(), "n1")
-	must(err)
-	p.node = "n1"
-	p.serve, a.stopServing = context.WithCancel(t.Context())
-	p.force, a.cutServing = context.WithCancel(t.Context())
-	a.reconciler, err = enroll.New(enroll.Config{Node: "n1", Store: &a.store, Target: p, Settle: time.Millisecond, Log: slog.New(slog.DiscardHandler)})
-	must(err)
-	ctx, stop := context.WithCancel(t.Context())
-	done := make(chan error, 3)
-	for _, run := range []func(context.Context) error{a.reconciler.Run, a.watchNamespaces, p.proxy.Run} {
-		go func() { done <- run(ctx) }()
-	}
-	t.Cleanup(func() {
-		stop()
-		a.stopServing()
-		a.cutServing()
-		for range 3 {
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-		}
-		p.wait()
 	})
 
 	captured := func() bool { return a.reconciler.Status()["web"].State == dataplane.CaptureInForce }
@@ -78,6 +40,52 @@ func TestDestroyedListenerComesBack(t *testing.T) {
 		echoes(t, dialEcho(t, web.Namespace, server))
 	}
 	echoes(t, early)
+}
+
+// serve runs the parts of an agent that enrol pods and carry their connections.
+func serve(t *testing.T, p *pods, workloads ...dataplane.Workload) *Agent {
+	t.Helper()
+	a := &Agent{cfg: Config{Node: "n1", Log: slog.New(slog.DiscardHandler)}, pods: p, datapath: p.datapath, keeper: p.keeper}
+	a.store.Publish(dataplane.NewSnapshot(shop(workloads...)))
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var err error
+	a.telemetry, err = telemetry.New(telemetry.Config{})
+	must(err)
+	p.proxy, err = proxy.New(proxy.Config{Node: "n1", Store: &a.store, Certs: p.keeper, Telemetry: a.telemetry, Log: slog.New(slog.DiscardHandler)})
+	must(err)
+	p.publisher, err = file.NewPublisher(t.TempDir(), "n1")
+	must(err)
+	p.serve, a.stopServing = context.WithCancel(t.Context())
+	p.force, a.cutServing = context.WithCancel(t.Context())
+	a.reconciler, err = enroll.New(enroll.Config{Node: "n1", Store: &a.store, Target: p, Settle: time.Millisecond, MaxDrainAll: 2 * time.Second, Log: slog.New(slog.DiscardHandler)})
+	must(err)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 3)
+	for _, run := range []func(context.Context) error{a.enrol, a.watchNamespaces, p.proxy.Run} {
+		go func() { done <- run(ctx) }()
+	}
+	t.Cleanup(func() {
+		stop()
+		a.stopServing()
+		a.cutServing()
+		for range 3 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		p.wait()
+	})
+	return a
+}
+
+// shop is a cluster of one namespace.
+func shop(workloads ...dataplane.Workload) dataplane.Contents {
+	return dataplane.Contents{TrustDomain: "cluster.local", Namespaces: []dataplane.Namespace{{Name: "shop"}}, Workloads: workloads}
 }
 
 func within(t *testing.T, what string, is func() bool) {

@@ -21,7 +21,7 @@ type metricsServer struct {
 	server   *http.Server
 }
 
-func listenMetrics(address string, registry *prometheus.Registry, store *dataplane.Store) (*metricsServer, error) {
+func listenMetrics(address string, registry *prometheus.Registry, ready func() error) (*metricsServer, error) {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
@@ -29,8 +29,8 @@ func listenMetrics(address string, registry *prometheus.Registry, store *datapla
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if s, _ := store.Load(); s == nil {
-			http.Error(w, "no complete view of the cluster yet", http.StatusServiceUnavailable)
+		if err := ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
 		w.WriteHeader(http.StatusOK)
@@ -75,6 +75,9 @@ func (a *Agent) certificateExpiry() []telemetry.Certificate {
 }
 
 func (a *Agent) hookCounters() ([]telemetry.Counter, error) {
+	if a.unloaded.Load() {
+		return nil, nil
+	}
 	counters, err := a.datapath.Counters()
 	if err != nil {
 		return nil, err

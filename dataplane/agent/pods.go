@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,20 +14,21 @@ import (
 	"github.com/raceway-mesh/raceway/certs"
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane"
-	"github.com/raceway-mesh/raceway/dataplane/discovery/file"
+	"github.com/raceway-mesh/raceway/dataplane/discovery"
 	"github.com/raceway-mesh/raceway/dataplane/enroll"
 	"github.com/raceway-mesh/raceway/dataplane/kernel"
 	"github.com/raceway-mesh/raceway/dataplane/proxy"
+	"github.com/raceway-mesh/raceway/dataplane/sandbox"
 )
 
 // pods carries out what enrolment decides: it is the enroll.Target of a node.
 // The reconciler never calls two methods for one pod at the same time.
 type pods struct {
-	node      string
 	datapath  *kernel.Datapath
 	keeper    *certs.Keeper
 	proxy     *proxy.Proxy
-	publisher *file.Publisher
+	publisher discovery.Publisher
+	finder    *sandbox.Finder // nil when the workloads themselves name their namespaces
 	log       *slog.Logger
 
 	// serve and force bound the serving of every pod: the first ends it gracefully.
@@ -55,7 +57,7 @@ type servedPod struct {
 // whatever the CA does.
 func (p *pods) Prepare(ctx context.Context, w *dataplane.Workload) error {
 	if s := p.get(w.UID); s == nil {
-		if err := p.open(w); err != nil {
+		if err := p.open(ctx, w); err != nil {
 			return err
 		}
 	} else if err := p.revive(s, w.Name); err != nil {
@@ -70,8 +72,12 @@ func (p *pods) Prepare(ctx context.Context, w *dataplane.Workload) error {
 // with the reason, for people to see, and is tried again.
 const certificateWait = 3 * time.Second
 
-func (p *pods) open(w *dataplane.Workload) error {
-	pod, err := p.datapath.OpenPod(kernel.PodConfig{UID: w.UID, NetNS: w.NetNS, Addrs: w.Addrs})
+func (p *pods) open(ctx context.Context, w *dataplane.Workload) error {
+	path, err := p.namespace(ctx, w)
+	if err != nil {
+		return fmt.Errorf("open pod %s: %w", w.Name, err)
+	}
+	pod, err := p.datapath.OpenPod(kernel.PodConfig{UID: w.UID, NetNS: path, Addrs: w.Addrs})
 	if err != nil {
 		return fmt.Errorf("open pod %s: %w", w.Name, err)
 	}
@@ -83,6 +89,15 @@ func (p *pods) open(w *dataplane.Workload) error {
 	p.mu.Unlock()
 	p.start(s, w.Name)
 	return nil
+}
+
+// namespace is where the pod's network is: where its sandbox was said to be, or where it is
+// found, as that of a pod which is older than the agent.
+func (p *pods) namespace(ctx context.Context, w *dataplane.Workload) (string, error) {
+	if w.NetNS != "" || p.finder == nil {
+		return w.NetNS, nil
+	}
+	return p.finder.Find(ctx, sandbox.Pod{UID: cmp.Or(w.StaticHash, w.UID), Addrs: w.Addrs})
 }
 
 // start serves the pod's listeners as they are now.
@@ -113,8 +128,8 @@ func (p *pods) revive(s *servedPod, name dataplane.Name) error {
 }
 
 // Publish tells the other agents which pods take tunnels.
-func (p *pods) Publish(_ context.Context, uids []string) error {
-	return p.publisher.PublishCaptured(p.node, uids)
+func (p *pods) Publish(ctx context.Context, uids []string) error {
+	return p.publisher.PublishCaptured(ctx, uids)
 }
 
 // CaptureOutbound, CaptureInbound, Guard and their opposites switch one part of the capture.

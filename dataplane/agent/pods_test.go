@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"crypto/rand"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -21,7 +20,7 @@ func newPods(t *testing.T) (p *pods, node *netnstest.Node, state string) {
 	netnstest.Require(t)
 	node, state = netnstest.NewNode(t), t.TempDir()
 	datapath, err := kernel.Open(kernel.Config{
-		Dir: "/sys/fs/bpf/raceway/test-" + strings.ToLower(rand.Text()[:10]), StateDir: state,
+		Dir: pinsOf(state), StateDir: state,
 		HostNetNS: node.Path(), Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
@@ -34,6 +33,11 @@ func newPods(t *testing.T) (p *pods, node *netnstest.Node, state string) {
 	})
 	keeper := certstest.New(t, "cluster.local").Keeper(t)
 	return &pods{datapath: datapath, keeper: keeper, log: slog.New(slog.DiscardHandler), served: map[string]*servedPod{}}, node, state
+}
+
+// pinsOf is a directory for pins that belongs to a temporary one.
+func pinsOf(state string) string {
+	return "/sys/fs/bpf/raceway/test" + strings.ToLower(strings.ReplaceAll(state, "/", "-"))
 }
 
 func TestPodThatCouldNotBePreparedIsRemoved(t *testing.T) {

@@ -30,14 +30,14 @@ const watchInterval = time.Second
 const repairInterval = 10 * time.Second
 
 // repair puts back what was taken from the capture, until ctx ends.
-func (a *Agent) repair(ctx context.Context) error {
+func (a *Agent) repair(ctx context.Context) {
 	ticker := time.NewTicker(repairInterval)
 	defer ticker.Stop()
-	r := repairs{log: a.cfg.Log.With("part", "repair")}
+	r := repairs{log: a.cfg.Log.With("part", "repair"), count: a.telemetry.Repaired}
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-ticker.C:
 			things := map[string]repairable{a.cfg.Node: a.datapath}
 			for _, s := range a.pods.all() {
@@ -57,6 +57,7 @@ type repairable interface {
 // repairs tells what was put back, and once what cannot be.
 type repairs struct {
 	log     *slog.Logger
+	count   func(part string)
 	trouble map[string]string
 }
 
@@ -64,6 +65,10 @@ func (r *repairs) round(things map[string]repairable) {
 	trouble := make(map[string]string)
 	for name, thing := range things {
 		mended, err := thing.Repair()
+		for _, part := range mended {
+			name, _, _ := strings.Cut(part, ":")
+			r.count(name)
+		}
 		if len(mended) > 0 {
 			r.log.Warn("put back what somebody took from the capture", "of", name, "missing", strings.Join(mended, "; "))
 		}

@@ -48,6 +48,9 @@ func (r *Reconciler) drive(ctx context.Context, releasing bool) error {
 		r.driving = false
 	}()
 	r.seen = nil
+	if releasing {
+		r.cfg.MaxDrain = r.cfg.MaxDrainAll
+	}
 	d := &driver{Reconciler: r, releasing: releasing, outcomes: make(chan outcome)}
 	err := d.loop(ctx)
 	d.join()

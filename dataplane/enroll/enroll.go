@@ -97,6 +97,7 @@ type Config struct {
 	Settle      time.Duration // for peers to learn of a change; default 250 ms
 	Grace       time.Duration // between the release of outbound and the first look at Live; default 2 s
 	MaxDrain    time.Duration // the longest that live connections hold up Remove; default 1 h
+	MaxDrainAll time.Duration // the same in ReleaseAll; default MaxDrain
 	DrainPoll   time.Duration // between two looks at Live; default 1 s
 	StepTimeout time.Duration // of one call of Target; default 15 s
 	Concurrency int           // calls of Target at a time, those past StepTimeout not counted; default 16
@@ -109,6 +110,7 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.Settle, 250*time.Millisecond)
 	setDefault(&c.Grace, 2*time.Second)
 	setDefault(&c.MaxDrain, time.Hour)
+	setDefault(&c.MaxDrainAll, c.MaxDrain)
 	setDefault(&c.DrainPoll, time.Second)
 	setDefault(&c.StepTimeout, 15*time.Second)
 	setDefault(&c.Concurrency, 16)
@@ -140,7 +142,7 @@ func (c Config) Validate() error {
 		errs = append(errs, errors.New("no target"))
 	}
 	for name, d := range map[string]time.Duration{
-		"settle": c.Settle, "grace": c.Grace, "maximum drain": c.MaxDrain, "drain poll": c.DrainPoll,
+		"settle": c.Settle, "grace": c.Grace, "maximum drain": c.MaxDrain, "maximum drain of all": c.MaxDrainAll, "drain poll": c.DrainPoll,
 		"step timeout": c.StepTimeout, "minimum back-off": c.BackoffMin, "maximum back-off": c.BackoffMax,
 	} {
 		if d < 0 {

@@ -99,5 +99,8 @@ func (t *Telemetry) HandshakeFailed(d Direction, cause string) {
 	t.metrics.handshakes.WithLabelValues(string(d), cause).Inc()
 }
 
+// Repaired counts that a part of the capture was missing and was put back.
+func (t *Telemetry) Repaired(part string) { t.metrics.repairs.WithLabelValues(part).Inc() }
+
 // LimitReached counts that a limit bit. limit is a short stable word.
 func (t *Telemetry) LimitReached(limit string) { t.metrics.limits.WithLabelValues(limit).Inc() }

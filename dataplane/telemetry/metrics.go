@@ -20,6 +20,7 @@ type metrics struct {
 	limits      *prometheus.CounterVec
 	rtt         *prometheus.HistogramVec
 	retransmits *prometheus.CounterVec
+	repairs     *prometheus.CounterVec
 
 	mu        sync.Mutex
 	series    map[labels]*series
@@ -64,13 +65,16 @@ func newMetrics(cfg Config) *metrics {
 	m.retransmits = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "raceway_tcp_retransmitted_segments_total", Help: "Segments retransmitted by the sockets that carry long connections.",
 	}, []string{"direction"})
+	m.repairs = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "raceway_capture_repairs_total", Help: "What somebody took from the capture and the agent put back, by its part.",
+	}, []string{"part"})
 	return m
 }
 
 func (m *metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{
 		m.opened, m.closed, m.sent, m.received, m.failed,
-		m.decisions, m.handshakes, m.limits, m.rtt, m.retransmits,
+		m.decisions, m.handshakes, m.limits, m.rtt, m.retransmits, m.repairs,
 	}
 }
 

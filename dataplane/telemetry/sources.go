@@ -21,6 +21,9 @@ type Sources struct {
 	Pool func() Pool
 	// Hooks reads the counters of the BPF programs.
 	Hooks func() ([]Counter, error)
+	// Staleness is for how long the source of the cluster's state has not answered; 0 while
+	// it does.
+	Staleness func() time.Duration
 }
 
 // Certificate is a workload's certificate; a zero NotAfter means that there is none yet.
@@ -50,18 +53,19 @@ func (t *Telemetry) Attach(s Sources) error {
 		certificates: gauge("raceway_certificate_expiry_timestamp_seconds", "When the certificate of an identity expires, in Unix time; 0 when there is none.", "identity"),
 		pool:         gauge("raceway_tunnel_pool", "Tunnel connections of this node's pods (sessions), the streams in them, dials under way and connections that wait for one.", "of"),
 		hooks:        gauge("raceway_bpf_events_total", "What the BPF programs decided, by hook and reason.", "hook", "reason"),
+		staleness:    gauge("raceway_discovery_staleness_seconds", "For how long the API server has not answered; 0 while it does."),
 	})
 }
 
 type sourcesCollector struct {
 	Sources
-	log                             *slog.Logger
-	pods, certificates, pool, hooks *prometheus.Desc
+	log                                        *slog.Logger
+	pods, certificates, pool, hooks, staleness *prometheus.Desc
 }
 
 // Describe implements prometheus.Collector.
 func (c *sourcesCollector) Describe(descs chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.pods, c.certificates, c.pool, c.hooks} {
+	for _, d := range []*prometheus.Desc{c.pods, c.certificates, c.pool, c.hooks, c.staleness} {
 		descs <- d
 	}
 }
@@ -91,6 +95,9 @@ func (c *sourcesCollector) Collect(out chan<- prometheus.Metric) {
 		gauge(c.pool, float64(p.Streams), "streams")
 		gauge(c.pool, float64(p.Dialing), "dialing")
 		gauge(c.pool, float64(p.Waiting), "waiting")
+	}
+	if c.Staleness != nil {
+		gauge(c.staleness, c.Staleness().Seconds())
 	}
 	c.collectHooks(out)
 }

@@ -423,18 +423,27 @@ func TestSourcesAreAskedAtEachScrape(t *testing.T) {
 		},
 		Pool:  func() Pool { return Pool{Sessions: 1, Streams: 2} },
 		Hooks: func() ([]Counter, error) { return []Counter{{Hook: "guard", Reason: "plaintext", Value: 7}}, nil },
+
+		Staleness: func() time.Duration { return time.Minute },
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	tel.HandshakeFailed(Inbound, "expired")
 	tel.LimitReached("buffers")
+	tel.Repaired("routing")
 	if err := testutil.GatherAndCompare(registry, strings.NewReader(`# HELP raceway_bpf_events_total What the BPF programs decided, by hook and reason.
 # TYPE raceway_bpf_events_total counter
 raceway_bpf_events_total{hook="guard",reason="plaintext"} 7
+# HELP raceway_capture_repairs_total What somebody took from the capture and the agent put back, by its part.
+# TYPE raceway_capture_repairs_total counter
+raceway_capture_repairs_total{part="routing"} 1
 # HELP raceway_certificate_expiry_timestamp_seconds When the certificate of an identity expires, in Unix time; 0 when there is none.
 # TYPE raceway_certificate_expiry_timestamp_seconds gauge
 raceway_certificate_expiry_timestamp_seconds{identity="spiffe://cluster.local/ns/shop/sa/web"} 1000
+# HELP raceway_discovery_staleness_seconds For how long the API server has not answered; 0 while it does.
+# TYPE raceway_discovery_staleness_seconds gauge
+raceway_discovery_staleness_seconds 60
 # HELP raceway_enrolled_pods Pods of this node by state of their capture.
 # TYPE raceway_enrolled_pods gauge
 raceway_enrolled_pods{state="captured"} 3
@@ -444,7 +453,7 @@ raceway_handshake_failures_total{cause="expired",direction="inbound"} 1
 # HELP raceway_limit_reached_total How often a limit bit, by limit.
 # TYPE raceway_limit_reached_total counter
 raceway_limit_reached_total{limit="buffers"} 1
-`), "raceway_bpf_events_total", "raceway_certificate_expiry_timestamp_seconds", "raceway_enrolled_pods", "raceway_handshake_failures_total", "raceway_limit_reached_total"); err != nil {
+`), "raceway_bpf_events_total", "raceway_capture_repairs_total", "raceway_discovery_staleness_seconds", "raceway_certificate_expiry_timestamp_seconds", "raceway_enrolled_pods", "raceway_handshake_failures_total", "raceway_limit_reached_total"); err != nil {
 		t.Error(err)
 	}
 	if got := sum(t, registry, "raceway_tunnel_pool"); got != 3 {
