@@ -67,11 +67,11 @@ func (c *Client) ask(ctx context.Context, path string, s discovery.Sandbox) (ans
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return answer{}, c.explain(err)
+		return answer{}, c.explain(ctx, err)
 	}
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxBodyBytes))
 	if err := errors.Join(err, resp.Body.Close()); err != nil {
-		return answer{}, c.explain(err)
+		return answer{}, c.explain(ctx, err)
 	}
 	var a answer
 	if err := json.Unmarshal(text, &a); err != nil {
@@ -96,8 +96,8 @@ func (e *notReady) Error() string { return e.message }
 func (e *notReady) Is(target error) bool { return target == ErrNotReady }
 
 // explain tells an agent that is away from one that does not answer in time. A connection
-// that breaks is one that is away by now.
-func (c *Client) explain(err error) error {
+// that breaks, in whatever way net/http calls it, is one that is away by now.
+func (c *Client) explain(ctx context.Context, err error) error {
 	var wrapped *url.Error
 	if errors.As(err, &wrapped) {
 		err = wrapped.Err // without the URL, which names a host that does not exist
@@ -105,12 +105,14 @@ func (c *Client) explain(err error) error {
 	var op *net.OpError
 	dial := errors.As(err, &op) && op.Op == "dial"
 	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("ask the agent at %s: %w", c.socket, ctx.Err())
 	case dial && errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: there is no socket %s", ErrAway, c.socket)
 	case dial && errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w: nobody listens at %s", ErrAway, c.socket)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return fmt.Errorf("%w: it went while it was asked at %s (%w)", ErrAway, c.socket, err)
+	case dial:
+		return fmt.Errorf("%w, or cannot be reached: connect to %s: %w", ErrAway, c.socket, op.Err)
 	}
-	return fmt.Errorf("ask the agent at %s: %w", c.socket, err)
+	return fmt.Errorf("%w: it went while it was asked at %s (%w)", ErrAway, c.socket, err)
 }

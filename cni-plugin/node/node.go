@@ -27,7 +27,7 @@ type Handler interface {
 }
 
 var (
-	// ErrAway says that no agent answers on this node, or that it went while it was asked.
+	// ErrAway says that no agent can be reached on this node, or that it went while it was asked.
 	ErrAway = errors.New("raceway agent is not running on this node")
 	// ErrNotReady says that the agent has not seen the cluster yet.
 	ErrNotReady = errors.New("raceway agent has not seen the cluster yet")
