@@ -143,6 +143,10 @@ func TestGuardPassesOrphansAndRetransmits(t *testing.T) {
 	if _, err := rand.Read(payload); err != nil {
 		t.Fatal(err)
 	}
+	// Nobody reads it before it is closed.
+	if err := conn.SetWriteBuffer(4 * len(payload)); err != nil {
+		t.Fatal(err)
+	}
 	before := retransmits(t, f)
 	linkState(t, f, f.db.HostInterface, false)
 	write(t, conn, payload)

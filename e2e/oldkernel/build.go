@@ -29,7 +29,7 @@ func suites() []suite {
 
 // wantedModules are what Debian's kernel has apart.
 func wantedModules() []string {
-	return []string{"veth", "sch_ingress", "cls_bpf", "dummy", "bridge", "8021q", "ipvlan", "macvlan", "tun", "inet_diag", "tcp_diag"}
+	return []string{"veth", "sch_ingress", "cls_bpf", "dummy", "bridge", "8021q", "ipvlan", "macvlan", "tun", "vxlan", "inet_diag", "tcp_diag"}
 }
 
 // wantedPrograms are this machine's, which tests call.
