@@ -119,6 +119,9 @@ func (p *pods) has(ctx context.Context, node string, account Name) (bool, error)
 	if err := p.ready(); err != nil {
 		return false, err
 	}
+	if node == "" { // also where pods are that are not scheduled yet
+		return false, nil
+	}
 	known, err := p.informer.GetIndexer().IndexKeys(byPlace, place(node, account))
 	if err != nil || len(known) > 0 {
 		return len(known) > 0, err
