@@ -33,7 +33,7 @@ func wantedModules() []string {
 }
 
 // wantedPrograms are this machine's, which tests call.
-func wantedPrograms() []string { return []string{"ip", "sh", "sleep", "true"} }
+func wantedPrograms() []string { return []string{"ip", "tc", "sh", "sleep", "true"} }
 
 // unpackKernel downloads the newest kernel package and unpacks it, unless that was done.
 func (m machine) unpackKernel(ctx context.Context) (string, error) {
