@@ -244,7 +244,6 @@ func (b backend) checkAgent() []admin.Finding {
 	if b.plugin != nil && !b.released.Load() {
 		findings = append(findings, finding("CNI plugin", b.plugin.ready()))
 	}
-	findings = append(findings, finding("ready", b.ready.get()))
 	for _, st := range b.keeper.Status() {
 		findings = append(findings, finding("certificate "+st.Identity.String(), st.LastError))
 	}

@@ -137,7 +137,7 @@ func (a *Agent) insist(ctx context.Context, deed string, do func(context.Context
 		}
 		if ctx.Err() == nil && err.Error() != told {
 			told = err.Error()
-			a.cfg.Log.Error(deed, "error", err)
+			a.cfg.Log.Error("it is tried again", "deed", deed, "error", err)
 		}
 		select {
 		case <-ctx.Done():

@@ -64,14 +64,14 @@ type fakeCluster struct {
 
 func (f *fakeCluster) Run(context.Context, *dataplane.Store) error { return nil }
 func (f *fakeCluster) Problems() []discovery.Problem               { return nil }
-func (f *fakeCluster) PublishCaptured(context.Context, []string) error {
-	return nil
-}
+func (f *fakeCluster) Stopped(dataplane.Name, string)              {}
+func (f *fakeCluster) Staleness() time.Duration                    { return 0 }
+
+func (f *fakeCluster) PublishCaptured(context.Context, []string) error { return nil }
+
 func (f *fakeCluster) Started(context.Context, discovery.Sandbox) (dataplane.Workload, error) {
 	return dataplane.Workload{}, nil
 }
-func (f *fakeCluster) Stopped(dataplane.Name, string) {}
-func (f *fakeCluster) Staleness() time.Duration       { return 0 }
 
 func (f *fakeCluster) RemoveTaint(context.Context) error  { return f.count(&f.untaints) }
 func (f *fakeCluster) MarkReleased(context.Context) error { return f.count(&f.marks) }

@@ -83,6 +83,25 @@ func TestReleaseWaitsNoLongerThanMaxDrain(t *testing.T) {
 	})
 }
 
+func TestReleaseOfAllPodsHasADrainOfItsOwn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		g := newRig(t, newCluster(workload("a")), func(c *Config) { c.MaxDrain, c.MaxDrainAll = time.Hour, 10*time.Second })
+		g.publish()
+		g.run()
+		time.Sleep(time.Second)
+		g.halt()
+		g.fake.edit("a", func(p *fakePod) { p.live = 1 })
+		start := time.Now()
+		g.fake.cfg.MaxDrain = 10 * time.Second
+		if err := g.r.ReleaseAll(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(start); took < 10*time.Second || took > 12*time.Second {
+			t.Errorf("it took %v", took)
+		}
+	})
+}
+
 func TestReenrolledWhileDrainingGoesForwardFromThere(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		g := newRig(t, newCluster(workload("a")), nil)
