@@ -43,27 +43,31 @@ build: ## build bin/raceway, bin/raceway-agent, bin/raceway-ca and bin/raceway-c
 	@mkdir -p $(BIN)
 	$(call go-build,$(BIN))
 
-# All programs into a directory, linked statically: they run in an image without a C library.
+# All programs into a directory, linked statically: the image has no C library.
 define go-build
 CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(1)/ ./cmd/raceway ./cmd/raceway-agent ./cmd/raceway-ca
 CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(1)/raceway-cni ./cni-plugin
 endef
 
+.PHONY: programs
+programs: OUT ?= $(BIN)/linux-$(ARCH)
+programs: export GOOS = linux
+programs: export GOARCH = $(ARCH)
+programs: ## build the programs of the image into OUT; ARCH=arm64
+	@mkdir -p $(OUT)
+	$(call go-build,$(OUT))
+
 .PHONY: image
-image: export GOOS = linux
-image: export GOARCH = $(ARCH)
-image: ## write the container image bin/raceway-image.tar, without a container engine; ARCH=arm64
-	@mkdir -p $(BIN)/linux-$(ARCH)
-	$(call go-build,$(BIN)/linux-$(ARCH))
-	GOOS= GOARCH= $(GO) run ./daemonset/image --bin $(BIN)/linux-$(ARCH) --arch $(ARCH) \
+image: programs ## write the container image bin/raceway-image.tar, without a container engine; ARCH=arm64
+	$(GO) run ./daemonset/image --bin $(BIN)/linux-$(ARCH) --arch $(ARCH) \
 		--tag $(IMAGE) --version '$(VERSION)' --output $(BIN)/raceway-image.tar
 
 .PHONY: manifests
 manifests: ## render daemonset/raceway.yaml from the chart
-	@.ci/render $(HELM) >daemonset/raceway.yaml
+	@.ci/render $(TOOL) helm >daemonset/raceway.yaml
 
 .PHONY: generate
-generate: ## compile the BPF programs and generate their Go types (needs clang, llvm and libbpf-dev)
+generate: manifests ## compile the BPF programs and generate all that is generated (needs clang, llvm and libbpf-dev)
 	BPF2GO_CC=$(CLANG) $(GO) generate ./...
 
 .PHONY: generate-check
@@ -101,9 +105,10 @@ bench: ## measure what the mesh costs, into perf/results (needs root); ARGS=--sh
 	$(GO) run ./perf/cmd/bench $(ARGS)
 
 .PHONY: lint
-lint: ## check style and the rules of .golangci.yml, and that go.mod is tidy
+lint: ## check style and the rules of .golangci.yml, that go.mod is tidy, and the charts
 	$(TOOL) golangci-lint run ./...
 	$(GO) mod tidy -diff
+	$(TOOL) helm lint --strict --quiet daemonset/chart daemonset/crds
 
 .PHONY: fmt
 fmt: ## format the Go sources
