@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -30,7 +31,7 @@ import (
 type ClientConfig struct {
 	Address    string // host:port of the service; required
 	ServerName string // what its certificate must name; "": the host of Address
-	RootFile   string // PEM roots of its certificate, read anew at every handshake; required
+	RootFile   string // PEM roots of its certificate, or a directory with root-cert.pem, read anew at every handshake; required
 	TokenFile  string // the bearer token, read anew at every call; required
 	Cluster    string // the clusterid header; "": Kubernetes
 }
@@ -116,13 +117,17 @@ func (c *Client) tls() *tls.Config {
 }
 
 func (c *Client) verify(state tls.ConnectionState) error {
-	data, err := os.ReadFile(c.cfg.RootFile)
+	name := c.cfg.RootFile
+	if info, err := os.Stat(name); err == nil && info.IsDir() {
+		name = filepath.Join(name, certs.OwnRootsFile)
+	}
+	data, err := os.ReadFile(name)
 	if err != nil {
 		return fmt.Errorf("roots of the CA: %w", err)
 	}
 	roots, err := certs.ParseCertificates(data)
 	if err != nil {
-		return fmt.Errorf("roots of the CA: %s: %w", c.cfg.RootFile, err)
+		return fmt.Errorf("roots of the CA: %s: %w", name, err)
 	}
 	pool, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, r := range roots {
@@ -179,7 +184,8 @@ func (c *Client) explain(err error) error {
 	case codes.DeadlineExceeded:
 		hint = " (a NetworkPolicy may be dropping the port)"
 	case codes.Unauthenticated:
-		hint = " (token file " + c.cfg.TokenFile + ")"
+		// istiod and istio-csr tell no more, whatever they refuse.
+		hint = " (token file " + c.cfg.TokenFile + "; istiod and istio-csr must also name the agent's service account as a trusted node account)"
 	case codes.Unimplemented:
 		hint = " (it does not serve istio.v1.auth.IstioCertificateService)"
 	}

@@ -439,6 +439,7 @@ func TestClientKnowsItsCA(t *testing.T) {
 		text string
 	}{
 		{"by IP address", nil, ""},
+		{"by a directory of roots", func(c *ClientConfig) { c.RootFile = filepath.Dir(s.rootFile) }, ""},
 		{"by name", func(c *ClientConfig) { c.ServerName = "ca.example" }, ""},
 		{"another name", func(c *ClientConfig) { c.ServerName = "other.example" }, "ca.example"},
 		{"another root", func(c *ClientConfig) { c.RootFile = alien }, "unknown authority"},
