@@ -5,17 +5,21 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/raceway-mesh/raceway/certs/certstest"
 	"github.com/raceway-mesh/raceway/cni-plugin/node"
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/discovery"
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
+	"github.com/raceway-mesh/raceway/dataplane/sandbox"
 )
 
 func enrolledPod(name string, pod *netnstest.Pod) dataplane.Workload {
@@ -35,7 +39,11 @@ type arrival struct {
 
 func (c *arrival) Started(_ context.Context, s discovery.Sandbox) (dataplane.Workload, error) {
 	c.web.NetNS, c.web.Addrs, c.web.Starting = s.NetNS, s.Addrs, true
-	return *c.publish().Workload("web"), nil
+	return *c.publish().Workload(c.web.UID), nil
+}
+
+func (c *arrival) sandbox(pod *netnstest.Pod) discovery.Sandbox {
+	return discovery.Sandbox{Pod: c.web.Name, UID: c.web.UID, NetNS: pod.Path(), Addrs: pod.Addrs()}
 }
 
 func (c *arrival) Stopped(dataplane.Name, string) { c.stopped++ }
@@ -62,7 +70,7 @@ func TestPodIsCapturedBeforeAnythingRunsInIt(t *testing.T) {
 	server := echoServer(t, db.Namespace, netip.AddrPortFrom(db.V4, 3306))
 
 	began := time.Now()
-	s := discovery.Sandbox{Pod: c.web.Name, UID: "web", NetNS: web.Path(), Addrs: web.Addrs()}
+	s := c.sandbox(web)
 	captured, err := arrivals{c.a}.Add(t.Context(), s)
 	if !captured || err != nil {
 		t.Fatalf("captured %v, %v", captured, err)
@@ -108,7 +116,8 @@ func TestAddNamesWhatItWaitsFor(t *testing.T) {
 	c.db.Labels = nil
 	c.a = serve(t, p)
 	c.a.sandboxes = c
-	s := discovery.Sandbox{Pod: c.web.Name, UID: "web", NetNS: web.Path() + "-none", Addrs: web.Addrs()}
+	s := c.sandbox(web)
+	s.NetNS += "-none"
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	captured, err := arrivals{c.a}.Add(ctx, s)
@@ -163,4 +172,55 @@ func toPort(frame []byte) uint16 {
 		return 0
 	}
 	return uint16(frame[ethernet+ip+2])<<8 | uint16(frame[ethernet+ip+3])
+}
+
+// While the CA is away, a pod whose identity has a certificate on the node starts, and
+// another one waits outside instead of running without being able to talk to anybody.
+func TestNewPodNeedsACertificate(t *testing.T) {
+	p, host, _ := newPods(t)
+	ca := certstest.New(t, "cluster.local")
+	p.keeper = ca.Keeper(t)
+	web, db := host.NewPod(t), host.NewPod(t)
+	c := &arrival{web: enrolledPod("web", web), db: enrolledPod("db", db)}
+	c.a = serve(t, p, c.db)
+	c.a.sandboxes = c
+	within(t, "db is captured", func() bool { return c.a.reconciler.Status()["db"].State == dataplane.CaptureInForce })
+	ca.FailWith(errors.New("the CA is away"))
+	c.web.ServiceAccount = "db"
+	if captured, err := (arrivals{c.a}).Add(t.Context(), c.sandbox(web)); !captured || err != nil {
+		t.Errorf("with the identity of db: captured %v, %v", captured, err)
+	}
+	late := host.NewPod(t)
+	c.web = enrolledPod("late", late)
+	ctx, cancel := context.WithTimeout(t.Context(), certificateWait+time.Second)
+	defer cancel()
+	if captured, err := (arrivals{c.a}).Add(ctx, c.sandbox(late)); captured || err == nil || !strings.Contains(err.Error(), "the CA is away") {
+		t.Errorf("with an identity of its own: captured %v, %v", captured, err)
+	}
+}
+
+// A pod that was there before the agent names no network namespace; it is found.
+func TestPodThatWasThereIsFound(t *testing.T) {
+	p, host, _ := newPods(t)
+	web := host.NewPod(t)
+	proc, hash := t.TempDir(), "0123456789abcdef0123456789abcdef"
+	process := filepath.Join(proc, "4711")
+	for name, text := range map[string]string{
+		"cgroup": "0::/kubepods/pod" + hash + "/x\n", "stat": "4711 (pause) S" + strings.Repeat(" 1", 30),
+	} {
+		if err := errors.Join(os.MkdirAll(filepath.Join(process, "ns"), 0o700), os.WriteFile(filepath.Join(process, name), []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(web.Path(), filepath.Join(process, "ns", "net")); err != nil {
+		t.Fatal(err)
+	}
+	p.finder = sandbox.New(sandbox.Config{Proc: proc, HostNetNS: host.Path(), Fresh: time.Nanosecond})
+	pod := enrolledPod("web", web)
+	pod.NetNS, pod.StaticHash = "", hash
+	a := serve(t, p, pod)
+	within(t, "it is captured", func() bool { return a.reconciler.Status()["web"].State == dataplane.CaptureInForce })
+	if p.get("web").Vanished() {
+		t.Error("the path that it was found at leads elsewhere")
+	}
 }
