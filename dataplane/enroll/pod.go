@@ -62,6 +62,7 @@ type pod struct {
 	// What is in force.
 	netns     string       // where it was prepared
 	addrs     []netip.Addr // with which addresses, sorted
+	announced bool         // the node told them, before the cluster knew
 	lost      bool         // that namespace is gone
 	resumed   bool         // an earlier agent had captured it, and this one is about to
 	prepared  fact
@@ -108,7 +109,16 @@ func (p *pod) misplaced() bool {
 	if p.workload == nil || p.prepared == off {
 		return false
 	}
-	return p.lost || p.moved() || p.addrs != nil && !slices.Equal(p.addrs, sorted(p.workload.Addrs))
+	return p.lost || p.moved() || p.readdressed()
+}
+
+// readdressed reports that the pod has other addresses than it was prepared with. Of those
+// that the node told, a cluster need not come to know all.
+func (p *pod) readdressed() bool {
+	if p.announced {
+		return slices.ContainsFunc(p.workload.Addrs, func(a netip.Addr) bool { return !slices.Contains(p.addrs, a) })
+	}
+	return p.addrs != nil && !slices.Equal(p.addrs, sorted(p.workload.Addrs))
 }
 
 func (p *pod) moved() bool {
@@ -232,7 +242,7 @@ func (p *pod) begin(do step) {
 	}
 	switch do {
 	case prepare:
-		p.addrs = sorted(p.workload.Addrs)
+		p.addrs, p.announced = sorted(p.workload.Addrs), p.workload.Starting
 		if p.workload.NetNS != "" {
 			p.netns = p.workload.NetNS
 		}
@@ -254,7 +264,7 @@ func (p *pod) done(do step, now time.Time) {
 		p.outbound, p.outboundOffAt, p.drained = off, now, false
 	case remove:
 		p.prepared, p.outbound, p.inbound, p.guard = off, off, off, off
-		p.netns, p.addrs, p.lost, p.drained = "", nil, false, false
+		p.netns, p.addrs, p.announced, p.lost, p.drained = "", nil, false, false, false
 		p.publishedAt, p.unpublishedAt, p.outboundAt, p.outboundOffAt = time.Time{}, time.Time{}, time.Time{}, time.Time{}
 	case prepare:
 		p.prepared = on

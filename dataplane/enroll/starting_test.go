@@ -3,6 +3,8 @@ package enroll
 import (
 	"context"
 	"errors"
+	"net/netip"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -154,6 +156,40 @@ func TestAwaitTellsWhyNot(t *testing.T) {
 				t.Errorf("%s: %v, want %q", uid, err, want)
 			}
 		}
+		g.halt()
+	})
+}
+
+func TestClusterThatKnowsFewerAddressesDisturbsNothing(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := starting("a")
+		second := netip.MustParseAddr("fd00::1")
+		w.Addrs = append(w.Addrs, second)
+		g := newRig(t, newCluster(w), nil)
+		g.publish()
+		g.run()
+		g.expectInForce(w)
+		time.Sleep(time.Minute)
+		g.fake.forgetLog()
+		w.Starting, w.Addrs = false, w.Addrs[:1]
+		g.pods["a"] = w
+		g.publish()
+		time.Sleep(time.Minute)
+		g.expectLog()
+		g.expectState("a", dataplane.CaptureInForce, "")
+
+		// Another address than any that it was prepared with takes a new preparation.
+		w.Addrs = []netip.Addr{second.Next()}
+		g.fake.edit("a", func(p *fakePod) { p.starting = false })
+		g.pods["a"] = w
+		g.publish()
+		time.Sleep(time.Minute)
+		g.expectState("a", dataplane.CaptureInForce, "")
+		g.fake.mu.Lock()
+		if !slices.Contains(g.fake.pods["a"].preparedAs, second.Next()) {
+			t.Errorf("prepared with %v", g.fake.pods["a"].preparedAs)
+		}
+		g.fake.mu.Unlock()
 		g.halt()
 	})
 }
