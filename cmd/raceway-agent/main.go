@@ -89,6 +89,7 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.StringVar(&cfg.CATokenFile, "ca-token-file", "", "file with this node's bearer token (required)")
 	f.StringVar(&cfg.CRLFile, "crl-file", "", "file of certificate revocation lists, reloaded when it changes")
 	f.DurationVar(&cfg.CertTTL, "cert-ttl", 0, "lifetime to ask for certificates (default 24h)")
+	f.BoolVar(&cfg.Takeover, "takeover", true, "take the node over from an agent that serves it; that one goes on with its connections, and takes the node back if this one ends first")
 	f.StringVar(&cfg.Socket, "socket", "", "admin socket (default /run/raceway/<node>.sock)")
 	f.StringVar(&cfg.BPFDir, "bpf-dir", "", "directory of pins on a BPF file system (default /sys/fs/bpf/raceway/<node>)")
 	f.StringVar(&cfg.StateDir, "state-dir", "", "directory of what a restarted agent needs to release pods (default /run/raceway/<node>)")
@@ -207,13 +208,9 @@ func run(ctx context.Context, cfg agent.Config, accessLog string, stdout io.Writ
 		return fmt.Errorf("read the limit of open files: %w", err)
 	}
 	cfg.Limits = cfg.Limits.Within(files.Cur)
-	a, err := agent.New(cfg)
+	err = agent.Serve(ctx, cfg)
 	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
 		return fmt.Errorf("%w: the agent has to run as root", err)
 	}
-	if err != nil {
-		return err
-	}
-	err = a.Run(ctx)
-	return errors.Join(err, a.Close())
+	return err
 }

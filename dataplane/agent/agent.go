@@ -52,16 +52,23 @@ type Agent struct {
 	released atomic.Bool // the mesh is being taken off; for good
 	unloaded atomic.Bool // and the data plane is
 
-	parts   []func(context.Context) error // what runs beside enrolment
-	closers []io.Closer                   // what New acquired, in that order
+	parts   []func(context.Context) error // what connections rely on
+	leads   []func(context.Context) error // what only the agent that has the node does
+	closers []io.Closer                   // what was acquired, in that order
+
+	succession
 
 	// stopServing ends the pods' serving gracefully, cutServing at once.
 	stopServing, cutServing context.CancelFunc
 }
 
 // New loads programs, opens files and sockets, and adopts what an earlier agent left in
-// force; traffic flows once Run runs. Close releases it.
-func New(cfg Config) (_ *Agent, err error) {
+// force; traffic flows once Run runs. Where another agent serves the node, and cfg has it taken
+// over, that is left to Run. Close releases it.
+func New(cfg Config) (*Agent, error) { return newAgent(cfg, nil) }
+
+// newAgent is New; earlier is the agent of this process that had the node before.
+func newAgent(cfg Config, earlier *Agent) (_ *Agent, err error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
@@ -72,28 +79,56 @@ func New(cfg Config) (_ *Agent, err error) {
 		}
 	}()
 	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	// The socket comes first: an agent that serves this node already is to be noticed
-	// before anything of its capture is touched.
-	api, err := admin.New(admin.Config{Socket: a.cfg.Socket, Backend: backend{a}, Log: a.cfg.Log.With("part", "admin")})
-	if err != nil {
+	a.ready.set(errNoView)
+	a.run(a.lookForNode)
+	a.lead(a.prune, a.watchNamespaces, a.becomeReady)
+	steps := []func() error{a.newDiscovery, a.newCertificates, a.newTelemetry, a.newProxy}
+	if err := a.meet(earlier); err != nil {
 		return nil, err
 	}
-	a.own(api)
-	a.ready.set(errNoView)
-	a.run(api.Run, a.prune, a.watchNamespaces, a.lookForNode, a.becomeReady)
-	for _, step := range []func() error{a.newDiscovery, a.newCertificates, a.newTelemetry, a.newProxy, a.newCapture, a.newPlugin} {
-		if err := step(); err != nil {
-			return nil, err
-		}
+	if !a.waits() {
+		// The socket comes first: an agent that serves this node already is to be noticed
+		// before anything else is touched.
+		steps = slices.Concat([]func() error{a.newAdmin}, steps, a.takeSteps())
+	}
+	if err := inOrder(steps); err != nil {
+		return nil, err
 	}
 	return a, nil
+}
+
+func inOrder(steps []func() error) error {
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// takeSteps acquire what one agent of a node at a time can have, beside the admin socket.
+func (a *Agent) takeSteps() []func() error {
+	return []func() error{a.newMetrics, a.newCapture, a.newPlugin, a.newListener}
+}
+
+func (a *Agent) newAdmin() error {
+	api, err := admin.New(admin.Config{Socket: a.cfg.Socket, Backend: backend{a}, Log: a.cfg.Log.With("part", "admin")})
+	if err != nil {
+		return err
+	}
+	a.own(api)
+	a.lead(api.Run)
+	return nil
 }
 
 // own has Close close what was acquired, last first.
 func (a *Agent) own(c io.Closer) { a.closers = append(a.closers, c) }
 
-// run has Run run parts.
+// run has Run run parts, until the last connection has ended.
 func (a *Agent) run(parts ...func(context.Context) error) { a.parts = append(a.parts, parts...) }
+
+// lead has Run run parts for as long as the agent has the node.
+func (a *Agent) lead(parts ...func(context.Context) error) { a.leads = append(a.leads, parts...) }
 
 func (a *Agent) newCertificates() (err error) {
 	log := a.cfg.Log.With("part", "certs")
@@ -133,15 +168,19 @@ func (a *Agent) newCertificates() (err error) {
 	return nil
 }
 
-func (a *Agent) newTelemetry() (err error) {
-	if a.cfg.MetricsAddress != "" {
-		metrics, err := listenMetrics(a.cfg.MetricsAddress, a.registry, a.ready.get)
-		if err != nil {
-			return err
-		}
-		a.own(metrics)
-		a.run(metrics.Run)
+func (a *Agent) newMetrics() (err error) {
+	if a.cfg.MetricsAddress == "" {
+		return nil
 	}
+	if a.metrics, err = listenMetrics(a.cfg.MetricsAddress, a.registry, a.ready.get); err != nil {
+		return err
+	}
+	a.own(a.metrics)
+	a.run(a.metrics.Run)
+	return nil
+}
+
+func (a *Agent) newTelemetry() (err error) {
 	a.telemetry, err = telemetry.New(telemetry.Config{
 		Registerer: a.registry, Store: &a.store, Cluster: a.cfg.ClusterID,
 		AccessLog: a.cfg.AccessLog, Interval: a.cfg.FlowInterval, Log: a.cfg.Log.With("part", "telemetry"),
@@ -207,12 +246,13 @@ func (a *Agent) newPlugin() error {
 		return nil
 	}
 	a.plugin = newPlugin(a.cfg, &a.store, arrivals{a})
-	a.run(a.plugin.Run)
+	a.lead(a.plugin.Run)
 	return nil
 }
 
 // Run serves the node until ctx ends, then lets live connections go on for the drain
-// timeout. Pods stay captured, and closed, for the next agent.
+// timeout. Pods stay captured, and closed, for the next agent. When a successor takes the node
+// over, Run goes on until ctx ends or no connection is left; see Serve.
 func (a *Agent) Run(ctx context.Context) error {
 	// Connections live on while the node drains, and so must what they rely on.
 	parts, stopParts := context.WithCancel(context.WithoutCancel(ctx))
@@ -221,14 +261,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	for _, part := range a.parts {
 		background.Go(func() error { return part(parts) })
 	}
-	a.cfg.Log.Info("serving", "node", a.cfg.Node, "version", a.cfg.Version, "inbound", a.datapath.InboundMode())
-
-	enrolling, stopEnrolling := context.WithCancel(ctx)
-	defer stopEnrolling()
-	context.AfterFunc(parts, stopEnrolling) // a part that failed ends it all
-	err := a.enrol(enrolling)
-	stopEnrolling()
-	a.drain(parts)
+	had := len(a.parts)
+	err := a.takeOver(ctx)
+	for _, part := range a.parts[had:] {
+		background.Go(func() error { return part(parts) })
+	}
+	if err == nil && ctx.Err() == nil {
+		err = a.reign(ctx, parts)
+	}
 	stopParts()
 	err = errors.Join(err, background.Wait())
 	if a.released.Load() { // discovery may have written since

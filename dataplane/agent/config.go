@@ -47,6 +47,9 @@ type Config struct {
 	CRLFile     string // certificate revocation list; "" for none
 	CertTTL     time.Duration
 
+	// Takeover has a node that another agent serves taken over from it. Otherwise New fails.
+	Takeover bool
+
 	Socket         string // admin socket; default /run/raceway/<node>.sock
 	BPFDir         string // directory on a bpffs for pins; default /sys/fs/bpf/raceway/<node>
 	StateDir       string // what releasing a pod after a restart needs to know; default /run/raceway/<node>

@@ -48,6 +48,9 @@ func (m *metricsServer) Run(ctx context.Context) error {
 	return nil
 }
 
+// stop ends Run and frees the address.
+func (m *metricsServer) stop() error { return errors.Join(m.server.Close(), m.Close()) }
+
 // Close frees the address. It may be called again, also when Run never ran.
 func (m *metricsServer) Close() error {
 	if err := m.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
@@ -56,9 +59,13 @@ func (m *metricsServer) Close() error {
 	return nil
 }
 
-// podStates, certificateExpiry and hookCounters are asked at every scrape.
+// podStates, certificateExpiry and hookCounters are asked at every scrape. What belongs to the
+// node is told by the agent that has it.
 func (a *Agent) podStates() map[dataplane.CaptureState]int {
 	states := map[dataplane.CaptureState]int{}
+	if a.yielded.Load() {
+		return states
+	}
 	for _, st := range a.reconciler.Status() {
 		states[st.State]++
 	}
@@ -75,7 +82,7 @@ func (a *Agent) certificateExpiry() []telemetry.Certificate {
 }
 
 func (a *Agent) hookCounters() ([]telemetry.Counter, error) {
-	if a.unloaded.Load() {
+	if a.unloaded.Load() || a.yielded.Load() {
 		return nil, nil
 	}
 	counters, err := a.datapath.Counters()

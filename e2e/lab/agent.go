@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"sigs.k8s.io/yaml"
 
 	"github.com/raceway-mesh/raceway/dataplane"
@@ -128,13 +129,85 @@ func (l *Lab) StartAgent(ctx context.Context, n *Node, args ...string) (*Agent, 
 	if running != nil && running.Running() {
 		return nil, fmt.Errorf("start raceway-agent on %s: it runs as pid %d", n.Name, running.Pid())
 	}
+	a, err := l.launchAgent(n, ca, filepath.Join(l.opts.BinDir, "raceway-agent"), args)
+	if err != nil {
+		return nil, err
+	}
+	client := a.Client()
+	defer client.Close()
+	err = a.ready(ctx, func(ctx context.Context) error {
+		_, err := client.Version(ctx)
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, a.Kill())
+	}
+	l.setAgent(a)
+	return a, nil
+}
+
+func (l *Lab) setAgent(a *Agent) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.agents[a.Node.Name] = a
+}
+
+// Succeed starts another agent of that program on a's node while a runs. It is the node's
+// agent once AwaitSuccession says so.
+func (a *Agent) Succeed(program string) (*Agent, error) {
+	l := a.Host.lab
+	return l.launchAgent(a.Node, l.CA(), program, a.args)
+}
+
+// AwaitSuccession waits until a has its node, and says that it is ready.
+func (a *Agent) AwaitSuccession(ctx context.Context) error {
+	err := a.ready(ctx, func(ctx context.Context) error {
+		pid, err := listenerOf(ctx, a.Socket)
+		if err == nil && pid != a.Pid() {
+			err = fmt.Errorf("process %d has the admin socket, not %d", pid, a.Pid())
+		}
+		if err != nil {
+			return err
+		}
+		_, err = a.get(ctx, "/readyz")
+		return err
+	})
+	if err == nil {
+		a.Host.lab.setAgent(a)
+	}
+	return err
+}
+
+// listenerOf tells which process listens on a unix socket.
+func listenerOf(ctx context.Context, path string) (pid int, err error) {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return int(cred.Pid), nil
+}
+
+func (l *Lab) launchAgent(n *Node, ca *CA, program string, args []string) (*Agent, error) {
 	a := &Agent{
 		Node:   n,
 		Socket: filepath.Join(l.dir, n.Name+".sock"),
 		BPFDir: filepath.Join(l.bpfDir(), l.opts.Name+"-"+n.Name),
 		args:   slices.Clone(args),
 	}
-	cmd := exec.Command(filepath.Join(l.opts.BinDir, "raceway-agent"), append([]string{
+	cmd := exec.Command(program, append([]string{
 		"--node", n.Name,
 		"--cluster-dir", l.ClusterDir(),
 		"--status-dir", l.StatusDir(),
@@ -153,18 +226,6 @@ func (l *Lab) StartAgent(ctx context.Context, n *Node, args ...string) (*Agent, 
 		return nil, err
 	}
 	a.Process = p
-	client := a.Client()
-	defer client.Close()
-	err = p.ready(ctx, func(ctx context.Context) error {
-		_, err := client.Version(ctx)
-		return err
-	})
-	if err != nil {
-		return nil, errors.Join(err, p.Kill())
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.agents[n.Name] = a
 	return a, nil
 }
 
@@ -204,20 +265,23 @@ func (a *Agent) Restart(ctx context.Context) (*Agent, error) {
 func (a *Agent) Client() *admin.Client { return admin.NewClient(a.Socket) }
 
 // Metrics is what the agent's metrics endpoint says, in Prometheus' text format.
-func (a *Agent) Metrics(ctx context.Context) (string, error) {
+func (a *Agent) Metrics(ctx context.Context) (string, error) { return a.get(ctx, "/metrics") }
+
+// get asks the metrics endpoint.
+func (a *Agent) get(ctx context.Context, path string) (string, error) {
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return a.Host.Dial(ctx, metricsAddr)
 		},
 		DisableKeepAlives: true,
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+metricsAddr.String()+"/metrics", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+metricsAddr.String()+path, nil)
 	if err != nil {
-		return "", fmt.Errorf("read the metrics of %s: %w", a.Node.Name, err)
+		return "", fmt.Errorf("get %s of %s: %w", path, a.Node.Name, err)
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
-		return "", fmt.Errorf("read the metrics of %s: %w", a.Node.Name, err)
+		return "", fmt.Errorf("get %s of %s: %w", path, a.Node.Name, err)
 	}
 	body, err := io.ReadAll(resp.Body)
 	err = errors.Join(err, resp.Body.Close())
@@ -225,7 +289,7 @@ func (a *Agent) Metrics(ctx context.Context) (string, error) {
 		err = errors.New(resp.Status)
 	}
 	if err != nil {
-		return "", fmt.Errorf("read the metrics of %s: %w", a.Node.Name, err)
+		return "", fmt.Errorf("get %s of %s: %w", path, a.Node.Name, err)
 	}
 	return string(body), nil
 }
