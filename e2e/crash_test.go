@@ -101,6 +101,9 @@ func (k *kill) killAndRestart(n *lab.Node) {
 	back := k.awaitConnection()
 	t.Logf("%s: connections work %v after the restart began", n.Name, back.Sub(started).Round(time.Millisecond))
 	k.await(dataplane.CaptureInForce)
+	if err := k.Agent(n).AwaitSuccession(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	if k.guarded {
 		checkAgent(t, k.Agent(n))
 	}
