@@ -31,7 +31,7 @@ func TestGuardsCountersAreThoseOfThePage(t *testing.T) {
 // The pages name flags of the agent and the CA only that these have.
 func TestFlagsOfThePagesExist(t *testing.T) {
 	var defined strings.Builder
-	for _, name := range []string{"../cmd/raceway-agent/main.go", "../cmd/raceway-ca/main.go", "../cmd/raceway/root.go", "../cmd/raceway/flows.go"} {
+	for _, name := range []string{"../cmd/raceway-agent/main.go", "../cmd/raceway-ca/main.go", "../cmd/raceway-ca/files.go", "../cmd/raceway-ca/kubernetes.go", "../cmd/raceway/root.go", "../cmd/raceway/flows.go"} {
 		source, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)

@@ -45,6 +45,24 @@ func (s *memory) push(m Material) {
 func (*memory) Close() error   { return nil }
 func (*memory) String() string { return "memory" }
 
+// logged is a log that may be read while it is written.
+type logged struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
 func (a *authority) material(t *testing.T, roots ...*authority) Material {
 	t.Helper()
 	m := Material{Key: Part{"key", a.keyPEM(t)}, Cert: Part{"cert", encode(a.cert)}, Chain: Part{Name: "chain"}, Roots: Part{Name: "roots"}}
@@ -60,7 +78,7 @@ func TestIntermediateIsReplacedUnderTheSameRoot(t *testing.T) {
 		first, second := newAuthority(t, "first", root, 100*time.Hour), newAuthority(t, "second", root, 200*time.Hour)
 		stranger := newAuthority(t, "stranger", newAuthority(t, "another root", nil, time.Hour), time.Hour)
 		source := &memory{now: first.material(t, root, root), changes: make(chan struct{})}
-		var log bytes.Buffer
+		var log logged
 		a, err := New(Config{Source: source, TrustDomain: td, Log: slog.New(slog.NewTextHandler(&log, nil))})
 		if err != nil {
 			t.Fatal(err)
@@ -103,7 +121,7 @@ func TestIntermediateIsReplacedUnderTheSameRoot(t *testing.T) {
 func TestTheEndIsToldOfBeforehand(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		root := newAuthority(t, "root", nil, 100*24*time.Hour)
-		var log bytes.Buffer
+		var log logged
 		source := &memory{now: root.material(t, root)}
 		a, err := New(Config{Source: source, TrustDomain: td, Log: slog.New(slog.NewTextHandler(&log, nil))})
 		if err != nil {
