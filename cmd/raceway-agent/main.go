@@ -96,6 +96,7 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.StringVar(&cfg.CgroupRoot, "cgroup-root", "", "root of the cgroup v2 hierarchy (default: found)")
 	f.StringVar(&cfg.HostProc, "host-proc", "/proc", "proc file system of the host")
 	f.StringVar(&cfg.HostNetNS, "host-netns", "", "network namespace of the host (default: the agent's own with --cluster-dir, else <host-proc>/1/ns/net)")
+	f.StringVar(&cfg.KubeletCgroup, "kubelet-cgroup", "", "cgroup directory of the node's kubelet, whose probes are let through, auto or none (default: auto, with --cluster-dir none)")
 	f.StringVar(&cfg.CNI.ConfDir, "cni-conf-dir", "", "the host's network configuration, as the agent sees it, empty for no CNI plugin")
 	f.StringVar(&cfg.CNI.BinDir, "cni-bin-dir", "", "the host's CNI plugins, as the agent sees them, empty for no CNI plugin")
 	f.StringVar(&cfg.CNI.HostConfDir, "cni-conf-dir-host", "/etc/cni/net.d", "the same as --cni-conf-dir, as the host sees it")

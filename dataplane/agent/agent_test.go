@@ -42,6 +42,7 @@ func TestConfigValidation(t *testing.T) {
 		{"labels in a directory", func(c *Config) { c.EnrollLabels = []string{"x"} }, "enrolment label goes with an API server"},
 		{"CNI with a directory", func(c *Config) { c.CNI = CNIConfig{ConfDir: "/conf", BinDir: "/bin"} }, "CNI plugin goes with an API server"},
 		{"status files without a directory", func(c *Config) { c.ClusterDir, c.StatusDir = "", "/status" }, "status directory goes with a cluster directory, and there is none"},
+		{"kubelet's cgroup", func(c *Config) { c.KubeletCgroup = "kubelet.service" }, "none of auto, none and a directory"},
 		{"half of the CNI directories", func(c *Config) { c.ClusterDir, c.CNI.BinDir = "", "/bin" }, "one is set and the other is not"},
 		{"a token for nobody", func(c *Config) { c.ClusterDir, c.CNI.TokenFile = "", "/token" }, "the CNI plugin has a token, and no API server"},
 		{"no CA", func(c *Config) { c.CAAddress = "" }, "CA address is not set"},

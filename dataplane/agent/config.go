@@ -55,6 +55,7 @@ type Config struct {
 	StateDir       string // what releasing a pod after a restart needs to know; default /run/raceway/<node>
 	CgroupRoot     string // cgroup v2 root; "" finds it
 	HostProc       string // the host's /proc; default /proc
+	KubeletCgroup  string // where the node's kubelet stands: a directory, auto or none; default auto with an API server, else none
 	HostNetNS      string // the host's network namespace; default the agent's own with ClusterDir, else that of HostProc/1
 	MetricsAddress string // "" serves none
 	Inbound        kernel.InboundMode
@@ -76,6 +77,12 @@ type Config struct {
 	Version   string
 }
 
+// Values of Config.KubeletCgroup beside a directory.
+const (
+	KubeletAuto = "auto"
+	KubeletNone = "none"
+)
+
 // Validate reports everything that is missing or wrong.
 func (c Config) Validate() error {
 	var errs []error
@@ -93,6 +100,9 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("node %q is not a name", c.Node))
 	}
 	errs = append(errs, c.validateSource(), c.CNI.validate())
+	if k := c.KubeletCgroup; k != "" && k != KubeletAuto && k != KubeletNone && !filepath.IsAbs(k) {
+		errs = append(errs, fmt.Errorf("kubelet's cgroup %q is none of %s, %s and a directory", k, KubeletAuto, KubeletNone))
+	}
 	if c.TrustDomain != "" {
 		// The other parts of an identity are not known here.
 		if err := (spiffe.ID{TrustDomain: c.TrustDomain, Namespace: "any", ServiceAccount: "any"}).Validate(); err != nil {
@@ -165,6 +175,12 @@ func (c Config) withDefaults() Config {
 		c.StatusDir = filepath.Join(c.ClusterDir, ".raceway")
 	}
 	c.HostProc = cmp.Or(c.HostProc, "/proc")
+	if c.KubeletCgroup == "" {
+		c.KubeletCgroup = KubeletAuto
+		if c.ClusterDir != "" {
+			c.KubeletCgroup = KubeletNone
+		}
+	}
 	if c.ClusterDir == "" && c.HostNetNS == "" {
 		c.HostNetNS = filepath.Join(c.HostProc, "1/ns/net")
 	}
