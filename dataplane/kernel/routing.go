@@ -108,7 +108,7 @@ func (p *Pod) setUpRouting() error {
 			return err
 		}
 		for _, name := range sysctls(p.rec.Addrs) {
-			if err := os.WriteFile(sysctlPath(name), []byte("1"), 0o644); err != nil {
+			if err := writeSysctl(name, "1"); err != nil {
 				return fmt.Errorf("set sysctl %s: %w", name, err)
 			}
 		}
@@ -150,7 +150,7 @@ func tearDownRouting(r *record, ns *netns.Namespace) error {
 			}
 		}
 		for name, value := range r.Sysctls {
-			if err := os.WriteFile(sysctlPath(name), []byte(value), 0o644); err != nil {
+			if err := writeSysctl(name, value); err != nil {
 				errs = append(errs, fmt.Errorf("restore sysctl %s: %w", name, err))
 			}
 		}
