@@ -27,7 +27,7 @@ func clusterName(meta *metav1.ObjectMeta) (dataplane.Name, error) {
 // namespacedName defaults the namespace as kubectl does. Names become part of identities,
 // paths and host names, so what the API server would reject is rejected here too.
 func namespacedName(meta *metav1.ObjectMeta) (dataplane.Name, error) {
-	n := dataplane.Name{Namespace: meta.Namespace, Name: meta.Name}
+	n := dataplane.Name{Namespace: intern(meta.Namespace), Name: meta.Name}
 	if n.Namespace == "" {
 		n.Namespace = metav1.NamespaceDefault
 	}

@@ -8,9 +8,6 @@
 package object
 
 import (
-	"maps"
-	"reflect"
-	"slices"
 	"strings"
 
 	"github.com/raceway-mesh/raceway/dataplane"
@@ -76,77 +73,10 @@ type Mesh struct {
 	Cluster       string // the name of this cluster, "" when it has none
 }
 
-// Set holds the objects of one cluster. The zero Set is empty and ready; it is not safe
-// for concurrent use.
-type Set struct {
-	objects map[Key]any
-}
-
-// Put adds o or replaces the object of the same key, and reports whether that changed
-// anything that the data plane reads.
-func (s *Set) Put(o Object) bool {
-	if old, ok := s.objects[o.Key]; ok && reflect.DeepEqual(old, o.value) {
-		return false
-	}
-	if s.objects == nil {
-		s.objects = make(map[Key]any)
-	}
-	s.objects[o.Key] = o.value
-	return true
-}
-
-// Delete removes the object of that key and reports whether there was one.
-func (s *Set) Delete(k Key) bool {
-	_, ok := s.objects[k]
-	delete(s.objects, k)
-	return ok
-}
-
-// Get returns the object of that key.
-func (s *Set) Get(k Key) (Object, bool) {
-	value, ok := s.objects[k]
-	return Object{Key: k, value: value}, ok
-}
-
-// Keys lists the keys of all objects in order.
-func (s *Set) Keys() []Key {
-	return slices.SortedFunc(maps.Keys(s.objects), Key.Compare)
-}
-
 // Conflict is an object that could not be taken as written beside another.
 type Conflict struct {
 	Key   Key
 	Cause string
-}
-
-// Contents converts all that the set holds. The captured map is left to the source. Each
-// call returns fresh slices of shared, immutable parts, as NewSnapshot needs them.
-func (s *Set) Contents(mesh Mesh) (dataplane.Contents, []Conflict) {
-	if mesh.ClusterDomain == "" {
-		mesh.ClusterDomain = "cluster.local"
-	}
-	c := dataplane.Contents{TrustDomain: mesh.TrustDomain, RootNamespace: mesh.RootNamespace}
-	v := newView(s)
-	for _, key := range v.keys {
-		switch value := s.objects[key].(type) {
-		case dataplane.Namespace:
-			c.Namespaces = append(c.Namespaces, value)
-		case dataplane.Node:
-			c.Nodes = append(c.Nodes, value)
-		case pod:
-			w := value.Workload
-			w.UID = v.uids[key.Name]
-			w.Cluster = mesh.Cluster
-			c.Workloads = append(c.Workloads, w)
-		case service:
-			c.Services = append(c.Services, v.service(value, mesh.ClusterDomain))
-		case dataplane.AuthorizationPolicy:
-			c.Authorizations = append(c.Authorizations, value)
-		case dataplane.PeerAuthentication:
-			c.Authentications = append(c.Authentications, value)
-		}
-	}
-	return c, v.conflicts
 }
 
 // Workload returns the pod, and whether o is one. What depends on other objects is not set.

@@ -42,11 +42,11 @@ func FromPod(in *corev1.Pod) (Object, error) {
 		Workload: dataplane.Workload{
 			UID:            string(in.UID),
 			Name:           name,
-			ServiceAccount: serviceAccount(&in.Spec),
-			Node:           in.Spec.NodeName,
+			ServiceAccount: intern(serviceAccount(&in.Spec)),
+			Node:           intern(in.Spec.NodeName),
 			Labels:         in.Labels,
 			Owner:          owner(&in.ObjectMeta),
-			Phase:          dataplane.Phase(in.Status.Phase),
+			Phase:          dataplane.Phase(intern(string(in.Status.Phase))),
 			Ready:          podReady(&in.Status),
 			HostNetwork:    in.Spec.HostNetwork,
 			Terminating:    in.DeletionTimestamp != nil,
@@ -133,14 +133,14 @@ func owner(meta *metav1.ObjectMeta) dataplane.Owner {
 	case "ReplicaSet":
 		hash := meta.Labels[podTemplateHashLabel]
 		if base, ok := strings.CutSuffix(ref.Name, "-"+hash); ok && hash != "" && base != "" {
-			return dataplane.Owner{Kind: "Deployment", Name: base}
+			return dataplane.Owner{Kind: "Deployment", Name: intern(base)}
 		}
 	case "Job":
 		if m := cronJobRun.FindStringSubmatch(ref.Name); m != nil {
-			return dataplane.Owner{Kind: "CronJob", Name: m[1]}
+			return dataplane.Owner{Kind: "CronJob", Name: intern(m[1])}
 		}
 	}
-	return dataplane.Owner{Kind: ref.Kind, Name: ref.Name}
+	return dataplane.Owner{Kind: intern(ref.Kind), Name: intern(ref.Name)}
 }
 
 // namedPorts collects what a service's targetPort can name: ports of containers, and of

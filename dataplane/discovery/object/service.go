@@ -219,14 +219,14 @@ func sliceEndpoints(in *discoveryv1.Endpoint, namespace string, ports map[string
 		Ports:       ports,
 	}}
 	if in.NodeName != nil {
-		ep.Node = *in.NodeName
+		ep.Node = intern(*in.NodeName)
 	}
 	if in.Zone != nil {
-		ep.Zone = *in.Zone
+		ep.Zone = intern(*in.Zone)
 	}
 	if ref := in.TargetRef; ref != nil && strings.EqualFold(ref.Kind, string(KindPod)) {
 		ep.uid = string(ref.UID)
-		if ep.pod = (dataplane.Name{Namespace: ref.Namespace, Name: ref.Name}); ref.Namespace == "" {
+		if ep.pod = (dataplane.Name{Namespace: intern(ref.Namespace), Name: ref.Name}); ref.Namespace == "" {
 			ep.pod.Namespace = namespace
 		}
 	}

@@ -11,68 +11,90 @@ import (
 // serviceNameLabel on an EndpointSlice names its service.
 const serviceNameLabel = "kubernetes.io/service-name"
 
-// view indexes a Set for what depends on more than one object.
+// view is a Set while its Contents are made: what depends on more than one object.
 type view struct {
 	set       *Set
-	keys      []Key
-	pods      map[string][]pod // by namespace
-	uids      map[dataplane.Name]string
-	slices    map[dataplane.Name][]endpointSlice // by service
-	reserved  map[netip.Addr]bool                // pod and cluster IPs: no external IP may claim one
+	uids      map[dataplane.Name]string // of pods that do not go by their own
+	slices    map[dataplane.Name][]endpointSlice
+	pods      map[string][]pod    // by namespace; nil until asked for
+	reserved  map[netip.Addr]bool // pod and cluster IPs; nil until asked for
 	conflicts []Conflict
 }
 
 func newView(s *Set) *view {
-	v := &view{
-		set:      s,
-		keys:     s.Keys(),
-		pods:     make(map[string][]pod),
-		uids:     make(map[dataplane.Name]string),
-		slices:   make(map[dataplane.Name][]endpointSlice),
-		reserved: make(map[netip.Addr]bool),
-	}
-	owners := make(map[string]Key)
-	for _, key := range v.keys {
-		switch value := s.objects[key].(type) {
-		case pod:
-			v.addPod(key, value, owners)
-		case service:
-			for _, a := range value.Addrs {
-				v.reserved[a] = true
-			}
-		case endpointSlice:
-			v.slices[value.service] = append(v.slices[value.service], value)
-		}
+	v := &view{set: s, slices: make(map[dataplane.Name][]endpointSlice)}
+	if s.twice > 0 {
+		v.tellApart()
 	}
 	return v
 }
 
-// addPod settles the pod's UID. Two pods with one UID (a copied YAML file) would share one
-// status and one capture; the later by name gets a UID of its own, the same on every node.
-func (v *view) addPod(key Key, p pod, owners map[string]Key) {
-	uid := p.UID
-	if other, taken := owners[uid]; taken {
-		uid = derivedUID(key.Name)
-		v.conflicts = append(v.conflicts, Conflict{Key: key, Cause: fmt.Sprintf(
-			"has the UID %s of %s: it goes by %s until it gets its own or none", p.UID, other, uid)})
-	}
-	owners[uid] = key
-	v.uids[key.Name] = uid
-	v.pods[key.Name.Namespace] = append(v.pods[key.Name.Namespace], p)
-	if p.Live() && !p.HostNetwork {
-		for _, a := range p.Addrs {
-			v.reserved[a] = true
+// tellApart settles the UIDs of pods. Two pods with one UID (a copied YAML file) would share
+// one status and one capture; the later by name gets a UID of its own, the same on every node.
+func (v *view) tellApart() {
+	v.uids = make(map[dataplane.Name]string)
+	owners := make(map[string]Key)
+	for _, e := range v.set.kinds[KindPod].ordered() {
+		p, key := e.value.(pod), Key{Kind: KindPod, Name: e.name}
+		uid := p.UID
+		if other, taken := owners[uid]; taken {
+			uid = derivedUID(key.Name)
+			v.uids[key.Name] = uid
+			v.conflicts = append(v.conflicts, Conflict{Key: key, Cause: fmt.Sprintf(
+				"has the UID %s of %s: it goes by %s until it gets its own or none", p.UID, other, uid)})
 		}
+		owners[uid] = key
 	}
 }
 
+// uid is what the pod goes by.
+func (v *view) uid(p *pod) string {
+	if uid, other := v.uids[p.Name]; other {
+		return uid
+	}
+	return p.UID
+}
+
+// isReserved reports whether the address is a pod's or a service's own: no external IP may
+// claim it.
+func (v *view) isReserved(a netip.Addr) bool {
+	if v.reserved == nil {
+		v.reserved = make(map[netip.Addr]bool)
+		for _, e := range v.set.kinds[KindPod].ordered() {
+			if p := e.value.(pod); p.Live() && !p.HostNetwork {
+				v.reserve(p.Addrs)
+			}
+		}
+		for _, e := range v.set.kinds[KindService].ordered() {
+			v.reserve(e.value.(service).Addrs)
+		}
+	}
+	return v.reserved[a]
+}
+
+func (v *view) reserve(addrs []netip.Addr) {
+	for _, a := range addrs {
+		v.reserved[a] = true
+	}
+}
+
+func (v *view) podsOf(namespace string) []pod {
+	if v.pods == nil {
+		v.pods = make(map[string][]pod)
+		for _, e := range v.set.kinds[KindPod].ordered() {
+			v.pods[e.name.Namespace] = append(v.pods[e.name.Namespace], e.value.(pod))
+		}
+	}
+	return v.pods[namespace]
+}
+
 func (v *view) pod(n dataplane.Name) (pod, bool) {
-	p, ok := v.set.objects[Key{Kind: KindPod, Name: n}].(pod)
+	p, ok := v.set.kinds[KindPod].get(n).(pod)
 	return p, ok
 }
 
 func (v *view) zone(node string) string {
-	n, _ := v.set.objects[Key{Kind: KindNode, Name: dataplane.Name{Name: node}}].(dataplane.Node)
+	n, _ := v.set.kinds[KindNode].get(dataplane.Name{Name: node}).(dataplane.Node)
 	return n.Zone
 }
 
@@ -84,7 +106,7 @@ func (v *view) service(s service, clusterDomain string) dataplane.Service {
 	for _, a := range s.external {
 		// Whoever may write a Service could otherwise draw another's traffic to it
 		// (CVE-2020-8554).
-		if v.reserved[a] {
+		if v.isReserved(a) {
 			v.conflicts = append(v.conflicts, Conflict{
 				Key:   Key{Kind: KindService, Name: s.Name},
 				Cause: fmt.Sprintf("external address %s is a pod's or a service's own: ignored", a),
@@ -150,7 +172,7 @@ func (v *view) resolve(e sliceEndpoint) dataplane.Endpoint {
 		case !known || e.uid != "" && !p.uidDerived && p.UID != e.uid:
 			out.WorkloadUID = e.uid
 		case !p.HostNetwork || slices.Contains(p.Addrs, e.Addr):
-			out.WorkloadUID = v.uids[e.pod]
+			out.WorkloadUID = v.uid(&p)
 			if out.Node == "" {
 				out.Node = p.Node
 			}
@@ -166,7 +188,7 @@ func (v *view) resolve(e sliceEndpoint) dataplane.Endpoint {
 // without one: every address, of the service's IP families, of every pod that matches.
 func (v *view) selectEndpoints(s service) []dataplane.Endpoint {
 	var out []dataplane.Endpoint
-	for _, p := range v.pods[s.Name.Namespace] {
+	for _, p := range v.podsOf(s.Name.Namespace) {
 		if !p.Live() || !matches(s.Selector, p.Labels) {
 			continue
 		}
@@ -185,7 +207,7 @@ func (v *view) selectEndpoints(s service) []dataplane.Endpoint {
 			}
 			out = append(out, dataplane.Endpoint{
 				Addr:        a,
-				WorkloadUID: v.uids[p.Name],
+				WorkloadUID: v.uid(&p),
 				Node:        p.Node,
 				Zone:        v.zone(p.Node),
 				Ready:       s.PublishNotReady || p.Ready && !p.Terminating,
