@@ -24,8 +24,11 @@ func serveAll(t *testing.T, p *kernel.Pod, accepted *atomic.Int64) {
 					return
 				}
 				accepted.Add(1)
-				_, _ = conn.Write([]byte("x")) // what is missing shows at the client
-				_ = conn.Close()
+				go func() {
+					_, _ = conn.Write([]byte("x")) // what is missing shows at the client
+					_, _ = conn.Read(make([]byte, 1))
+					_ = conn.Close()
+				}()
 			}
 		}()
 	}
@@ -77,6 +80,10 @@ func knock(t *testing.T, from *netnstest.Pod, to netip.AddrPort) error {
 		return err
 	}
 	defer conn.Close()
+	// Nothing of it is to stay in TIME_WAIT, where the next with the same ports would meet it.
+	if err := conn.SetLinger(0); err != nil {
+		return err
+	}
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return err
 	}
