@@ -1,0 +1,182 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
+)
+
+const (
+	// patchTimeout bounds one patch: whoever waits for it tries again.
+	patchTimeout = 5 * time.Second
+	// patchesAtOnce bounds the patches under way.
+	patchesAtOnce = 16
+)
+
+// capturedLocked tells which pods take tunnels. A pod that did and is still wanted goes on,
+// whoever removed its annotation; its own agent puts it back, or gives the pod up.
+func (s *Source) capturedLocked(workloads []dataplane.Workload) map[string]bool {
+	captured := make(map[string]bool, len(s.captured))
+	for i := range workloads {
+		w := &workloads[i]
+		pod := s.pods[object.Key{Kind: object.KindPod, Name: w.Name}]
+		if pod.annotated || s.wanted[w.UID] || s.captured[w.UID] && s.wantsLocked(w) {
+			captured[w.UID] = true
+		}
+	}
+	return captured
+}
+
+// wantsLocked reports whether labels ask for the pod's capture.
+func (s *Source) wantsLocked(w *dataplane.Workload) bool {
+	o, _ := s.set.Get(object.Key{Kind: object.KindNamespace, Name: dataplane.Name{Name: w.Name.Namespace}})
+	ns, known := o.Namespace()
+	return known && !s.releases && !w.HostNetwork && dataplane.WantsEnrolment(w.Labels, ns.Labels, s.config.EnrollLabels...)
+}
+
+// PublishCaptured annotates the pods of this node with these UIDs and removes the annotation
+// from the others, and keeps it so while Run runs. A pod that is gone needs nothing. It
+// returns an error at once while the API server is away.
+func (s *Source) PublishCaptured(ctx context.Context, uids []string) error {
+	wanted := make(map[string]bool, len(uids))
+	for _, uid := range uids {
+		wanted[uid] = true
+	}
+	s.mu.Lock()
+	s.wanted = wanted
+	s.changedLocked(urgent)
+	s.mu.Unlock()
+	return s.annotate(ctx)
+}
+
+// annotation is the change that a pod needs.
+type annotation struct {
+	key object.Key
+	uid string
+	on  bool
+}
+
+// annotate makes the annotations of this node's pods what they are wanted to be.
+func (s *Source) annotate(ctx context.Context) error {
+	s.publishing.Lock()
+	defer s.publishing.Unlock()
+	list := s.unpublished()
+	if len(list) == 0 {
+		return nil
+	}
+	if err := s.away(); err != nil {
+		return err
+	}
+	var (
+		mu   sync.Mutex
+		errs []error
+		all  sync.WaitGroup
+		free = make(chan struct{}, patchesAtOnce)
+	)
+	for _, a := range list {
+		free <- struct{}{}
+		all.Go(func() {
+			defer func() { <-free }()
+			if err := s.patchAnnotation(ctx, a); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				errs = append(errs, fmt.Errorf("pod %s: %w", a.key.Name, err))
+			}
+		})
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// unpublished lists this node's pods that are not annotated as wanted.
+func (s *Source) unpublished() []annotation {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.wanted == nil {
+		return nil
+	}
+	var list []annotation
+	for key, pod := range s.pods {
+		if on := s.wanted[pod.uid]; on != pod.annotated && s.ownLocked(key) {
+			list = append(list, annotation{key, pod.uid, on})
+		}
+	}
+	slices.SortFunc(list, func(a, b annotation) int { return a.key.Compare(b.key) })
+	return list
+}
+
+func (s *Source) patchAnnotation(ctx context.Context, a annotation) error {
+	var value any // null removes
+	if a.on {
+		value = dataplane.RedirectionEnabled
+	}
+	err := s.patchPod(ctx, a.key.Name, a.uid, dataplane.RedirectionAnnotation, value)
+	if err != nil {
+		return err
+	}
+	// The watch will say the same; until then nothing is to be done twice.
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if pod, there := s.pods[a.key]; there && pod.uid == a.uid {
+		pod.annotated = a.on
+		s.pods[a.key] = pod
+		s.changedLocked(urgent)
+	}
+	return nil
+}
+
+// patchPod sets one annotation of the pod with that UID, "" for any. A pod that is gone, or
+// has another's place, needs none.
+func (s *Source) patchPod(ctx context.Context, pod dataplane.Name, uid, key string, value any) error {
+	meta := map[string]any{"annotations": map[string]any{key: value}}
+	if uid != "" {
+		meta["uid"] = uid // the API server refuses another's
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": meta})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, patchTimeout)
+	defer cancel()
+	pods := s.config.Client.CoreV1().Pods(pod.Namespace)
+	_, err = pods.Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{})
+	if apierrors.IsConflict(err) && uid != "" {
+		now, other := pods.Get(ctx, pod.Name, metav1.GetOptions{})
+		if other == nil && string(now.UID) != uid || apierrors.IsNotFound(other) {
+			return nil
+		}
+	}
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// repair puts annotations back that others changed, at a pace at which nobody can be fought.
+func (s *Source) repair(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.repairs:
+		}
+		if err := s.annotate(ctx); err != nil && ctx.Err() == nil {
+			s.config.Log.Warn("repair the annotations of captured pods", "error", err)
+			s.repairs.give()
+		}
+		if !sleep(ctx, s.pace.mending) {
+			return
+		}
+	}
+}

@@ -1,0 +1,245 @@
+package kube
+
+import (
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
+)
+
+// snapshotVersion is of the file's form; another's file is not read.
+const snapshotVersion = 1
+
+// maxSnapshot bounds what is read of a file, unpacked.
+const maxSnapshot = 1 << 30
+
+// header is the first line of the file: JSON, packed. Each line after it is an API object,
+// trimmed; as many as Objects says.
+type header struct {
+	Version  int       `json:"version"`
+	Written  time.Time `json:"written"`
+	Released bool      `json:"released,omitempty"`
+	Captured []string  `json:"captured"` // UIDs
+	Objects  int       `json:"objects"`
+}
+
+// restore takes the last good snapshot for the cluster until the API server has told of it.
+func (s *Source) restore() {
+	if s.config.SnapshotFile == "" {
+		return
+	}
+	f, err := os.Open(s.config.SnapshotFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	var head header
+	var items []*item
+	if err == nil {
+		defer f.Close() //nolint:errcheck // opened for reading
+		head, items, err = readSnapshot(f)
+	}
+	if err != nil {
+		s.config.Log.Error("the last good snapshot cannot be used: nothing is in force until the API server has told of all of the cluster",
+			"file", s.config.SnapshotFile, "error", err)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, it := range items {
+		s.takeLocked(it)
+	}
+	s.captured = make(map[string]bool, len(head.Captured))
+	for _, uid := range head.Captured {
+		s.captured[uid] = true
+	}
+	// Who was captured and is not wanted any more was being released: peers go on tunnelling
+	// until its annotation is seen to be gone.
+	for key, pod := range s.pods {
+		pod.annotated = s.captured[pod.uid]
+		s.pods[key] = pod
+	}
+	s.releaseLocked(head.Released)
+	s.stale = head.Written
+	s.changedLocked(urgent)
+	s.config.Log.Info("the last good snapshot is in force until the API server has told of all of the cluster",
+		"file", s.config.SnapshotFile, "written", head.Written, "objects", len(items))
+}
+
+// readSnapshot reads a file as a whole or not at all: what is missing could be a policy.
+func readSnapshot(r io.Reader) (header, []*item, error) {
+	unpacked, err := gzip.NewReader(r)
+	if err != nil {
+		return header{}, nil, err
+	}
+	limited := &io.LimitedReader{R: unpacked, N: maxSnapshot}
+	lines := json.NewDecoder(limited)
+	var head header
+	if err := lines.Decode(&head); err != nil {
+		return header{}, nil, fmt.Errorf("header: %w", err)
+	}
+	if head.Version != snapshotVersion {
+		return header{}, nil, fmt.Errorf("it has version %d, and only %d is understood", head.Version, snapshotVersion)
+	}
+	if head.Written.IsZero() {
+		return header{}, nil, errors.New("it does not say when it was written")
+	}
+	var items []*item
+	for {
+		var raw json.RawMessage
+		if err := lines.Decode(&raw); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return header{}, nil, fmt.Errorf("object %d: %w", len(items), err)
+		}
+		it, err := decodeItem(raw)
+		if err != nil {
+			return header{}, nil, fmt.Errorf("object %d: %w", len(items), err)
+		}
+		items = append(items, it)
+	}
+	if limited.N == 0 {
+		return header{}, nil, fmt.Errorf("it is larger than %d bytes", maxSnapshot)
+	}
+	if len(items) != head.Objects {
+		return header{}, nil, fmt.Errorf("it has %d objects and says that it has %d", len(items), head.Objects)
+	}
+	return head, items, nil
+}
+
+func decodeItem(raw json.RawMessage) (*item, error) {
+	var typ object.TypeMeta
+	if err := json.Unmarshal(raw, &typ); err != nil {
+		return nil, err
+	}
+	o, err := object.Decode(typ, raw)
+	if err != nil {
+		return nil, err
+	}
+	it := &item{key: o.Key, object: o}
+	if w, ok := o.Workload(); ok {
+		it.uid = w.UID
+	}
+	if o.Key.Kind.IsPolicy() {
+		it.policy = &policy{raw: raw}
+	}
+	return it, nil
+}
+
+// save writes the file when a snapshot was published, at a pace.
+func (s *Source) save(ctx context.Context) {
+	if s.config.SnapshotFile == "" {
+		return
+	}
+	failed := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.saves:
+		}
+		if !sleep(ctx, s.pace.saving) {
+			// The last state is worth a moment at the end.
+			ctx = context.WithoutCancel(ctx)
+		}
+		err := s.write()
+		if err != nil && !failed {
+			s.config.Log.Error("keep the last good snapshot: after a restart without the API server an older one, or none, is in force",
+				"file", s.config.SnapshotFile, "error", err)
+		}
+		failed = err != nil
+		if ctx.Done() == nil {
+			return
+		}
+	}
+}
+
+// write replaces the file by what is known now, unless that is itself the file's.
+func (s *Source) write() error {
+	head, objects, ok := s.state()
+	if !ok {
+		return nil
+	}
+	return writeFile(s.config.SnapshotFile, func(w io.Writer) error { return encodeSnapshot(w, head, objects) })
+}
+
+// state lists what is to be kept. Nothing that it returns changes any more.
+func (s *Source) state() (header, []any, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.syncedLocked() {
+		return header{}, nil, false
+	}
+	head := header{Version: snapshotVersion, Written: time.Now(), Released: s.releases, Captured: []string{}}
+	for uid := range s.captured {
+		head.Captured = append(head.Captured, uid)
+	}
+	slices.Sort(head.Captured)
+	keys := s.set.Keys()
+	list := make([]any, 0, len(keys))
+	for _, key := range keys {
+		if p := s.writing[key]; p != nil {
+			list = append(list, p.raw)
+			continue
+		}
+		o, _ := s.set.Get(key)
+		list = append(list, o)
+	}
+	head.Objects = len(list)
+	return head, list, true
+}
+
+func encodeSnapshot(w io.Writer, head header, objects []any) error {
+	packed, err := gzip.NewWriterLevel(w, gzip.BestSpeed)
+	if err != nil {
+		return err
+	}
+	lines := json.NewEncoder(packed)
+	if err := lines.Encode(head); err != nil {
+		return err
+	}
+	for _, o := range objects {
+		if o, converted := o.(object.Object); converted {
+			if err := lines.Encode(o.Encode()); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := lines.Encode(o); err != nil {
+			return err
+		}
+	}
+	return packed.Close()
+}
+
+// writeFile writes a file that is there as a whole or not at all, also after a crash.
+func writeFile(path string, content func(io.Writer) error) (err error) {
+	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	if err := errors.Join(content(f), f.Chmod(0o600), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}

@@ -1,0 +1,332 @@
+package kube
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-logr/logr"
+	"k8s.io/klog/v2"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/discovery"
+	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
+)
+
+// Source publishes snapshots of a cluster as its API server has it.
+type Source struct {
+	config   Config
+	pace     pace
+	released chan struct{} // closed once the mesh config says so
+
+	changes signal // something to publish, see due
+	repairs signal // an annotation of this node's pods is not as it is to be
+	reports signal // the status of a policy may have to be written
+	saves   signal // a snapshot was published
+
+	// publishing keeps the annotations of this node's pods to one writer at a time.
+	publishing sync.Mutex
+
+	mu sync.Mutex
+	// What the cluster has.
+	set      object.Set
+	faults   map[object.Key]string  // objects that cannot be taken as they are
+	writing  map[object.Key]*policy // every policy, beside what the set understood of it
+	pods     map[object.Key]podState
+	fetched  map[object.Key]bool // pods that were asked for and that no watch has shown
+	releases bool                // latched: the pods' agents act on it once
+	// What is known of it.
+	synced map[object.Kind]bool
+	stale  time.Time // when the file that stands in for the API server was written
+	health health
+	// What comes from the node itself.
+	sandboxes map[dataplane.Name]*sandbox
+	wanted    map[string]bool // by PublishCaptured; nil before its first call
+	// What was published last.
+	snapshot  *dataplane.Snapshot
+	captured  map[string]bool
+	conflicts []object.Conflict
+	due       schedule
+}
+
+// podState is what of a pod is not in the set.
+type podState struct {
+	uid       string
+	annotated bool
+	running   bool
+}
+
+var (
+	_ discovery.Source    = (*Source)(nil)
+	_ discovery.Publisher = (*Source)(nil)
+	_ discovery.Sandboxes = (*Source)(nil)
+)
+
+// New checks the configuration and reads the snapshot file. It does not talk to the API
+// server, which may be away.
+func New(config Config) (*Source, error) {
+	if err := config.Validate(); err != nil {
+		return nil, fmt.Errorf("discovery from Kubernetes: %w", err)
+	}
+	config = config.withDefaults()
+	if err := config.connect(); err != nil {
+		return nil, fmt.Errorf("discovery from Kubernetes: %w", err)
+	}
+	s := &Source{
+		config: config, pace: defaultPace(),
+		released: make(chan struct{}),
+		changes:  newSignal(), repairs: newSignal(), reports: newSignal(), saves: newSignal(),
+		faults: make(map[object.Key]string), writing: make(map[object.Key]*policy),
+		pods: make(map[object.Key]podState), fetched: make(map[object.Key]bool),
+		synced: make(map[object.Kind]bool), sandboxes: make(map[dataplane.Name]*sandbox),
+	}
+	s.restore()
+	return s, nil
+}
+
+// Run publishes to store until ctx ends, and then returns nil. It is called once.
+func (s *Source) Run(ctx context.Context, store *dataplane.Store) error {
+	ctx, cancel := context.WithCancel(klog.NewContext(ctx, logr.FromSlogHandler(quiet{s.config.Log.Handler()})))
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	defer cancel()
+	for _, r := range s.resources() {
+		parts.Go(func() { s.reflect(ctx, r) })
+	}
+	parts.Go(func() { s.repair(ctx) })
+	parts.Go(func() { s.save(ctx) })
+	s.publishLoop(ctx, store)
+	return nil
+}
+
+// publishLoop publishes what is due when it is due.
+func (s *Source) publishLoop(ctx context.Context, store *dataplane.Store) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.changes:
+		case <-timer.C:
+		}
+		wait, something := s.until(time.Now())
+		switch {
+		case !something:
+		case wait > 0:
+			timer.Reset(wait)
+		default:
+			s.publish(store)
+			s.changes.give() // what changed meanwhile
+		}
+	}
+}
+
+// until tells how long what is due is to be left to gather.
+func (s *Source) until(now time.Time) (wait time.Duration, something bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.readyLocked() {
+		return 0, false
+	}
+	at, something := s.due.at(s.pace)
+	return at.Sub(now), something
+}
+
+// readyLocked reports whether every policy that there is is known, and all else.
+func (s *Source) readyLocked() bool { return !s.stale.IsZero() || s.syncedLocked() }
+
+func (s *Source) syncedLocked() bool {
+	want := 7
+	if s.config.MeshConfig != (dataplane.Name{}) {
+		want++
+	}
+	return len(s.synced) == want
+}
+
+func (s *Source) publish(store *dataplane.Store) {
+	start := time.Now()
+	s.mu.Lock()
+	contents := s.contentsLocked()
+	s.due.done()
+	s.mu.Unlock()
+	snapshot := dataplane.NewSnapshot(contents)
+	store.Publish(snapshot)
+	s.mu.Lock()
+	s.snapshot = snapshot
+	s.due.published(start, time.Now())
+	s.mu.Unlock()
+	s.saves.give()
+	s.reports.give()
+	s.config.Log.Debug("published a snapshot", "workloads", len(contents.Workloads),
+		"services", len(contents.Services), "captured", len(contents.Captured), "took", time.Since(start))
+}
+
+func (s *Source) contentsLocked() dataplane.Contents {
+	contents, conflicts := s.set.Contents(s.config.mesh())
+	contents.EnrollLabels = s.config.EnrollLabels
+	contents.Released = s.releases
+	s.conflicts = conflicts
+	s.overlayLocked(contents.Workloads)
+	s.captured = s.capturedLocked(contents.Workloads)
+	contents.Captured = s.captured
+	return contents
+}
+
+// take takes in one object that a watch shows.
+func (s *Source) take(it *item) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.changedLocked(s.takeLocked(it))
+}
+
+// takeLocked returns how soon what changed is to be published.
+func (s *Source) takeLocked(it *item) urgency {
+	if it.key.Kind == kindMeshConfig {
+		return s.releaseLocked(it.released)
+	}
+	if it.fault != "" {
+		if s.faults[it.key] != it.fault {
+			s.faults[it.key] = it.fault
+			s.config.Log.Warn("an object cannot be taken as it is: what was known of it stays", "object", it.key.String(), "cause", it.fault)
+		}
+		return never
+	}
+	delete(s.faults, it.key)
+	delete(s.fetched, it.key)
+	how := never
+	if s.set.Put(it.object) {
+		how = s.urgencyLocked(it.key)
+	}
+	switch {
+	case it.key.Kind.IsPolicy():
+		s.writing[it.key] = it.policy
+		s.reports.give()
+	case it.key.Kind == object.KindPod:
+		how = max(how, s.takePodLocked(it))
+	}
+	return how
+}
+
+// takePodLocked takes in what of a pod is not in the set.
+func (s *Source) takePodLocked(it *item) urgency {
+	how := never
+	before := s.pods[it.key]
+	now := podState{uid: it.uid, annotated: it.annotated, running: it.running}
+	s.pods[it.key] = now
+	if now.annotated != before.annotated || now.uid != before.uid {
+		how = soon
+	}
+	if s.wanted != nil && s.ownLocked(it.key) && now.annotated != s.wanted[now.uid] {
+		s.repairs.give()
+	}
+	if s.settleLocked(it.key) {
+		how = urgent
+	}
+	return how
+}
+
+// drop forgets one object that a watch shows to be gone.
+func (s *Source) drop(key object.Key) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.changedLocked(s.dropLocked(key))
+}
+
+func (s *Source) dropLocked(key object.Key) urgency {
+	how := s.urgencyLocked(key)
+	delete(s.faults, key)
+	delete(s.writing, key)
+	delete(s.fetched, key)
+	delete(s.pods, key)
+	if key.Kind == object.KindPod {
+		delete(s.sandboxes, key.Name)
+	}
+	if !s.set.Delete(key) {
+		return never
+	}
+	return how
+}
+
+// replace takes in all objects of a kind: what is not among them is gone.
+func (s *Source) replace(kind object.Kind, items []*item) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	how := never
+	there := make(map[object.Key]bool, len(items))
+	for _, it := range items {
+		there[it.key] = true
+		how = max(how, s.takeLocked(it))
+	}
+	for _, key := range s.set.KeysOf(kind) {
+		// A pod that was asked for may be newer than the list.
+		if !there[key] && !s.fetched[key] {
+			how = max(how, s.dropLocked(key))
+		}
+	}
+	if !s.synced[kind] {
+		s.synced[kind] = true
+		how = urgent
+		if s.syncedLocked() {
+			s.stale = time.Time{}
+			s.config.Log.Info("the cluster is known", "pods", len(s.pods))
+		}
+	}
+	s.changedLocked(how)
+}
+
+func (s *Source) changedLocked(how urgency) {
+	if how == never {
+		return
+	}
+	s.due.add(how, time.Now())
+	s.changes.give()
+}
+
+// ownLocked reports whether the pod is one of this node.
+func (s *Source) ownLocked(key object.Key) bool {
+	o, _ := s.set.Get(key)
+	w, _ := o.Workload()
+	return w.Node == s.config.Node
+}
+
+// urgencyLocked tells how soon a change of that object is to be published.
+func (s *Source) urgencyLocked(key object.Key) urgency {
+	switch {
+	case key.Kind.IsPolicy(), key.Kind == object.KindNamespace:
+		return urgent
+	case key.Kind == object.KindPod && s.ownLocked(key):
+		return urgent
+	default:
+		return whenever
+	}
+}
+
+// Problems lists what is wrong now. Safe for concurrent use.
+func (s *Source) Problems() []discovery.Problem {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := s.health.problems(time.Now())
+	if !s.stale.IsZero() {
+		list = append(list, discovery.Problem{Where: s.config.SnapshotFile, Cause: fmt.Sprintf(
+			"the cluster as it was at %s is in force until the API server has told of all of it", s.stale.UTC().Format(time.RFC3339))})
+	}
+	for key, fault := range s.faults {
+		list = append(list, discovery.Problem{Where: key.String(), Cause: fault})
+	}
+	for key := range s.writing {
+		if o, _ := s.set.Get(key); o.Invalid() != "" {
+			list = append(list, discovery.Problem{Where: key.String(), Cause: o.Invalid() + ": it is enforced as strictly as it can be meant"})
+		}
+	}
+	for _, c := range s.conflicts {
+		list = append(list, discovery.Problem{Where: c.Key.String(), Cause: c.Cause})
+	}
+	slices.SortFunc(list, func(a, b discovery.Problem) int {
+		return cmp.Or(cmp.Compare(a.Where, b.Where), cmp.Compare(a.Cause, b.Cause))
+	})
+	return list
+}
