@@ -38,51 +38,61 @@ type RacewayCounter uint32
 const (
 	RacewayCounterCONNECT_NOT_TCP              RacewayCounter = 0
 	RacewayCounterCONNECT_NOT_ENROLLED         RacewayCounter = 1
-	RacewayCounterCONNECT_NOT_CAPTURING        RacewayCounter = 2
-	RacewayCounterCONNECT_OWN                  RacewayCounter = 3
-	RacewayCounterCONNECT_LOOPBACK             RacewayCounter = 4
-	RacewayCounterCONNECT_LINK_LOCAL           RacewayCounter = 5
-	RacewayCounterCONNECT_SELF                 RacewayCounter = 6
-	RacewayCounterCONNECT_REDIRECTED           RacewayCounter = 7
-	RacewayCounterCONNECT_REFUSED_NO_SOCKET    RacewayCounter = 8
-	RacewayCounterCONNECT_REFUSED_NO_AGENT     RacewayCounter = 9
-	RacewayCounterCONNECT_REFUSED_MARK         RacewayCounter = 10
-	RacewayCounterCONNECT_REFUSED_UNBIND       RacewayCounter = 11
-	RacewayCounterSTEER_NOT_TCP                RacewayCounter = 12
-	RacewayCounterSTEER_DROPPED_UNKNOWN_POD    RacewayCounter = 13
-	RacewayCounterSTEER_LEFT                   RacewayCounter = 14
-	RacewayCounterSTEER_OUTBOUND               RacewayCounter = 15
-	RacewayCounterSTEER_INBOUND                RacewayCounter = 16
-	RacewayCounterSTEER_TUNNEL                 RacewayCounter = 17
-	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 18
-	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 19
-	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 20
-	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 21
-	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 22
-	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 23
-	RacewayCounterINGRESS_LEFT                 RacewayCounter = 24
-	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 25
-	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 26
-	RacewayCounterINGRESS_INBOUND              RacewayCounter = 27
-	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 28
-	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 29
-	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 30
-	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 31
-	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 32
-	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 33
-	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 34
-	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 35
-	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 36
-	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 37
-	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 38
-	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 39
-	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 40
-	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 41
-	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 42
-	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 43
-	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 44
-	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 45
-	RacewayCounterCOUNTERS                     RacewayCounter = 46
+	RacewayCounterCONNECT_KUBELET              RacewayCounter = 2
+	RacewayCounterCONNECT_NOT_CAPTURING        RacewayCounter = 3
+	RacewayCounterCONNECT_OWN                  RacewayCounter = 4
+	RacewayCounterCONNECT_LOOPBACK             RacewayCounter = 5
+	RacewayCounterCONNECT_LINK_LOCAL           RacewayCounter = 6
+	RacewayCounterCONNECT_SELF                 RacewayCounter = 7
+	RacewayCounterCONNECT_REDIRECTED           RacewayCounter = 8
+	RacewayCounterCONNECT_REFUSED_NO_SOCKET    RacewayCounter = 9
+	RacewayCounterCONNECT_REFUSED_NO_AGENT     RacewayCounter = 10
+	RacewayCounterCONNECT_REFUSED_MARK         RacewayCounter = 11
+	RacewayCounterCONNECT_REFUSED_UNBIND       RacewayCounter = 12
+	RacewayCounterSTEER_NOT_TCP                RacewayCounter = 13
+	RacewayCounterSTEER_DROPPED_UNKNOWN_POD    RacewayCounter = 14
+	RacewayCounterSTEER_LEFT                   RacewayCounter = 15
+	RacewayCounterSTEER_PROBE                  RacewayCounter = 16
+	RacewayCounterSTEER_OUTBOUND               RacewayCounter = 17
+	RacewayCounterSTEER_INBOUND                RacewayCounter = 18
+	RacewayCounterSTEER_TUNNEL                 RacewayCounter = 19
+	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 20
+	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 21
+	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 22
+	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 23
+	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 24
+	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 25
+	RacewayCounterINGRESS_LEFT                 RacewayCounter = 26
+	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 27
+	RacewayCounterINGRESS_PROBE                RacewayCounter = 28
+	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 29
+	RacewayCounterINGRESS_INBOUND              RacewayCounter = 30
+	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 31
+	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 32
+	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 33
+	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 34
+	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 35
+	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 36
+	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 37
+	RacewayCounterGUARD_PASSED_PROBE           RacewayCounter = 38
+	RacewayCounterGUARD_PASSED_ENDED           RacewayCounter = 39
+	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 40
+	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 41
+	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 42
+	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 43
+	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 44
+	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 45
+	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 46
+	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 47
+	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 48
+	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 49
+	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 50
+	RacewayCounterPROBE_OPENED                 RacewayCounter = 51
+	RacewayCounterPROBE_CLOSED                 RacewayCounter = 52
+	RacewayCounterPROBE_ELSEWHERE              RacewayCounter = 53
+	RacewayCounterPROBE_REFUSED_FLAGS          RacewayCounter = 54
+	RacewayCounterPROBE_REFUSED_FULL           RacewayCounter = 55
+	RacewayCounterCOUNTERS                     RacewayCounter = 56
 )
 
 type RacewayListener uint32
@@ -104,6 +114,14 @@ type RacewayListenerKey struct {
 type RacewayOwner struct {
 	_    structs.HostLayout
 	Role RacewayListener
+}
+
+type RacewayPlace struct {
+	_      structs.HostLayout
+	Netns  uint64
+	Cgroup uint64
+	Tgid   uint32
+	Zero   uint32
 }
 
 type RacewayPod struct {
@@ -141,21 +159,28 @@ type RacewayTuple struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	RacewayMapCounters     = "counters"
-	RacewayMapEstablished  = "established"
-	RacewayMapListeners    = "listeners"
-	RacewayMapOwn          = "own"
-	RacewayMapPods         = "pods"
-	RacewayProgConnect4    = "connect4"
-	RacewayProgConnect6    = "connect6"
-	RacewayProgDump        = "dump"
-	RacewayProgGuard       = "guard"
-	RacewayProgGuardMore   = "guard_more"
-	RacewayProgIngress     = "ingress"
-	RacewayProgSteer       = "steer"
-	RacewayVarCanSetRetval = "can_set_retval"
-	RacewayVarRedirectMark = "redirect_mark"
-	RacewayVarTunnelPort   = "tunnel_port"
+	RacewayMapCounters         = "counters"
+	RacewayMapEstablished      = "established"
+	RacewayMapHomes            = "homes"
+	RacewayMapKubelet          = "kubelet"
+	RacewayMapListeners        = "listeners"
+	RacewayMapOwn              = "own"
+	RacewayMapPods             = "pods"
+	RacewayMapProbes           = "probes"
+	RacewayMapProbing          = "probing"
+	RacewayProgConnect4        = "connect4"
+	RacewayProgConnect6        = "connect6"
+	RacewayProgDump            = "dump"
+	RacewayProgGuard           = "guard"
+	RacewayProgGuardMore       = "guard_more"
+	RacewayProgIngress         = "ingress"
+	RacewayProgProbe           = "probe"
+	RacewayProgSteer           = "steer"
+	RacewayVarCanProbe         = "can_probe"
+	RacewayVarCanSetRetval     = "can_set_retval"
+	RacewayVarCanTellProcesses = "can_tell_processes"
+	RacewayVarRedirectMark     = "redirect_mark"
+	RacewayVarTunnelPort       = "tunnel_port"
 )
 
 // LoadRaceway returns the embedded CollectionSpec for Raceway.
@@ -206,6 +231,7 @@ type RacewayProgramSpecs struct {
 	Guard     *ebpf.ProgramSpec `ebpf:"guard"`
 	GuardMore *ebpf.ProgramSpec `ebpf:"guard_more"`
 	Ingress   *ebpf.ProgramSpec `ebpf:"ingress"`
+	Probe     *ebpf.ProgramSpec `ebpf:"probe"`
 	Steer     *ebpf.ProgramSpec `ebpf:"steer"`
 }
 
@@ -215,18 +241,24 @@ type RacewayProgramSpecs struct {
 type RacewayMapSpecs struct {
 	Counters    *ebpf.MapSpec `ebpf:"counters"`
 	Established *ebpf.MapSpec `ebpf:"established"`
+	Homes       *ebpf.MapSpec `ebpf:"homes"`
+	Kubelet     *ebpf.MapSpec `ebpf:"kubelet"`
 	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
 	Own         *ebpf.MapSpec `ebpf:"own"`
 	Pods        *ebpf.MapSpec `ebpf:"pods"`
+	Probes      *ebpf.MapSpec `ebpf:"probes"`
+	Probing     *ebpf.MapSpec `ebpf:"probing"`
 }
 
 // RacewayVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RacewayVariableSpecs struct {
-	CanSetRetval *ebpf.VariableSpec `ebpf:"can_set_retval"`
-	RedirectMark *ebpf.VariableSpec `ebpf:"redirect_mark"`
-	TunnelPort   *ebpf.VariableSpec `ebpf:"tunnel_port"`
+	CanProbe         *ebpf.VariableSpec `ebpf:"can_probe"`
+	CanSetRetval     *ebpf.VariableSpec `ebpf:"can_set_retval"`
+	CanTellProcesses *ebpf.VariableSpec `ebpf:"can_tell_processes"`
+	RedirectMark     *ebpf.VariableSpec `ebpf:"redirect_mark"`
+	TunnelPort       *ebpf.VariableSpec `ebpf:"tunnel_port"`
 }
 
 // RacewayObjects contains all objects after they have been loaded into the kernel.
@@ -251,18 +283,26 @@ func (o *RacewayObjects) Close() error {
 type RacewayMaps struct {
 	Counters    *ebpf.Map `ebpf:"counters"`
 	Established *ebpf.Map `ebpf:"established"`
+	Homes       *ebpf.Map `ebpf:"homes"`
+	Kubelet     *ebpf.Map `ebpf:"kubelet"`
 	Listeners   *ebpf.Map `ebpf:"listeners"`
 	Own         *ebpf.Map `ebpf:"own"`
 	Pods        *ebpf.Map `ebpf:"pods"`
+	Probes      *ebpf.Map `ebpf:"probes"`
+	Probing     *ebpf.Map `ebpf:"probing"`
 }
 
 func (m *RacewayMaps) Close() error {
 	return _RacewayClose(
 		m.Counters,
 		m.Established,
+		m.Homes,
+		m.Kubelet,
 		m.Listeners,
 		m.Own,
 		m.Pods,
+		m.Probes,
+		m.Probing,
 	)
 }
 
@@ -270,9 +310,11 @@ func (m *RacewayMaps) Close() error {
 //
 // It can be passed to LoadRacewayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RacewayVariables struct {
-	CanSetRetval *ebpf.Variable `ebpf:"can_set_retval"`
-	RedirectMark *ebpf.Variable `ebpf:"redirect_mark"`
-	TunnelPort   *ebpf.Variable `ebpf:"tunnel_port"`
+	CanProbe         *ebpf.Variable `ebpf:"can_probe"`
+	CanSetRetval     *ebpf.Variable `ebpf:"can_set_retval"`
+	CanTellProcesses *ebpf.Variable `ebpf:"can_tell_processes"`
+	RedirectMark     *ebpf.Variable `ebpf:"redirect_mark"`
+	TunnelPort       *ebpf.Variable `ebpf:"tunnel_port"`
 }
 
 // RacewayPrograms contains all programs after they have been loaded into the kernel.
@@ -285,6 +327,7 @@ type RacewayPrograms struct {
 	Guard     *ebpf.Program `ebpf:"guard"`
 	GuardMore *ebpf.Program `ebpf:"guard_more"`
 	Ingress   *ebpf.Program `ebpf:"ingress"`
+	Probe     *ebpf.Program `ebpf:"probe"`
 	Steer     *ebpf.Program `ebpf:"steer"`
 }
 
@@ -296,6 +339,7 @@ func (p *RacewayPrograms) Close() error {
 		p.Guard,
 		p.GuardMore,
 		p.Ingress,
+		p.Probe,
 		p.Steer,
 	)
 }

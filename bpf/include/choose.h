@@ -10,7 +10,8 @@ enum { LOOPBACK_IFINDEX = 1 };
 struct arrival {
 	struct addr local;
 	struct addr remote;
-	__u16 local_port; /* host byte order */
+	__u16 local_port; /* host byte order, as is remote_port */
+	__u16 remote_port;
 	bool on_loopback;
 };
 
@@ -38,4 +39,18 @@ static __always_inline enum listener choose(const struct pod *pod, const struct 
 	if (a->on_loopback || pod_owns(pod, &a->remote))
 		return LISTENER_NONE;
 	return pod->flags & POD_INBOUND ? LISTENER_INBOUND : LISTENER_NONE;
+}
+
+/* For what choose() gives to the inbound listener. */
+static __always_inline bool is_probe(__u64 netns, const struct arrival *a)
+{
+	struct tuple t = {
+		.netns = netns,
+		.local = a->local,
+		.remote = a->remote,
+		.local_port = a->local_port,
+		.remote_port = a->remote_port,
+	};
+
+	return bpf_map_lookup_elem(&probes, &t);
 }

@@ -47,6 +47,30 @@ static __always_inline bool agent_listens(__u64 netns)
 	return true;
 }
 
+/* The kubelet's connections are noted when they have a source port: see probe.h. */
+static __always_inline bool is_kubelet(__u64 netns)
+{
+	__u32 only = 0;
+	struct place *k;
+
+	if (!can_probe)
+		return false;
+	k = bpf_map_lookup_elem(&kubelet, &only);
+	if (!k || k->netns != netns || k->cgroup != bpf_get_current_cgroup_id())
+		return false;
+	return !can_tell_processes || !k->tgid || k->tgid == bpf_get_current_pid_tgid() >> 32;
+}
+
+static __always_inline enum counter not_enrolled(struct bpf_sock_addr *ctx, __u64 netns)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!sk || !is_kubelet(netns))
+		return CONNECT_NOT_ENROLLED;
+	/* Without memory for it the connection is one like any other. */
+	return bpf_sk_storage_get(&probing, sk, 0, BPF_SK_STORAGE_GET_F_CREATE) ? CONNECT_KUBELET : CONNECT_NOT_ENROLLED;
+}
+
 static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const struct flow *f)
 {
 	struct bpf_sock *sk;
@@ -60,7 +84,7 @@ static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const stru
 	netns = bpf_get_netns_cookie(ctx);
 	pod = bpf_map_lookup_elem(&pods, &netns);
 	if (!pod) {
-		count(CONNECT_NOT_ENROLLED);
+		count(not_enrolled(ctx, netns));
 		return VERDICT_LEAVE;
 	}
 	if (!(pod->flags & POD_OUTBOUND)) {

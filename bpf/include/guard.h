@@ -57,23 +57,26 @@ static __always_inline bool is_own(struct __sk_buff *skb, const struct packet *p
 	return addr_equal(&peer, &p->dst);
 }
 
-static __always_inline bool is_established(__u64 netns, const struct packet *p, const struct segment *s, bool opens)
+static __always_inline bool is_established(const struct tuple *t, bool opens)
 {
-	struct tuple t = {
-		.netns = netns,
-		.local = p->src,
-		.remote = p->dst,
-		.local_port = bpf_ntohs(s->tcp.source),
-		.remote_port = bpf_ntohs(s->tcp.dest),
-	};
-
-	enum stage *stage = bpf_map_lookup_elem(&established, &t);
+	enum stage *stage = bpf_map_lookup_elem(&established, t);
 
 	return stage && (!opens || *stage == STAGE_OPENING);
 }
 
+/*
+ * Data for a connection that a process of the node has ended: the kernel alone gets it, and
+ * answers with the reset that the application waits for. So a server that speaks first, to a
+ * TCP probe that had hung up by then, does not send its greeting again for minutes.
+ */
+static __always_inline bool is_ended(struct __sk_buff *skb, const struct packet *p, const struct segment *s)
+{
+	return !s->tcp.syn && receiver_state(skb, p, s) == BPF_TCP_TIME_WAIT;
+}
+
 static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns, const struct packet *p)
 {
+	struct tuple t = { .netns = netns, .local = p->src, .remote = p->dst };
 	struct segment s = {};
 	bool opens;
 
@@ -86,8 +89,14 @@ static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns
 		return GUARD_PASSED_NO_DATA;
 	if (is_own(skb, p, &s))
 		return GUARD_PASSED_OWN;
-	if (is_established(netns, p, &s, opens))
+	t.local_port = bpf_ntohs(s.tcp.source);
+	t.remote_port = bpf_ntohs(s.tcp.dest);
+	if (is_established(&t, opens))
 		return GUARD_PASSED_ESTABLISHED;
+	if (!opens && bpf_map_lookup_elem(&probes, &t))
+		return GUARD_PASSED_PROBE;
+	if (is_ended(skb, p, &s))
+		return GUARD_PASSED_ENDED;
 	return opens ? GUARD_DROPPED_CONNECT : GUARD_DROPPED_PAYLOAD;
 }
 

@@ -16,30 +16,10 @@
 
 static __always_inline bool connected(struct __sk_buff *skb, const struct packet *p, const struct segment *s)
 {
-	struct bpf_sock_tuple t = {};
-	struct bpf_sock *sk;
-	__u32 size, state;
+	__u32 state = receiver_state(skb, p, s);
 
-	if (addr_is_v4(&p->dst)) {
-		t.ipv4.saddr = p->src.word[3];
-		t.ipv4.daddr = p->dst.word[3];
-		t.ipv4.sport = s->tcp.source;
-		t.ipv4.dport = s->tcp.dest;
-		size = sizeof(t.ipv4);
-	} else {
-		__builtin_memcpy(t.ipv6.saddr, &p->src, sizeof(p->src));
-		__builtin_memcpy(t.ipv6.daddr, &p->dst, sizeof(p->dst));
-		t.ipv6.sport = s->tcp.source;
-		t.ipv6.dport = s->tcp.dest;
-		size = sizeof(t.ipv6);
-	}
-	sk = bpf_skc_lookup_tcp(skb, &t, size, BPF_F_CURRENT_NETNS, 0);
-	if (!sk)
-		return false;
-	state = sk->state;
-	bpf_sk_release(sk);
 	/* A SYN may open a new connection on a tuple in TIME_WAIT (RFC 6191). */
-	return state != BPF_TCP_LISTEN && !(state == BPF_TCP_TIME_WAIT && s->tcp.syn);
+	return state && state != BPF_TCP_LISTEN && !(state == BPF_TCP_TIME_WAIT && s->tcp.syn);
 }
 
 SEC("tc")
@@ -81,6 +61,7 @@ int ingress(struct __sk_buff *skb)
 	a.local = p.dst;
 	a.remote = p.src;
 	a.local_port = bpf_ntohs(s.tcp.dest);
+	a.remote_port = bpf_ntohs(s.tcp.source);
 	a.on_loopback = skb->ifindex == LOOPBACK_IFINDEX;
 	key.kind = choose(pod, &a);
 	if (key.kind == LISTENER_NONE) {
@@ -89,6 +70,10 @@ int ingress(struct __sk_buff *skb)
 	}
 	if (connected(skb, &p, &s)) {
 		count(INGRESS_CONNECTED);
+		return TC_ACT_UNSPEC;
+	}
+	if (key.kind == LISTENER_INBOUND && is_probe(key.netns, &a)) {
+		count(INGRESS_PROBE);
 		return TC_ACT_UNSPEC;
 	}
 	sk = bpf_map_lookup_elem(&listeners, &key);

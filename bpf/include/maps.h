@@ -20,6 +20,7 @@ enum {
 	POD_ADDRS = 8,
 	MAX_PODS = 4096,
 	MAX_ESTABLISHED = 262144,
+	MAX_PROBES = 65536,
 };
 
 enum pod_flag {
@@ -106,6 +107,53 @@ struct {
 	__type(value, enum stage);
 } established SEC(".maps");
 
+/* The network namespace of each address of an enrolled pod. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS * POD_ADDRS);
+	__type(key, struct addr);
+	__type(value, __u64);
+} homes SEC(".maps");
+
+/*
+ * Where the node's kubelet stands: in which namespace and cgroup, and as which process. Not
+ * at which address: that is the node's, and every pod with hostNetwork has it.
+ */
+struct place {
+	__u64 netns; /* 0: the kubelet is not known */
+	__u64 cgroup;
+	__u32 tgid; /* 0: every process of the cgroup */
+	__u32 zero;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct place);
+} kubelet SEC(".maps");
+
+/* A socket that the kubelet connects: zero, and its key in `probes` once it is there. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct tuple);
+} probing SEC(".maps");
+
+/*
+ * The kubelet's live connections to enrolled pods, as the pods see them, and when each was
+ * made (CLOCK_MONOTONIC, ns). A hash and not an LRU, which would forget live ones.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PROBES);
+	__type(key, struct tuple);
+	__type(value, __u64);
+} probes SEC(".maps");
+
 /*
  * One counter for every way out of a program. The agent splits the name at its first
  * underscore into the hook and the reason.
@@ -113,6 +161,7 @@ struct {
 enum counter {
 	CONNECT_NOT_TCP,
 	CONNECT_NOT_ENROLLED,
+	CONNECT_KUBELET,
 	CONNECT_NOT_CAPTURING,
 	CONNECT_OWN,
 	CONNECT_LOOPBACK,
@@ -127,6 +176,7 @@ enum counter {
 	STEER_NOT_TCP,
 	STEER_DROPPED_UNKNOWN_POD,
 	STEER_LEFT,
+	STEER_PROBE,
 	STEER_OUTBOUND,
 	STEER_INBOUND,
 	STEER_TUNNEL,
@@ -139,6 +189,7 @@ enum counter {
 	INGRESS_DROPPED_UNKNOWN_POD,
 	INGRESS_LEFT,
 	INGRESS_CONNECTED,
+	INGRESS_PROBE,
 	INGRESS_OUTBOUND,
 	INGRESS_INBOUND,
 	INGRESS_TUNNEL,
@@ -149,6 +200,8 @@ enum counter {
 	GUARD_PASSED_NOT_TCP,
 	GUARD_PASSED_NO_DATA,
 	GUARD_PASSED_OWN,
+	GUARD_PASSED_PROBE,
+	GUARD_PASSED_ENDED,
 	GUARD_PASSED_ESTABLISHED,
 	GUARD_DROPPED_UNKNOWN_POD,
 	GUARD_DROPPED_VLAN,
@@ -160,6 +213,12 @@ enum counter {
 	GUARD_DROPPED_FRAGMENT,
 	GUARD_DROPPED_CONNECT,
 	GUARD_DROPPED_PAYLOAD,
+
+	PROBE_OPENED,
+	PROBE_CLOSED,
+	PROBE_ELSEWHERE,
+	PROBE_REFUSED_FLAGS,
+	PROBE_REFUSED_FULL,
 
 	COUNTERS,
 };

@@ -112,3 +112,31 @@ static __always_inline bool read_segment(struct __sk_buff *skb, const struct pac
 	s->payload = skb->len - end;
 	return true;
 }
+
+/* The state of the socket, in the namespace of the interface, that the segment is for; or 0. */
+static __always_inline __u32 receiver_state(struct __sk_buff *skb, const struct packet *p, const struct segment *s)
+{
+	struct bpf_sock_tuple t = {};
+	struct bpf_sock *sk;
+	__u32 size, state;
+
+	if (addr_is_v4(&p->dst)) {
+		t.ipv4.saddr = p->src.word[3];
+		t.ipv4.daddr = p->dst.word[3];
+		t.ipv4.sport = s->tcp.source;
+		t.ipv4.dport = s->tcp.dest;
+		size = sizeof(t.ipv4);
+	} else {
+		__builtin_memcpy(t.ipv6.saddr, &p->src, sizeof(p->src));
+		__builtin_memcpy(t.ipv6.daddr, &p->dst, sizeof(p->dst));
+		t.ipv6.sport = s->tcp.source;
+		t.ipv6.dport = s->tcp.dest;
+		size = sizeof(t.ipv6);
+	}
+	sk = bpf_skc_lookup_tcp(skb, &t, size, BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return 0;
+	state = sk->state;
+	bpf_sk_release(sk);
+	return state;
+}

@@ -13,6 +13,28 @@
 
 enum { AF_INET_ = 2, AF_INET6_ = 10 };
 
+static __always_inline void read_arrival(struct bpf_sk_lookup *ctx, struct arrival *a)
+{
+	if (ctx->family == AF_INET_) {
+		addr_set_v4(&a->local, ctx->local_ip4);
+		addr_set_v4(&a->remote, ctx->remote_ip4);
+		/* Or clang makes one load of two, from either field, which the verifier forbids. */
+		asm volatile("" ::: "memory");
+	} else {
+		a->local.word[0] = ctx->local_ip6[0];
+		a->local.word[1] = ctx->local_ip6[1];
+		a->local.word[2] = ctx->local_ip6[2];
+		a->local.word[3] = ctx->local_ip6[3];
+		a->remote.word[0] = ctx->remote_ip6[0];
+		a->remote.word[1] = ctx->remote_ip6[1];
+		a->remote.word[2] = ctx->remote_ip6[2];
+		a->remote.word[3] = ctx->remote_ip6[3];
+	}
+	a->local_port = ctx->local_port;
+	a->remote_port = bpf_ntohs(ctx->remote_port);
+	a->on_loopback = ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+}
+
 SEC("sk_lookup")
 int steer(struct bpf_sk_lookup *ctx)
 {
@@ -31,25 +53,14 @@ int steer(struct bpf_sk_lookup *ctx)
 		count(STEER_DROPPED_UNKNOWN_POD);
 		return SK_DROP;
 	}
-	if (ctx->family == AF_INET_) {
-		addr_set_v4(&a.local, ctx->local_ip4);
-		addr_set_v4(&a.remote, ctx->remote_ip4);
-	} else {
-		a.local.word[0] = ctx->local_ip6[0];
-		a.local.word[1] = ctx->local_ip6[1];
-		a.local.word[2] = ctx->local_ip6[2];
-		a.local.word[3] = ctx->local_ip6[3];
-		a.remote.word[0] = ctx->remote_ip6[0];
-		a.remote.word[1] = ctx->remote_ip6[1];
-		a.remote.word[2] = ctx->remote_ip6[2];
-		a.remote.word[3] = ctx->remote_ip6[3];
-	}
-	a.local_port = ctx->local_port;
-	a.on_loopback = ctx->ingress_ifindex == LOOPBACK_IFINDEX;
-
+	read_arrival(ctx, &a);
 	key.kind = choose(pod, &a);
 	if (key.kind == LISTENER_NONE) {
 		count(STEER_LEFT);
+		return SK_PASS;
+	}
+	if (key.kind == LISTENER_INBOUND && is_probe(key.netns, &a)) {
+		count(STEER_PROBE);
 		return SK_PASS;
 	}
 	sk = bpf_map_lookup_elem(&listeners, &key);

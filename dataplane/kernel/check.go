@@ -42,6 +42,7 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 		remedy string
 	}{
 		{"connect hooks", p.d.checkHooks, detached},
+		{"kubelet", p.d.checkKubelet, "its probes count as plaintext: they fail where STRICT or a policy forbids that, and while the agent is away"},
 		{"outbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_OUTBOUND) }, "the pod is being enrolled or released"},
 		{"inbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_INBOUND) }, "the pod is being enrolled or released"},
 		{"steering", p.checkInbound, detached},
@@ -65,8 +66,10 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 	return findings
 }
 
-func (d *Datapath) checkHooks() error {
-	root, release, err := cgroupRoot(d.cfg.CgroupRoot)
+func (d *Datapath) checkHooks() error { return d.checkHooksOf(connectHooks()) }
+
+func (d *Datapath) checkHooksOf(hooks []hook) error {
+	root, release, err := CgroupRoot(d.cfg.CgroupRoot)
 	if err != nil {
 		return err
 	}
@@ -76,7 +79,7 @@ func (d *Datapath) checkHooks() error {
 		return err
 	}
 	defer func() { _ = dir.Close() }() // likewise
-	for _, h := range connectHooks() {
+	for _, h := range hooks {
 		want, err := programOf(filepath.Join(d.loaded.hooks, h.name))
 		if err != nil {
 			return err

@@ -33,6 +33,7 @@ type Datapath struct {
 	loaded  *loaded
 	inbound InboundMode
 	tc      TCMode
+	kubelet kubelet
 
 	mu      sync.Mutex
 	closed  bool               // no pod may be opened any more
@@ -200,7 +201,7 @@ func (d *Datapath) dropUnpinnedPods() error {
 	for _, cookie := range unknown {
 		errs = append(errs, ignoreMissing(d.loaded.maps.Pods.Delete(cookie)))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, d.loaded.dropStrayHomes(known))...)
 }
 
 // InboundMode is the mode in use, never auto.

@@ -27,6 +27,10 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, runAgent(cfg))
 		os.Exit(1)
 	}
+	if os.Getenv("RACEWAY_TEST_DIALLER") != "" {
+		fmt.Fprintln(os.Stderr, runDialler())
+		os.Exit(1)
+	}
 	goleak.VerifyTestMain(m)
 }
 

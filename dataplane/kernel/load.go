@@ -25,9 +25,9 @@ import (
 
 // The pins of an agent:
 //
-//	<Dir>/layout-<hash>/{pods,established,counters}                 maps
-//	<Dir>/shared/{listeners,own}-<shape>                            maps
-//	<Dir>/layout-<hash>/{connect4,connect6}                         links
+//	<Dir>/layout-<hash>/{pods,homes,established,counters}            maps
+//	<Dir>/shared/{listeners,own,kubelet,probing,probes}-<shape>     maps
+//	<Dir>/layout-<hash>/{connect4,connect6,probe}                   links
 //	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard,guard_<n>}  links
 //	<Dir>/new/                                                      a load that is under way
 const (
@@ -44,6 +44,7 @@ const (
 	progGuard     = "guard"
 	progGuardMore = "guard_more"
 	progDump      = "dump"
+	progProbe     = "probe"
 )
 
 const maxAddrs = len(bpf.RacewayPod{}.Addrs)
@@ -57,6 +58,10 @@ type loaded struct {
 	dir   string // of all pins
 	hooks string // directory with the links of the connect hooks
 	fresh bool   // made by this agent, not adopted
+
+	probe          *ebpf.Program // nil where noProbes says why
+	noProbes       error
+	tellsProcesses bool // and not only their cgroups
 }
 
 type hook struct {
@@ -112,24 +117,28 @@ func newLoaded() (*loaded, error) {
 	if setRetval != nil && !errors.Is(setRetval, ebpf.ErrNotSupported) {
 		return nil, fmt.Errorf("probe bpf_set_retval: %w", setRetval)
 	}
+	l := &loaded{spec: spec, noProbes: probeSupport()}
+	l.tellsProcesses = features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetCurrentPidTgid) == nil
 	for name, value := range map[string]any{
-		"redirect_mark":  uint32(markRedirect),
-		"tunnel_port":    uint16(dataplane.PortTunnel),
-		"can_set_retval": setRetval == nil,
+		"redirect_mark":      uint32(markRedirect),
+		"tunnel_port":        uint16(dataplane.PortTunnel),
+		"can_set_retval":     setRetval == nil,
+		"can_probe":          l.noProbes == nil,
+		"can_tell_processes": l.tellsProcesses,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
 		}
 	}
-	return &loaded{spec: spec}, nil
+	return l, nil
 }
 
 // build makes or opens the maps in path, beside those that are given, and loads the programs
 // that all pods share. Without a path nothing is pinned.
 func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	spec := l.spec.Copy()
-	for _, perPod := range []string{progSteer, progIngress, progGuard, progGuardMore} {
-		delete(spec.Programs, perPod)
+	for _, later := range []string{progSteer, progIngress, progGuard, progGuardMore, progProbe} {
+		delete(spec.Programs, later)
 	}
 	for name, m := range spec.Maps {
 		if path != "" && name != mapRodata && shared[name] == nil {
@@ -144,13 +153,20 @@ func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	l.maps = bpf.RacewayMaps{
 		Counters:    coll.Maps["counters"],
 		Established: coll.Maps["established"],
+		Homes:       coll.Maps["homes"],
+		Kubelet:     coll.Maps["kubelet"],
 		Listeners:   coll.Maps["listeners"],
 		Own:         coll.Maps["own"],
 		Pods:        coll.Maps["pods"],
+		Probes:      coll.Maps["probes"],
+		Probing:     coll.Maps["probing"],
 	}
 	l.dump, err = link.AttachIter(link.IterOptions{Program: coll.Programs[progDump]})
 	if err != nil {
 		return fmt.Errorf("attach iter/tcp: %w", err)
+	}
+	if l.noProbes == nil {
+		l.probe, l.noProbes = l.program(l.spec.Programs[progProbe].Copy())
 	}
 	return nil
 }
@@ -182,7 +198,7 @@ func (l *loaded) install(fresh string, cfg Config, records map[string]*record) (
 	// Pods captured under another layout must not speak in clear between its end and
 	// their OpenPod.
 	for _, r := range records {
-		if err := l.maps.Pods.Put(r.Cookie, podValue(r)); err != nil {
+		if err := l.enter(r); err != nil {
 			return fmt.Errorf("carry pod %s over: %w", r.UID, err)
 		}
 	}
@@ -194,6 +210,7 @@ func (l *loaded) install(fresh string, cfg Config, records map[string]*record) (
 			return err
 		}
 	}
+	l.attachProbe(fresh, cfg)
 	if err := os.Rename(fresh, l.hooks); err != nil {
 		return fmt.Errorf("put the pins in place: %w", err)
 	}
@@ -210,12 +227,20 @@ func (l *loaded) undo(records map[string]*record) error {
 	return errors.Join(removeLayout(l.hooks), os.RemoveAll(filepath.Join(l.dir, sharedDir)))
 }
 
+// hookProgram is what runs at a hook.
+func (l *loaded) hookProgram(h hook) *ebpf.Program {
+	if h.name == progProbe {
+		return l.probe
+	}
+	return l.coll.Programs[h.name]
+}
+
 func (l *loaded) attachHook(h hook, pin string, cfg Config) error {
-	root, release, err := cgroupRoot(cfg.CgroupRoot)
+	root, release, err := CgroupRoot(cfg.CgroupRoot)
 	if err != nil {
 		return fmt.Errorf("find the cgroup v2 root: %w", err)
 	}
-	lnk, err := link.AttachCgroup(link.CgroupOptions{Path: root, Attach: h.attach, Program: l.coll.Programs[h.name]})
+	lnk, err := link.AttachCgroup(link.CgroupOptions{Path: root, Attach: h.attach, Program: l.hookProgram(h)})
 	if errors.Is(err, unix.E2BIG) { // BPF_CGROUP_MAX_PROGS
 		err = errors.New("the kernel takes no more than 64 programs there: find whose they are with bpftool cgroup show " + root)
 	}
@@ -251,13 +276,17 @@ func (l *loaded) adopt(cfg Config) (err error) {
 		}
 		undo = append(undo, u)
 	}
+	l.attachProbe(l.hooks, cfg)
 	return nil
 }
 
 // renewHook puts this agent's program behind the pinned link of a hook, or attaches it anew.
 func (l *loaded) renewHook(h hook, cfg Config) (undo func() error, err error) {
-	pin := filepath.Join(l.hooks, h.name)
-	undo, err = replaceProgram(pin, l.coll.Programs[h.name])
+	return l.renewHookAt(h, filepath.Join(l.hooks, h.name), cfg)
+}
+
+func (l *loaded) renewHookAt(h hook, pin string, cfg Config) (undo func() error, err error) {
+	undo, err = replaceProgram(pin, l.hookProgram(h))
 	if errors.Is(err, fs.ErrNotExist) {
 		return func() error { return os.Remove(pin) }, l.attachHook(h, pin, cfg)
 	}
@@ -313,7 +342,7 @@ func (l *loaded) removeOtherLayouts() error {
 // removeLayout removes the maps of a layout once its hooks are detached.
 func removeLayout(dir string) error {
 	var errs []error
-	for _, h := range connectHooks() {
+	for _, h := range append(connectHooks(), probeHook()) {
 		errs = append(errs, removePin(filepath.Join(dir, h.name)))
 	}
 	return errors.Join(append(errs, os.RemoveAll(dir))...)
@@ -333,6 +362,11 @@ func (l *loaded) instance(name string, cookie uint64) (*ebpf.Program, error) {
 	if !patched {
 		return nil, fmt.Errorf("program %s has no place for the namespace's cookie", name)
 	}
+	return l.program(spec)
+}
+
+// program loads a program that uses the maps of all.
+func (l *loaded) program(spec *ebpf.ProgramSpec) (*ebpf.Program, error) {
 	for name, m := range l.coll.Maps {
 		err := spec.Instructions.AssociateMap(name, m)
 		if err != nil && !errors.Is(err, asm.ErrUnreferencedSymbol) {
@@ -341,7 +375,7 @@ func (l *loaded) instance(name string, cookie uint64) (*ebpf.Program, error) {
 	}
 	prog, err := ebpf.NewProgram(spec)
 	if err != nil {
-		return nil, fmt.Errorf("load %s: %w", name, err)
+		return nil, fmt.Errorf("load %s: %w", spec.Name, err)
 	}
 	return prog, nil
 }
@@ -350,6 +384,9 @@ func (l *loaded) close() error {
 	var err error
 	if l.dump != nil {
 		err = l.dump.Close()
+	}
+	if l.probe != nil {
+		err = errors.Join(err, l.probe.Close())
 	}
 	if l.coll != nil {
 		l.coll.Close()

@@ -254,8 +254,8 @@ func sameNamespace(a, b string) (bool, error) {
 	return x == y, err
 }
 
-// cgroupRoot returns a path of the root of the cgroup v2 hierarchy, valid until release.
-func cgroupRoot(configured string) (path string, release func() error, err error) {
+// CgroupRoot returns a path of the root of the cgroup v2 hierarchy, valid until release.
+func CgroupRoot(configured string) (path string, release func() error, err error) {
 	keep := func() error { return nil }
 	if configured != "" {
 		return configured, keep, nil

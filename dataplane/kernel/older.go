@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/raceway-mesh/raceway/bpf"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
 // TCP states (include/net/tcp_states.h) that matter here; the dump leaves out sockets that
@@ -254,11 +255,13 @@ func (p *Pod) isListenerPort(port uint16) bool {
 }
 
 // connections lists the TCP sockets of the pod's namespace that can send.
-func (p *Pod) connections() ([]bpf.RacewayConnection, error) {
+func (p *Pod) connections() ([]bpf.RacewayConnection, error) { return p.d.connections(p.ns) }
+
+func (d *Datapath) connections(ns *netns.Namespace) ([]bpf.RacewayConnection, error) {
 	var list io.ReadCloser
 	// The iterator is bound to the namespace of the thread that opens it.
-	err := p.ns.Do(func() (err error) {
-		list, err = p.d.loaded.dump.Open()
+	err := ns.Do(func() (err error) {
+		list, err = d.loaded.dump.Open()
 		return err
 	})
 	if err != nil {

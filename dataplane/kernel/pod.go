@@ -134,7 +134,7 @@ func (p *Pod) prepare() error {
 	if err := p.setUpRouting(); err != nil {
 		return err
 	}
-	if err := d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)); err != nil {
+	if err := d.loaded.enter(p.rec); err != nil {
 		return fmt.Errorf("enter the pod: %w", err)
 	}
 	if err := p.listen(); err != nil {
@@ -271,7 +271,7 @@ func (d *Datapath) release(r *record, ns *netns.Namespace) error {
 		d.detachGuard(r),
 		d.detachInbound(r, ns),
 		os.RemoveAll(d.podDir(r)),
-		ignoreMissing(d.loaded.maps.Pods.Delete(r.Cookie)),
+		d.loaded.leave(r),
 		d.forgetOlder(r.Cookie),
 	}
 	if ns != nil {

@@ -37,14 +37,16 @@ func repair(parts []part) (mended []string, err error) {
 	return mended, errors.Join(errs...)
 }
 
-// Repair puts the connect hooks back if somebody detached them, and says what was missing.
+// Repair puts the hooks of the node back if somebody detached them, and says what was missing.
 func (d *Datapath) Repair() (mended []string, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
 		return nil, nil
 	}
-	return repair([]part{{"connect hooks", d.checkHooks, d.mendHooks}})
+	mended, err = repair([]part{{"connect hooks", d.checkHooks, d.mendHooks}})
+	more, probesErr := d.repairProbes()
+	return append(mended, more...), errors.Join(err, probesErr)
 }
 
 func (d *Datapath) mendHooks() error {
@@ -95,7 +97,7 @@ func (p *Pod) checkEntry() error {
 }
 
 func (p *Pod) enter() error {
-	if err := p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)); err != nil {
+	if err := p.d.loaded.enter(p.rec); err != nil {
 		return fmt.Errorf("enter the pod: %w", err)
 	}
 	return nil

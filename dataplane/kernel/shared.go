@@ -17,9 +17,11 @@ import (
 //	listeners  the hooks of the new agent must find the listeners of the old one until each
 //	           is replaced
 //	own        the guard of the new agent must know the sockets that the old one still has
+//	kubelet, probing, probes
+//	           the kubelet's probes go on, whichever of the hooks noted them
 const sharedDir = "shared"
 
-func sharedMaps() []string { return []string{"listeners", "own"} }
+func sharedMaps() []string { return []string{"listeners", "own", "kubelet", "probing", "probes"} }
 
 // shared makes the shared maps in dir, or opens them. The caller closes them.
 func (l *loaded) shared(dir string) (_ map[string]*ebpf.Map, err error) {
