@@ -46,7 +46,7 @@ func TestDocumentationShowsRealOutput(t *testing.T) {
 	})
 	verbs := slices.DeleteFunc(newRoot(newTerminal("").cli).Commands(), func(verb *cobra.Command) bool {
 		// version prints its own build, and the others need a cluster
-		return verb.Hidden || slices.Contains([]string{"version", "uninstall", "bug-report"}, verb.Name())
+		return verb.Hidden || slices.Contains([]string{"version", "uninstall", "bug-report", "node"}, verb.Name())
 	})
 	if shown < len(verbs) {
 		t.Errorf("%s shows %d examples, fewer than there are verbs", cliDoc, shown)
@@ -81,15 +81,20 @@ func TestEveryVerbAndFlagIsDocumented(t *testing.T) {
 			continue
 		}
 		mentioned("## " + verb.Name())
-		verb.Flags().VisitAll(func(f *pflag.Flag) { mentioned("`--" + f.Name) })
-		checkHelp(t, verb)
+		for _, v := range append(verb.Commands(), verb) {
+			if v.Hidden {
+				continue
+			}
+			v.Flags().VisitAll(func(f *pflag.Flag) { mentioned("`--" + f.Name) })
+			checkHelp(t, v)
+		}
 	}
 }
 
 // checkHelp keeps -h useful.
 func checkHelp(t *testing.T, verb *cobra.Command) {
 	t.Helper()
-	if verb.Short == "" || verb.Long == "" || !strings.Contains(verb.Example, "  raceway "+verb.Name()) {
+	if verb.Short == "" || verb.Long == "" || !strings.Contains(verb.Example, "  "+verb.CommandPath()) {
 		t.Errorf("the help of %s lacks a text or an example of it", verb.Name())
 	}
 	for line := range strings.Lines(verb.Long) {
