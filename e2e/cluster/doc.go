@@ -29,7 +29,8 @@
 //
 // Everything of a cluster has one name, raceway-cluster: a directory in /var/tmp, the prefix
 // of its network namespaces, and a cgroup in each hierarchy that holds all its processes.
-// There is one cluster at a time; Start waits for the other to end. Processes die with the
+// There is one cluster of a name at a time; Start waits for the other to end. The variable
+// RACEWAY_CLUSTER gives another name. Processes die with the
 // one that started them; what else a killed test leaves is removed by the next Start, or by
 // `go run ./e2e/cluster/cmd/clusterclean`.
 package cluster

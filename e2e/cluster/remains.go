@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,10 +15,11 @@ import (
 	"github.com/raceway-mesh/raceway/e2e/space"
 )
 
-// name is that of all that a cluster consists of on this machine.
-const name = "raceway-cluster"
+// name is that of all that a cluster consists of on this machine. Another one makes another
+// cluster beside it.
+var name = cmp.Or(os.Getenv("RACEWAY_CLUSTER"), "raceway-cluster")
 
-const (
+var (
 	// stateDir holds everything of a cluster. It is on a real file system: images are unpacked there.
 	stateDir = "/var/tmp/" + name
 	lockFile = "/run/" + name + ".lock"
