@@ -104,6 +104,10 @@ demo: build ## show it all on this machine (needs root); ARGS=--ipv6, ARGS=--kee
 bench: ## measure what the mesh costs, into perf/results (needs root); ARGS=--short
 	$(GO) run ./perf/cmd/bench $(ARGS)
 
+.PHONY: scale
+scale: kubernetes ## measure discovery with 50,000 pods, into perf/results (needs root, half an hour); ARGS="-pods 5000"
+	$(GO) run ./perf/scale $(ARGS)
+
 .PHONY: lint
 lint: ## check style and the rules of .golangci.yml, that go.mod is tidy, and the charts
 	$(TOOL) golangci-lint run ./...

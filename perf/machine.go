@@ -82,8 +82,8 @@ type Machine struct {
 	Date       time.Time `json:"date"`
 }
 
-// thisMachine describes it; what cannot be found out is "unknown" and no error.
-func thisMachine() Machine {
+// ThisMachine describes it; what cannot be found out is "unknown" and no error.
+func ThisMachine() Machine {
 	m := Machine{
 		CPU: "unknown", Kernel: "unknown", Commit: commit(),
 		Cores: runtime.NumCPU(), Go: runtime.Version(),

@@ -39,7 +39,7 @@ type Result struct {
 }
 
 func newReport(c Config) *Report {
-	return &Report{Machine: thisMachine(), Rounds: c.Rounds, Duration: c.Duration, Rate: c.Rate, IPv6: c.IPv6}
+	return &Report{Machine: ThisMachine(), Rounds: c.Rounds, Duration: c.Duration, Rate: c.Rate, IPv6: c.IPv6}
 }
 
 func (r *Report) add(scenario, workload, metric, unit string, value float64) {

@@ -22,6 +22,7 @@ type control struct {
 	c      *Cluster
 	space  *space.Space
 	dir    string
+	logs   string
 	cgroup string
 
 	admin    account
@@ -34,7 +35,7 @@ type control struct {
 }
 
 func newControl(c *Cluster) (*control, error) {
-	ctl := &control{c: c, dir: filepath.Join(stateDir, "control")}
+	ctl := &control{c: c, dir: filepath.Join(stateDir, "control"), logs: filepath.Join(stateDir, "log")}
 	if err := os.MkdirAll(ctl.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -111,7 +112,7 @@ func (ctl *control) writeCredentials() error {
 func (ctl *control) launch(command string, args ...string) (*process, error) {
 	l := launch{
 		name: command, space: ctl.space, cgroup: ctl.cgroup,
-		log: filepath.Join(stateDir, "log", command+".log"),
+		log: filepath.Join(ctl.logs, command+".log"),
 	}
 	return l.start(ctl.c.parts.Kubernetes(command), args...)
 }
