@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -83,7 +84,7 @@ func (d *Datapath) setKubelet(k Kubelet) error {
 	if k.WithPods && k.PID == 0 {
 		return errors.New("pods are in its cgroup, and processes cannot be told apart here: give the kubelet a cgroup of its own")
 	}
-	return d.loaded.maps.Kubelet.Put(uint32(0), bpf.RacewayPlace{Netns: d.host.Cookie(), Cgroup: k.Cgroup, Tgid: uint32(k.PID)})
+	return d.putKubelet(bpf.RacewayPlace{Netns: d.host.Cookie(), Cgroup: k.Cgroup, Tgid: uint32(k.PID)})
 }
 
 // ForgetKubelet makes the probes of whoever was the kubelet count as plaintext.
@@ -91,10 +92,19 @@ func (d *Datapath) ForgetKubelet() error {
 	d.kubelet.mu.Lock()
 	d.kubelet.wanted, d.kubelet.missing = false, nil
 	d.kubelet.mu.Unlock()
-	if err := d.loaded.maps.Kubelet.Put(uint32(0), bpf.RacewayPlace{}); err != nil {
+	if err := d.putKubelet(bpf.RacewayPlace{}); err != nil {
 		return fmt.Errorf("forget the kubelet: %w", err)
 	}
 	return nil
+}
+
+func (d *Datapath) putKubelet(p bpf.RacewayPlace) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.freed {
+		return os.ErrClosed
+	}
+	return d.loaded.maps.Kubelet.Put(uint32(0), p)
 }
 
 // MissKubelet has Pod.Check say why the kubelet is not recognised. Whoever was it before

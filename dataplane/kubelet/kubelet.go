@@ -22,8 +22,8 @@ import (
 type Config struct {
 	Proc       string // the host's proc file system; default /proc
 	HostNetNS  string // path of the host's network namespace; default Proc/1/ns/net
-	CgroupRoot string // root of the cgroup v2 hierarchy; required
-	// Cgroup is a path below CgroupRoot whose processes are the kubelet, all of them; ""
+	CgroupRoot string // root of the cgroup v2 hierarchy; required without Cgroup
+	// Cgroup is the directory of the cgroup whose processes are the kubelet, all of them; ""
 	// looks for the process.
 	Cgroup string
 }
@@ -37,7 +37,7 @@ const initialPIDs = "pid:[4026531836]"
 // Place is where the kubelet stands.
 type Place struct {
 	Cgroup uint64 // id of its cgroup v2, which is the inode of the directory
-	Path   string // of the cgroup, below the root
+	Path   string // of the cgroup, below the root where that is known
 	// PID is its process in the initial PID namespace, or 0 where its number there cannot be
 	// told, as in a node that is a container itself.
 	PID int
@@ -46,6 +46,7 @@ type Place struct {
 	Others   int
 	WithPods bool
 
+	dir     string
 	process process
 }
 
@@ -73,7 +74,7 @@ func (c Config) withDefaults() Config {
 
 func (c Config) find() (Place, error) {
 	if c.Cgroup != "" {
-		return c.place(filepath.Join(c.CgroupRoot, filepath.Join("/", c.Cgroup)), process{})
+		return c.place(filepath.Clean(c.Cgroup), process{})
 	}
 	p, err := c.process()
 	if err != nil {
@@ -235,7 +236,7 @@ func (c Config) place(dir string, kubelet process) (Place, error) {
 		return Place{}, err
 	}
 	path := cmp.Or(strings.TrimPrefix(dir, c.CgroupRoot), "/")
-	p := Place{Cgroup: info.Sys().(*syscall.Stat_t).Ino, Path: path, process: kubelet}
+	p := Place{Cgroup: info.Sys().(*syscall.Stat_t).Ino, Path: path, dir: dir, process: kubelet}
 	for _, pid := range pids {
 		if pid == kubelet.pid {
 			continue
@@ -332,7 +333,7 @@ func (c Config) Watch(ctx context.Context, tell func(Place, error)) {
 // stillThere is a cheap look; a kubelet that moves to another cgroup is seen by a survey.
 func (c Config) stillThere(p Place) bool {
 	if p.process.pid == 0 {
-		info, err := os.Stat(filepath.Join(c.CgroupRoot, p.Path))
+		info, err := os.Stat(p.dir)
 		return err == nil && info.Sys().(*syscall.Stat_t).Ino == p.Cgroup
 	}
 	start, err := c.start(p.process.pid)

@@ -142,8 +142,10 @@ func TestKubeletIsFound(t *testing.T) {
 		err     string // part of it
 	}{
 		{name: "a service", running: map[int]proc{900: {comm: "kubelet", cgroup: service}}, pid: 900, path: service},
-		{name: "K3s", running: map[int]proc{900: {comm: "k3s-server", cgroup: "/system.slice/k3s.service"}, 901: {comm: "containerd", cgroup: "/system.slice/k3s.service"}},
-			pid: 900, path: "/system.slice/k3s.service", others: 1},
+		{name: "K3s", running: map[int]proc{
+			900: {comm: "k3s-server", cgroup: "/system.slice/k3s.service"},
+			901: {comm: "containerd", cgroup: "/system.slice/k3s.service"},
+		}, pid: 900, path: "/system.slice/k3s.service", others: 1},
 		{name: "none", running: map[int]proc{900: {comm: "kubectl", cgroup: service}}, err: "no process of the host is called kubelet"},
 		{name: "two", running: map[int]proc{900: {comm: "kubelet", cgroup: service}, 901: {comm: "kubelet", cgroup: "/user.slice"}}, err: "2 processes"},
 		{name: "impostors in pods", running: map[int]proc{
@@ -193,12 +195,12 @@ func TestConfiguredCgroupIsTheKubelets(t *testing.T) {
 	h := newHost(t)
 	h.start(900, proc{comm: "my-kubelet", cgroup: "/system.slice/mine"})
 	c := h.config()
-	c.Cgroup = "system.slice/mine"
+	c.Cgroup = filepath.Join(h.root, "system.slice/mine")
 	got, err := c.Find()
 	if err != nil || got.Cgroup != h.inode("/system.slice/mine") || got.PID != 0 || got.Others != 1 || got.WithPods {
 		t.Errorf("found %+v, %v", got, err)
 	}
-	c.Cgroup = "/system.slice/another"
+	c.Cgroup = filepath.Join(h.root, "system.slice/another")
 	if got, err := c.Find(); err == nil {
 		t.Errorf("found %+v where no cgroup is", got)
 	}
