@@ -102,6 +102,9 @@ func (s *site) measureStart(ctx context.Context, name string, o sourceOptions) (
 	if out.CurrentCPU, err = used(p.cmd.Process.Pid); err != nil {
 		return Start{}, err
 	}
+	if out.Received, err = received(p.cmd.Process.Pid); err != nil {
+		return Start{}, err
+	}
 	after, err := used(api)
 	if err != nil {
 		return Start{}, err
@@ -251,7 +254,8 @@ type meter struct {
 	sources, api, etcd time.Duration
 	snapshots          int
 	allocated          int64
-	peak               uint64
+	received           int64
+	peak, apiPeak      uint64
 }
 
 func (m *meter) read(ctx context.Context, sign int) error {
@@ -281,7 +285,17 @@ func (m *meter) read(ctx context.Context, sign int) error {
 			return err
 		}
 		m.peak = max(m.peak, most)
+		got, err := received(p.cmd.Process.Pid)
+		if err != nil {
+			return err
+		}
+		m.received -= int64(sign) * int64(got)
 	}
+	_, apiPeak, err := memory(api)
+	if err != nil {
+		return err
+	}
+	m.apiPeak = apiPeak
 	for _, part := range []struct {
 		sum  *time.Duration
 		pids []int
@@ -300,11 +314,13 @@ func (m *meter) read(ctx context.Context, sign int) error {
 
 func (m *meter) fill(out *Load) {
 	seconds := out.Took.Seconds()
+	out.APIServerPeak = m.apiPeak
 	out.APIServerCores, out.EtcdCores = m.api.Seconds()/seconds, m.etcd.Seconds()/seconds
 	if n := float64(len(m.watching)); n > 0 {
 		out.SourceCores = m.sources.Seconds() / seconds / n
 		out.Snapshots = float64(m.snapshots) / seconds / n
 		out.Allocated = uint64(float64(m.allocated) / seconds / n)
+		out.Received = uint64(float64(m.received) / seconds / n)
 		out.ResidentPeak = m.peak
 	}
 }

@@ -178,3 +178,16 @@ func memory(pid int) (now, most uint64, err error) {
 	}
 	return now, most, nil
 }
+
+// received is what a process has read, which is little beside what came by its connections.
+func received(pid int) (uint64, error) {
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+	if err != nil {
+		return 0, fmt.Errorf("read what a process has read: %w", err)
+	}
+	var n uint64
+	if _, err := fmt.Sscanf(string(content), "rchar: %d", &n); err != nil {
+		return 0, fmt.Errorf("read what a process has read: /proc/%d/io is %q: %w", pid, content, err)
+	}
+	return n, nil
+}

@@ -36,6 +36,7 @@ type Start struct {
 	Current      time.Duration `json:"currentNanos"` // until the first of the API server's
 	CurrentCPU   time.Duration `json:"currentCPUNanos"`
 	APIServerCPU time.Duration `json:"apiServerCPUNanos"` // until then
+	Received     uint64        `json:"receivedBytes"`     // until then, the file included
 	Heap         uint64        `json:"heapBytes"`         // after a garbage collection
 	HeapPerPod   uint64        `json:"heapBytesPerPod"`
 	Resident     uint64        `json:"residentBytes"`
@@ -52,7 +53,9 @@ type Load struct {
 	EtcdCores      float64       `json:"etcdCores"`
 	Snapshots      float64       `json:"snapshots"`      // per second
 	Allocated      uint64        `json:"allocatedBytes"` // per second
+	Received       uint64        `json:"receivedBytes"`  // per second
 	ResidentPeak   uint64        `json:"residentPeakBytes"`
+	APIServerPeak  uint64        `json:"apiServerPeakBytes"` // resident, since its start
 	// From the API server's answer to the snapshot that shows the change.
 	Own     Latency `json:"own"`     // of a pod of the source's node
 	Foreign Latency `json:"foreign"` // of another node's
@@ -93,6 +96,7 @@ func (r *Report) WriteTable(out io.Writer) error {
 	row("first of the API server's after", func(s Start) any { return short(s.Current) })
 	row("  CPU time until then", func(s Start) any { return short(s.CurrentCPU) })
 	row("  of the API server", func(s Start) any { return short(s.APIServerCPU) })
+	row("received until then", func(s Start) any { return mebibytes(s.Received) })
 	row("heap in use", func(s Start) any { return mebibytes(s.Heap) })
 	row("  per pod", func(s Start) any { return fmt.Sprintf("%d B", s.HeapPerPod) })
 	row("resident, at most", func(s Start) any { return mebibytes(s.Resident) + ", " + mebibytes(s.ResidentPeak) })
@@ -107,6 +111,7 @@ func (r *Report) WriteTable(out io.Writer) error {
 	change("sources watching", func(l Load) any { return l.Sources })
 	change("pods changed per second", func(l Load) any { return fmt.Sprintf("%.1f", l.Changes) })
 	change("cores of the API server", func(l Load) any { return fmt.Sprintf("%.3f", l.APIServerCores) })
+	change("memory of the API server", func(l Load) any { return mebibytes(l.APIServerPeak) })
 	change("cores of etcd", func(l Load) any { return fmt.Sprintf("%.3f", l.EtcdCores) })
 	watched := func(title string, of func(l Load) any) {
 		change(title, func(l Load) any {
@@ -119,6 +124,7 @@ func (r *Report) WriteTable(out io.Writer) error {
 	watched("cores of a source", func(l Load) any { return fmt.Sprintf("%.3f", l.SourceCores) })
 	watched("snapshots per second", func(l Load) any { return fmt.Sprintf("%.1f", l.Snapshots) })
 	watched("allocated per second", func(l Load) any { return mebibytes(l.Allocated) })
+	watched("received per second", func(l Load) any { return fmt.Sprintf("%d KiB", l.Received>>10) })
 	watched("resident at most", func(l Load) any { return mebibytes(l.ResidentPeak) })
 	watched("own pod shown after, p50, p99", func(l Load) any { return short(l.Own.P50) + ", " + short(l.Own.P99) })
 	watched("foreign pod shown after, p50, p99", func(l Load) any { return short(l.Foreign.P50) + ", " + short(l.Foreign.P99) })

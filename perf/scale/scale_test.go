@@ -45,7 +45,7 @@ func TestASmallClusterIsMeasured(t *testing.T) {
 		t.Fatalf("%d starts and %d loads", len(report.Starts), len(report.Loads))
 	}
 	for _, s := range report.Starts {
-		if s.Published <= 0 || s.Current < s.Published || s.CurrentCPU == 0 || s.Heap == 0 || s.ResidentPeak < s.Resident {
+		if s.Published <= 0 || s.Current < s.Published || s.CurrentCPU == 0 || s.Heap == 0 || s.Received == 0 || s.ResidentPeak < s.Resident {
 			t.Errorf("start: %+v", s)
 		}
 	}
@@ -53,7 +53,7 @@ func TestASmallClusterIsMeasured(t *testing.T) {
 		if want := []int{0, 1, 2}[i]; l.Sources != want || l.Changes <= 0 || l.APIServerCores <= 0 {
 			t.Errorf("load: %+v", l)
 		}
-		if l.Sources > 0 && (l.Own.Count == 0 || l.Own.P50 <= 0 || l.Own.P99 > l.Own.Max || l.Foreign.Count == 0 || l.Snapshots == 0 || l.SourceCores <= 0) {
+		if l.Sources > 0 && (l.Own.Count == 0 || l.Own.P50 <= 0 || l.Own.P99 > l.Own.Max || l.Foreign.Count == 0 || l.Snapshots == 0 || l.SourceCores <= 0 || l.Received == 0) {
 			t.Errorf("load: %+v", l)
 		}
 	}
