@@ -24,14 +24,16 @@ const (
 	patchesAtOnce = 16
 )
 
-// capturedLocked tells which pods take tunnels. A pod that did and is still wanted goes on,
-// whoever removed its annotation; its own agent puts it back, or gives the pod up.
+// capturedLocked tells which pods take tunnels. Another node's pod that did and is still
+// wanted goes on, whoever removed its annotation; its agent puts it back. Of this node's pods
+// this agent knows, once it has said so.
 func (s *Source) capturedLocked(workloads []dataplane.Workload) map[string]bool {
 	captured := make(map[string]bool, len(s.captured))
 	for i := range workloads {
 		w := &workloads[i]
 		pod := s.pods[object.Key{Kind: object.KindPod, Name: w.Name}]
-		if pod.annotated || s.wanted[w.UID] || s.captured[w.UID] && s.wantsLocked(w) {
+		known := s.wanted != nil && w.Node == s.config.Node
+		if pod.annotated || s.wanted[w.UID] || !known && s.captured[w.UID] && s.wantsLocked(w) {
 			captured[w.UID] = true
 		}
 	}

@@ -2,7 +2,6 @@ package kube
 
 import (
 	"context"
-	"log/slog"
 	"time"
 )
 
@@ -21,19 +20,20 @@ const (
 type pace struct {
 	gather  [urgent + 1]time.Duration // how long changes gather at least
 	factor  [urgent + 1]time.Duration // pause after a snapshot, in times what it took
-	saving  time.Duration             // between two writes of the snapshot file
+	saving  time.Duration             // between two writes of the snapshot file, at least
 	mending time.Duration             // between two repairs of annotations
 
 	campaign time.Duration // until an agent wants to write the status of policies, at most
 	term     time.Duration // how long the one that does may take
 
-	retry, retryMax time.Duration // after an error
+	retry, retryMax time.Duration // after an error, doubling
+	absent          time.Duration // until a kind that the cluster does not have is asked for again
 }
 
 func defaultPace() pace {
 	p := pace{
 		saving: 5 * time.Second, mending: time.Second, campaign: 3 * time.Second, term: time.Minute,
-		retry: retryFirst, retryMax: retryMost,
+		retry: 500 * time.Millisecond, retryMax: 10 * time.Second, absent: 30 * time.Second,
 	}
 	p.gather[urgent], p.factor[urgent] = 20*time.Millisecond, 1
 	p.gather[soon], p.factor[soon] = 50*time.Millisecond, 4
@@ -106,22 +106,3 @@ func sleep(ctx context.Context, d time.Duration) bool {
 		return true
 	}
 }
-
-// quiet makes debug records of all that client-go logs: what matters of it is in Problems,
-// and is logged once.
-type quiet struct {
-	slog.Handler
-}
-
-func (q quiet) Enabled(ctx context.Context, _ slog.Level) bool {
-	return q.Handler.Enabled(ctx, slog.LevelDebug)
-}
-
-func (q quiet) Handle(ctx context.Context, r slog.Record) error {
-	r.Level = slog.LevelDebug
-	return q.Handler.Handle(ctx, r)
-}
-
-func (q quiet) WithAttrs(attrs []slog.Attr) slog.Handler { return quiet{q.Handler.WithAttrs(attrs)} }
-
-func (q quiet) WithGroup(name string) slog.Handler { return quiet{q.Handler.WithGroup(name)} }

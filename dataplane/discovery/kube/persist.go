@@ -22,14 +22,19 @@ const snapshotVersion = 1
 // maxSnapshot bounds what is read of a file, unpacked.
 const maxSnapshot = 1 << 30
 
+// savingFactor bounds what writing the file costs: the pause after it, in times what it took.
+const savingFactor = 20
+
 // header is the first line of the file: JSON, packed. Each line after it is an API object,
 // trimmed; as many as Objects says.
 type header struct {
-	Version  int       `json:"version"`
-	Written  time.Time `json:"written"`
-	Released bool      `json:"released,omitempty"`
-	Captured []string  `json:"captured"` // UIDs
-	Objects  int       `json:"objects"`
+	Version int       `json:"version"`
+	Written time.Time `json:"written"`
+	// Released says that the mesh was being taken off. Whether it still is, or has been
+	// installed anew since, the API server alone can tell.
+	Released bool     `json:"released,omitempty"`
+	Captured []string `json:"captured"` // UIDs
+	Objects  int      `json:"objects"`
 }
 
 // restore takes the last good snapshot for the cluster until the API server has told of it.
@@ -52,6 +57,10 @@ func (s *Source) restore() {
 			"file", s.config.SnapshotFile, "error", err)
 		return
 	}
+	if head.Released {
+		s.config.Log.Info("the last good snapshot is of a mesh that was being taken off: the API server is asked first", "file", s.config.SnapshotFile)
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, it := range items {
@@ -67,7 +76,6 @@ func (s *Source) restore() {
 		pod.annotated = s.captured[pod.uid]
 		s.pods[key] = pod
 	}
-	s.releaseLocked(head.Released)
 	s.stale = head.Written
 	s.changedLocked(urgent)
 	s.config.Log.Info("the last good snapshot is in force until the API server has told of all of the cluster",
@@ -139,18 +147,20 @@ func (s *Source) save(ctx context.Context) {
 	if s.config.SnapshotFile == "" {
 		return
 	}
-	failed := false
+	failed, pause := false, s.pace.saving
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.saves:
 		}
-		if !sleep(ctx, s.pace.saving) {
+		if !sleep(ctx, pause) {
 			// The last state is worth a moment at the end.
 			ctx = context.WithoutCancel(ctx)
 		}
+		start := time.Now()
 		err := s.write()
+		pause = max(s.pace.saving, savingFactor*time.Since(start))
 		if err != nil && !failed {
 			s.config.Log.Error("keep the last good snapshot: after a restart without the API server an older one, or none, is in force",
 				"file", s.config.SnapshotFile, "error", err)

@@ -47,8 +47,8 @@ func (i *item) readPolicy(in *unstructured.Unstructured) error {
 	if i.object, err = object.Decode(typ, raw); err != nil {
 		return err
 	}
-	conditions, _, _ := unstructured.NestedSlice(in.Object, "status", "conditions") //nolint:errcheck // what is no list is overwritten
-	i.uid = string(in.GetUID())
+	// What is no list is overwritten.
+	conditions, _, _ := unstructured.NestedSlice(in.Object, "status", "conditions")
 	i.policy = &policy{
 		raw: raw, uid: i.uid, resourceVersion: in.GetResourceVersion(),
 		generation: in.GetGeneration(), conditions: conditions,

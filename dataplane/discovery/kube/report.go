@@ -69,6 +69,7 @@ func (s *Source) Report(ctx context.Context) error {
 	if s.config.Issues == nil || s.config.Pod == (dataplane.Name{}) {
 		return nil
 	}
+	ctx = s.quietly(ctx)
 	for {
 		select {
 		case <-ctx.Done():
@@ -197,9 +198,10 @@ func (s *Source) tell(ctx context.Context, v *verdict, condition metav1.Conditio
 	if condition.Status == metav1.ConditionFalse {
 		kind = corev1.EventTypeWarning
 	}
+	now := time.Now()
 	event := &eventsv1.Event{
-		ObjectMeta:          metav1.ObjectMeta{GenerateName: v.key.Name.Name + ".", Namespace: v.key.Name.Namespace},
-		EventTime:           metav1.NowMicro(),
+		ObjectMeta:          metav1.ObjectMeta{Name: fmt.Sprintf("%.200s.%x", v.key.Name.Name, now.UnixNano()), Namespace: v.key.Name.Namespace},
+		EventTime:           metav1.NewMicroTime(now),
 		ReportingController: controller, ReportingInstance: s.config.Pod.Name,
 		Action: "Enforce", Reason: condition.Reason, Type: kind, Note: shortened(condition.Message),
 		Regarding: corev1.ObjectReference{

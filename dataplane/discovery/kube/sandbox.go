@@ -129,11 +129,7 @@ func (s *Source) settleLocked(key object.Key) bool {
 		return false
 	}
 	w, _ := s.workloadLocked(key)
-	if w.UID != sb.UID {
-		delete(s.sandboxes, key.Name)
-		return true
-	}
-	if sb.settled {
+	if sb.settled || w.UID != sb.UID {
 		return false
 	}
 	fresh := len(w.Addrs) > 0 && !slices.Equal(w.Addrs, sb.addrs)

@@ -8,9 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-logr/logr"
-	"k8s.io/klog/v2"
-
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/discovery"
 	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
@@ -49,12 +46,14 @@ type Source struct {
 	snapshot  *dataplane.Snapshot
 	captured  map[string]bool
 	conflicts []object.Conflict
+	reviewing bool // it is the first with a change of policies
 	due       schedule
 }
 
 // podState is what of a pod is not in the set.
 type podState struct {
 	uid       string
+	created   time.Time
 	annotated bool
 	running   bool
 }
@@ -89,7 +88,7 @@ func New(config Config) (*Source, error) {
 
 // Run publishes to store until ctx ends, and then returns nil. It is called once.
 func (s *Source) Run(ctx context.Context, store *dataplane.Store) error {
-	ctx, cancel := context.WithCancel(klog.NewContext(ctx, logr.FromSlogHandler(quiet{s.config.Log.Handler()})))
+	ctx, cancel := context.WithCancel(s.quietly(ctx))
 	var parts sync.WaitGroup
 	defer parts.Wait()
 	defer cancel()
@@ -158,9 +157,13 @@ func (s *Source) publish(store *dataplane.Store) {
 	s.mu.Lock()
 	s.snapshot = snapshot
 	s.due.published(start, time.Now())
+	review := s.reviewing
+	s.reviewing = false
 	s.mu.Unlock()
 	s.saves.give()
-	s.reports.give()
+	if review {
+		s.reports.give()
+	}
 	s.config.Log.Debug("published a snapshot", "workloads", len(contents.Workloads),
 		"services", len(contents.Services), "captured", len(contents.Captured), "took", time.Since(start))
 }
@@ -195,6 +198,9 @@ func (s *Source) takeLocked(it *item) urgency {
 		}
 		return never
 	}
+	if before := s.pods[it.key]; s.fetched[it.key] && it.uid != before.uid && it.created.Before(before.created) {
+		return never // a watch lags behind: this is a predecessor of the pod that was asked for
+	}
 	delete(s.faults, it.key)
 	delete(s.fetched, it.key)
 	how := never
@@ -204,6 +210,7 @@ func (s *Source) takeLocked(it *item) urgency {
 	switch {
 	case it.key.Kind.IsPolicy():
 		s.writing[it.key] = it.policy
+		s.reviewing = s.reviewing || how != never
 		s.reports.give()
 	case it.key.Kind == object.KindPod:
 		how = max(how, s.takePodLocked(it))
@@ -215,7 +222,7 @@ func (s *Source) takeLocked(it *item) urgency {
 func (s *Source) takePodLocked(it *item) urgency {
 	how := never
 	before := s.pods[it.key]
-	now := podState{uid: it.uid, annotated: it.annotated, running: it.running}
+	now := podState{uid: it.uid, created: it.created, annotated: it.annotated, running: it.running}
 	s.pods[it.key] = now
 	if now.annotated != before.annotated || now.uid != before.uid {
 		how = soon
@@ -229,10 +236,14 @@ func (s *Source) takePodLocked(it *item) urgency {
 	return how
 }
 
-// drop forgets one object that a watch shows to be gone.
-func (s *Source) drop(key object.Key) {
+// drop forgets one object that a watch shows to be gone. A pod of its name that was asked
+// for since stays.
+func (s *Source) drop(key object.Key, uid string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.fetched[key] && s.pods[key].uid != uid {
+		return
+	}
 	s.changedLocked(s.dropLocked(key))
 }
 
@@ -241,10 +252,11 @@ func (s *Source) dropLocked(key object.Key) urgency {
 	delete(s.faults, key)
 	delete(s.writing, key)
 	delete(s.fetched, key)
-	delete(s.pods, key)
-	if key.Kind == object.KindPod {
+	if sb := s.sandboxes[key.Name]; key.Kind == object.KindPod && sb != nil && sb.UID == s.pods[key].uid {
 		delete(s.sandboxes, key.Name)
 	}
+	delete(s.pods, key)
+	s.reviewing = s.reviewing || key.Kind.IsPolicy()
 	if !s.set.Delete(key) {
 		return never
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -104,9 +105,11 @@ func (s *Source) meshConfig() resource {
 func (s *Source) policies(kind object.Kind) resource {
 	client := s.config.Dynamic.Resource(policyResource(kind))
 	r := typed[*unstructured.UnstructuredList](kind, anyPolicy{client}, s.config.Dynamic)
-	list := r.list
+	list, watches := r.list, r.watch
+	var absent atomic.Bool // as the last list showed
 	r.list = func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 		out, err := list(ctx, options)
+		absent.Store(false)
 		if apierrors.IsNotFound(err) {
 			if err := s.proveAbsent(ctx, kind, err); err != nil {
 				return nil, err
@@ -114,12 +117,36 @@ func (s *Source) policies(kind object.Kind) resource {
 			empty := new(unstructured.UnstructuredList)
 			empty.SetAPIVersion(policyGroup + "/v1")
 			empty.SetKind(string(kind) + "List")
+			absent.Store(true)
 			return empty, nil
 		}
 		return out, err
 	}
+	r.watch = func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+		if absent.CompareAndSwap(true, false) {
+			return nothing(ctx, s.pace.absent), nil
+		}
+		return watches(ctx, options)
+	}
 	return r
 }
+
+// nothing is a watch that shows nothing and ends after a while.
+func nothing(ctx context.Context, d time.Duration) watch.Interface {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	w := idle{make(chan watch.Event), cancel}
+	context.AfterFunc(ctx, func() { close(w.events) })
+	return w
+}
+
+type idle struct {
+	events chan watch.Event
+	cancel context.CancelFunc
+}
+
+func (w idle) ResultChan() <-chan watch.Event { return w.events }
+
+func (w idle) Stop() { w.cancel() }
 
 // anyPolicy drops the subresources from the methods of a dynamic client.
 type anyPolicy struct {
@@ -137,18 +164,15 @@ func (a anyPolicy) Watch(ctx context.Context, options metav1.ListOptions) (watch
 // proveAbsent asks a second witness before the policies of a kind are held for gone: an
 // answer of 404 alone may come from whatever stands before the API server.
 func (s *Source) proveAbsent(ctx context.Context, kind object.Kind, answer error) error {
-	groups, err := s.config.Client.Discovery().ServerGroups()
+	groups, err := s.config.Client.Discovery().ServerGroupsWithContext(ctx)
 	if err != nil {
 		return fmt.Errorf("%w; and the API server does not say which kinds it has: %w", answer, err)
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
 	}
 	for _, g := range groups.Groups {
 		if g.Name != policyGroup {
 			continue
 		}
-		resources, err := s.config.Client.Discovery().ServerResourcesForGroupVersion(policyGroup + "/v1")
+		resources, err := s.config.Client.Discovery().ServerResourcesForGroupVersionWithContext(ctx, policyGroup+"/v1")
 		if err != nil && !apierrors.IsNotFound(err) {
 			return fmt.Errorf("%w; and the API server does not say which kinds it has: %w", answer, err)
 		}
@@ -241,7 +265,7 @@ func (f *feed) Delete(in any) error {
 	if err != nil {
 		return err
 	}
-	f.source.drop(keyOf(f.kind, m))
+	f.source.drop(keyOf(f.kind, m), string(m.GetUID()))
 	return nil
 }
 
@@ -260,11 +284,11 @@ func (f *feed) Resync() error { return nil }
 
 // item is one object as it came in.
 type item struct {
-	key    object.Key
-	object object.Object
-	fault  string // why there is no object
-	// uid is of a pod or policy, rest of a pod of this node, policy of a policy.
+	key       object.Key
+	object    object.Object
+	fault     string // why there is no object
 	uid       string
+	created   time.Time
 	annotated bool // a pod is published as captured
 	running   bool // a container of a pod has started
 	policy    *policy
@@ -285,7 +309,7 @@ func convert(kind object.Kind, in any) *item {
 	if err != nil {
 		return &item{key: object.Key{Kind: kind}, fault: err.Error()}
 	}
-	out := &item{key: keyOf(kind, m)}
+	out := &item{key: keyOf(kind, m), uid: string(m.GetUID()), created: m.GetCreationTimestamp().Time}
 	switch in := in.(type) {
 	case *corev1.Namespace:
 		out.object, err = object.FromNamespace(in)
@@ -323,7 +347,6 @@ func (i *item) pod(in *corev1.Pod) (err error) {
 		}
 	}
 	i.object, err = object.FromPod(&trimmed)
-	i.uid = string(in.UID)
 	i.annotated = in.Annotations[dataplane.RedirectionAnnotation] == dataplane.RedirectionEnabled
 	for _, list := range [][]corev1.ContainerStatus{in.Status.InitContainerStatuses, in.Status.ContainerStatuses} {
 		for j := range list {
@@ -332,9 +355,3 @@ func (i *item) pod(in *corev1.Pod) (err error) {
 	}
 	return err
 }
-
-// retries are how long a reflector waits after an error, doubling.
-const (
-	retryFirst = 500 * time.Millisecond
-	retryMost  = 10 * time.Second
-)
