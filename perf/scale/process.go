@@ -48,7 +48,7 @@ func (s *site) start(ctx context.Context, o sourceOptions) (*source, error) {
 		cmd: exec.CommandContext(ctx, s.config.Self[0], args...), started: time.Now(),
 		events: make(chan event, 1024), ended: make(chan struct{}), changed: make(chan struct{}),
 	}
-	p.cmd.Env = append(os.Environ(), "KUBE_FEATURE_WatchListClient="+strconv.FormatBool(!o.list))
+	p.cmd.Env = append(p.cmd.Environ(), "KUBE_FEATURE_WatchListClient="+strconv.FormatBool(!o.list))
 	p.cmd.Stderr = &p.log
 	var err error
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
