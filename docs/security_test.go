@@ -40,7 +40,7 @@ func TestFlagsOfThePagesExist(t *testing.T) {
 	}
 	flag := regexp.MustCompile("`--([a-z-]+)`")
 	seen := 0
-	for _, name := range []string{"security.md", "policy.md", "telemetry.md"} {
+	for _, name := range []string{"security.md", "policy.md", "telemetry.md", "operations.md"} {
 		for _, match := range flag.FindAllStringSubmatch(strings.Join(page(t, name), "\n"), -1) {
 			seen++
 			if !strings.Contains(defined.String(), `"`+match[1]+`"`) {

@@ -103,7 +103,7 @@ func exercise(t *testing.T, log *bytes.Buffer) *prometheus.Registry {
 		},
 		Certificates: func() []telemetry.Certificate { return make([]telemetry.Certificate, 1) },
 		Pool:         func() telemetry.Pool { return telemetry.Pool{} },
-		Staleness: func() time.Duration { return time.Second },
+		Staleness:    func() time.Duration { return time.Second },
 		Hooks: func() ([]telemetry.Counter, error) {
 			return []telemetry.Counter{{Hook: "guard", Reason: "dropped_connect"}}, nil
 		},
