@@ -42,7 +42,7 @@ func TestUninstallationLeavesNothing(t *testing.T) {
 // for an agent that never comes.
 func TestANodeThatWasOffHeals(t *testing.T) {
 	w := onMesh(t)
-	const ns = "off"
+	const ns = "switched-off"
 	w.busy(t, ns)
 	n := w.Node(2)
 	if err := w.StopNode(n); err != nil {
