@@ -26,14 +26,17 @@ const (
 
 // capturedLocked tells which pods take tunnels. Another node's pod that did and is still
 // wanted goes on, whoever removed its annotation; its agent puts it back. Of this node's pods
-// this agent knows, once it has said so.
+// this agent knows, once it has said so, whatever their annotations say.
 func (s *Source) capturedLocked(workloads []dataplane.Workload) map[string]bool {
 	captured := make(map[string]bool, len(s.captured))
 	for i := range workloads {
 		w := &workloads[i]
 		pod := s.pods[object.Key{Kind: object.KindPod, Name: w.Name}]
-		known := s.wanted != nil && w.Node == s.config.Node
-		if pod.annotated || s.wanted[w.UID] || !known && s.captured[w.UID] && s.wantsLocked(w) {
+		takes := pod.annotated || s.captured[w.UID] && s.wantsLocked(w)
+		if s.wanted != nil && w.Node == s.config.Node {
+			takes = s.wanted[w.UID]
+		}
+		if takes {
 			captured[w.UID] = true
 		}
 	}
@@ -153,7 +156,7 @@ func (s *Source) patchPod(ctx context.Context, pod dataplane.Name, uid, key stri
 	defer cancel()
 	pods := s.config.Client.CoreV1().Pods(pod.Namespace)
 	_, err = pods.Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{})
-	if apierrors.IsConflict(err) && uid != "" {
+	if apierrors.IsInvalid(err) && uid != "" { // no patch changes the UID
 		now, other := pods.Get(ctx, pod.Name, metav1.GetOptions{})
 		if other == nil && string(now.UID) != uid || apierrors.IsNotFound(other) {
 			return nil
@@ -167,18 +170,29 @@ func (s *Source) patchPod(ctx context.Context, pod dataplane.Name, uid, key stri
 
 // repair puts annotations back that others changed, at a pace at which nobody can be fought.
 func (s *Source) repair(ctx context.Context) {
+	pause, told := s.pace.mending, ""
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.repairs:
 		}
-		if err := s.annotate(ctx); err != nil && ctx.Err() == nil {
-			s.config.Log.Warn("repair the annotations of captured pods", "error", err)
+		err := s.annotate(ctx)
+		switch {
+		case err == nil:
+			pause, told = s.pace.mending, ""
+		case ctx.Err() == nil:
+			if err.Error() != told {
+				told = err.Error()
+				s.config.Log.Warn("repair the annotations of captured pods", "error", err)
+			}
 			s.repairs.give()
 		}
-		if !sleep(ctx, s.pace.mending) {
+		if !sleep(ctx, pause) {
 			return
+		}
+		if err != nil {
+			pause = min(2*pause, max(s.pace.mending, s.pace.retryMax))
 		}
 	}
 }

@@ -52,10 +52,10 @@ func TestPodThatCannotBeAnnotatedIsNamed(t *testing.T) {
 	// A pod that goes meanwhile, or whose name has another, needs no annotation.
 	for _, gone := range []error{
 		apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "web"),
-		apierrors.NewConflict(schema.GroupResource{Resource: "pods"}, "web", nil),
+		apierrors.NewInvalid(schema.GroupKind{Kind: "Pod"}, "web", nil),
 	} {
 		r.answers("patch pods", gone)
-		if apierrors.IsConflict(gone) {
+		if apierrors.IsInvalid(gone) {
 			p := r.pod("web")
 			p.UID = "uid-other"
 			r.answers("watch pods", nil)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -14,8 +15,8 @@ import (
 
 // health is how the last requests went.
 type health struct {
-	since   time.Time // the API server answers nothing since then; zero: it does
-	cause   string
+	since   time.Time              // the API server answers nothing since then; zero: it does
+	cause   string                 // of the first time
 	refused map[object.Kind]string // answers that keep a kind from being known
 }
 
@@ -29,16 +30,20 @@ func (s *Source) heard(ctx context.Context, kind object.Kind, err error) {
 	h := &s.health
 	var status apierrors.APIStatus
 	answered := err == nil || errors.As(err, &status)
+	cause := err
+	if request := (*url.Error)(nil); errors.As(err, &request) {
+		cause = request.Err // nobody wants to read all of the URL
+	}
 	switch {
 	case answered && !h.since.IsZero():
 		s.config.Log.Info("the API server is back", "after", time.Since(h.since).Round(time.Second))
 		h.since, h.cause = time.Time{}, ""
+		s.reports.give()
 	case !answered && h.since.IsZero():
-		h.since = time.Now()
-		s.config.Log.Warn("the API server is away: what was known last stays in force", "error", err)
+		h.since, h.cause = time.Now(), cause.Error()
+		s.config.Log.Warn("the API server is away: what was known last stays in force", "error", cause)
 	}
 	if !answered {
-		h.cause = err.Error()
 		return
 	}
 	switch {
@@ -60,12 +65,11 @@ func (s *Source) heard(ctx context.Context, kind object.Kind, err error) {
 	}
 }
 
-func (h *health) problems(now time.Time) []discovery.Problem {
+func (h *health) problems() []discovery.Problem {
 	var list []discovery.Problem
 	if !h.since.IsZero() {
 		list = append(list, discovery.Problem{Where: whereAPI, Cause: fmt.Sprintf(
-			"away since %s (%s): what was known then stays in force: %s",
-			h.since.UTC().Format(time.RFC3339), now.Sub(h.since).Round(time.Second), h.cause)})
+			"away since %s: what was known then stays in force: %s", h.since.UTC().Format(time.RFC3339), h.cause)})
 	}
 	for kind, cause := range h.refused {
 		list = append(list, discovery.Problem{Where: whereAPI, Cause: fmt.Sprintf("%s: %s", kind, cause)})

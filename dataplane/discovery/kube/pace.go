@@ -27,13 +27,14 @@ type pace struct {
 	term     time.Duration // how long the one that does may take
 
 	retry, retryMax time.Duration // after an error, doubling
+	starting        time.Duration // that an API server may refuse watches without a list anew
 	absent          time.Duration // until a kind that the cluster does not have is asked for again
 }
 
 func defaultPace() pace {
 	p := pace{
 		saving: 5 * time.Second, mending: time.Second, campaign: 3 * time.Second, term: time.Minute,
-		retry: 500 * time.Millisecond, retryMax: 10 * time.Second, absent: 30 * time.Second,
+		retry: 500 * time.Millisecond, retryMax: 5 * time.Second, starting: 30 * time.Second, absent: 30 * time.Second,
 	}
 	p.gather[urgent], p.factor[urgent] = 20*time.Millisecond, 1
 	p.gather[soon], p.factor[soon] = 50*time.Millisecond, 4

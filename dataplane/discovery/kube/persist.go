@@ -28,13 +28,10 @@ const savingFactor = 20
 // header is the first line of the file: JSON, packed. Each line after it is an API object,
 // trimmed; as many as Objects says.
 type header struct {
-	Version int       `json:"version"`
-	Written time.Time `json:"written"`
-	// Released says that the mesh was being taken off. Whether it still is, or has been
-	// installed anew since, the API server alone can tell.
-	Released bool     `json:"released,omitempty"`
-	Captured []string `json:"captured"` // UIDs
-	Objects  int      `json:"objects"`
+	Version  int       `json:"version"`
+	Written  time.Time `json:"written"`
+	Captured []string  `json:"captured"` // UIDs
+	Objects  int       `json:"objects"`
 }
 
 // restore takes the last good snapshot for the cluster until the API server has told of it.
@@ -50,15 +47,11 @@ func (s *Source) restore() {
 	var items []*item
 	if err == nil {
 		defer f.Close() //nolint:errcheck // opened for reading
-		head, items, err = readSnapshot(f)
+		head, items, err = readSnapshot(f, maxSnapshot)
 	}
 	if err != nil {
 		s.config.Log.Error("the last good snapshot cannot be used: nothing is in force until the API server has told of all of the cluster",
 			"file", s.config.SnapshotFile, "error", err)
-		return
-	}
-	if head.Released {
-		s.config.Log.Info("the last good snapshot is of a mesh that was being taken off: the API server is asked first", "file", s.config.SnapshotFile)
 		return
 	}
 	s.mu.Lock()
@@ -82,13 +75,14 @@ func (s *Source) restore() {
 		"file", s.config.SnapshotFile, "written", head.Written, "objects", len(items))
 }
 
-// readSnapshot reads a file as a whole or not at all: what is missing could be a policy.
-func readSnapshot(r io.Reader) (header, []*item, error) {
+// readSnapshot reads a file as a whole or not at all: what is missing could be a policy. It
+// takes less than limit bytes, unpacked.
+func readSnapshot(r io.Reader, limit int64) (header, []*item, error) {
 	unpacked, err := gzip.NewReader(r)
 	if err != nil {
 		return header{}, nil, err
 	}
-	limited := &io.LimitedReader{R: unpacked, N: maxSnapshot}
+	limited := &io.LimitedReader{R: unpacked, N: limit}
 	lines := json.NewDecoder(limited)
 	var head header
 	if err := lines.Decode(&head); err != nil {
@@ -103,9 +97,14 @@ func readSnapshot(r io.Reader) (header, []*item, error) {
 	var items []*item
 	for {
 		var raw json.RawMessage
-		if err := lines.Decode(&raw); errors.Is(err, io.EOF) {
+		err := lines.Decode(&raw)
+		if limited.N == 0 {
+			return header{}, nil, fmt.Errorf("unpacked it has %d bytes or more", limit)
+		}
+		if errors.Is(err, io.EOF) {
 			break
-		} else if err != nil {
+		}
+		if err != nil {
 			return header{}, nil, fmt.Errorf("object %d: %w", len(items), err)
 		}
 		it, err := decodeItem(raw)
@@ -113,9 +112,6 @@ func readSnapshot(r io.Reader) (header, []*item, error) {
 			return header{}, nil, fmt.Errorf("object %d: %w", len(items), err)
 		}
 		items = append(items, it)
-	}
-	if limited.N == 0 {
-		return header{}, nil, fmt.Errorf("it is larger than %d bytes", maxSnapshot)
 	}
 	if len(items) != head.Objects {
 		return header{}, nil, fmt.Errorf("it has %d objects and says that it has %d", len(items), head.Objects)
@@ -150,14 +146,15 @@ func (s *Source) save(ctx context.Context) {
 	failed, pause := false, s.pace.saving
 	for {
 		select {
-		case <-ctx.Done():
-			return
 		case <-s.saves:
+		case <-ctx.Done():
+			select {
+			case <-s.saves: // the last state is worth a moment
+			default:
+				return
+			}
 		}
-		if !sleep(ctx, pause) {
-			// The last state is worth a moment at the end.
-			ctx = context.WithoutCancel(ctx)
-		}
+		sleep(ctx, pause)
 		start := time.Now()
 		err := s.write()
 		pause = max(s.pace.saving, savingFactor*time.Since(start))
@@ -166,14 +163,18 @@ func (s *Source) save(ctx context.Context) {
 				"file", s.config.SnapshotFile, "error", err)
 		}
 		failed = err != nil
-		if ctx.Done() == nil {
-			return
-		}
 	}
 }
 
-// write replaces the file by what is known now, unless that is itself the file's.
+// write replaces the file by what is known now, unless that is itself the file's. Of a mesh
+// that is being taken off there is to be none: whether it still is, or has been installed
+// anew, an agent that starts has to be told.
 func (s *Source) write() error {
+	select {
+	case <-s.released:
+		return removeFiles(s.config.SnapshotFile)
+	default:
+	}
 	head, objects, ok := s.state()
 	if !ok {
 		return nil
@@ -188,7 +189,7 @@ func (s *Source) state() (header, []any, bool) {
 	if !s.syncedLocked() {
 		return header{}, nil, false
 	}
-	head := header{Version: snapshotVersion, Written: time.Now(), Released: s.releases, Captured: []string{}}
+	head := header{Version: snapshotVersion, Written: time.Now(), Captured: []string{}}
 	for uid := range s.captured {
 		head.Captured = append(head.Captured, uid)
 	}
@@ -230,26 +231,63 @@ func encodeSnapshot(w io.Writer, head header, objects []any) error {
 	return packed.Close()
 }
 
-// writeFile writes a file that is there as a whole or not at all, also after a crash.
+// writeFile writes a file that is there as a whole or not at all, also after a crash, and
+// beside another agent that does the same.
 func writeFile(path string, content func(io.Writer) error) (err error) {
-	f, err := os.OpenFile(path+".tmp", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err := removeStrays(path); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+strayPattern)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	if err := errors.Join(content(f), f.Chmod(0o600), f.Sync(), f.Close()); err != nil {
-		return err
+	if err := errors.Join(content(f), f.Sync(), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
 	}
 	if err := os.Rename(f.Name(), path); err != nil {
-		return err
+		return errors.Join(err, os.Remove(f.Name()))
 	}
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
 	return errors.Join(dir.Sync(), dir.Close())
+}
+
+const (
+	strayPattern = ".*.tmp"
+	// strayAge is that of a file which nobody writes any more.
+	strayAge = 10 * time.Minute
+)
+
+// removeStrays removes what agents began that ended in the middle.
+func removeStrays(path string) error {
+	began, err := filepath.Glob(path + strayPattern)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, stray := range began {
+		if info, err := os.Stat(stray); err == nil && time.Since(info.ModTime()) > strayAge {
+			errs = append(errs, removeFile(stray))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeFiles removes the file and what is left of attempts to write it.
+func removeFiles(path string) error {
+	began, err := filepath.Glob(path + strayPattern)
+	errs := []error{err}
+	for _, file := range append(began, path) {
+		errs = append(errs, removeFile(file))
+	}
+	return errors.Join(errs...)
+}
+
+func removeFile(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }

@@ -153,7 +153,7 @@ func FuzzSnapshotFile(f *testing.F) {
 	f.Add(`{"version":1,"written":"2026-11-21T00:00:00Z","objects":1}{"apiVersion":"v1","kind":"Service","metadata":{"name":"s"},"spec":{"ports":[{"port":80,"targetPort":"x"}]}}`)
 	f.Add(`{"version":1,"written":"2026-11-21T00:00:00Z","objects":1}{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{"name":"s"},"ports":[{"port":1}],"endpoints":[{"addresses":["::1"]}]}`)
 	f.Fuzz(func(t *testing.T, text string) {
-		head, items, err := readSnapshot(bytes.NewReader(packed(t, text)))
+		head, items, err := readSnapshot(bytes.NewReader(packed(t, text)), 1<<20)
 		if err != nil {
 			return
 		}
@@ -169,7 +169,7 @@ func FuzzSnapshotFile(f *testing.F) {
 		if err := encodeSnapshot(&b, head, objects); err != nil {
 			t.Fatalf("what was read cannot be written: %v", err)
 		}
-		_, again, err := readSnapshot(&b)
+		_, again, err := readSnapshot(&b, 1<<20)
 		if err != nil {
 			t.Fatalf("what was written cannot be read: %v", err)
 		}

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -70,6 +71,7 @@ func (s *Source) Report(ctx context.Context) error {
 		return nil
 	}
 	ctx = s.quietly(ctx)
+	pause := s.pace.campaign
 	for {
 		select {
 		case <-ctx.Done():
@@ -79,12 +81,19 @@ func (s *Source) Report(ctx context.Context) error {
 		if len(s.verdicts()) == 0 {
 			continue
 		}
-		if !sleep(ctx, rand.N(s.pace.campaign)) {
+		if !sleep(ctx, rand.N(pause)) {
 			return nil
 		}
-		if len(s.verdicts()) > 0 {
-			s.campaign(ctx)
-			s.reports.give() // whoever held the lease may have left something
+		before := len(s.verdicts())
+		if before == 0 {
+			continue
+		}
+		s.campaign(ctx)
+		s.reports.give() // whoever held the lease may have left something
+		if len(s.verdicts()) < before {
+			pause = s.pace.campaign
+		} else {
+			pause = min(2*pause, s.pace.term)
 		}
 	}
 }
@@ -94,6 +103,7 @@ func (s *Source) Report(ctx context.Context) error {
 func (s *Source) campaign(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, s.pace.term)
 	defer cancel()
+	elected, ended := make(chan context.Context, 1), make(chan struct{})
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
 		Lock: &resourcelock.LeaseLock{
 			LeaseMeta:  metav1.ObjectMeta{Namespace: s.config.Pod.Namespace, Name: statusLease},
@@ -103,10 +113,8 @@ func (s *Source) campaign(ctx context.Context) {
 		LeaseDuration: s.pace.term, RenewDeadline: s.pace.term * 2 / 3, RetryPeriod: s.pace.term / 6,
 		ReleaseOnCancel: true, Name: statusLease,
 		Callbacks: leaderelection.LeaderCallbacks{
-			OnStartedLeading: func(ctx context.Context) {
-				defer cancel()
-				s.writeVerdicts(ctx)
-			},
+			// It is called on a goroutine that nobody waits for.
+			OnStartedLeading: func(ctx context.Context) { elected <- ctx },
 			OnStoppedLeading: func() {},
 		},
 	})
@@ -114,30 +122,54 @@ func (s *Source) campaign(ctx context.Context) {
 		s.config.Log.Error("the status of policies is not written", "error", err)
 		return
 	}
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		select {
+		case <-ended:
+		case ctx := <-elected:
+			s.writeVerdicts(ctx)
+			cancel()
+		}
+	})
 	elector.Run(ctx)
+	close(ended)
+	writer.Wait()
 }
 
 func (s *Source) writeVerdicts(ctx context.Context) {
 	list := s.verdicts()
 	for _, v := range list[:min(len(list), writesAtOnce)] {
-		if err := s.writeVerdict(ctx, &v); err != nil {
-			if ctx.Err() == nil {
-				s.config.Log.Warn("write the status of a policy", "policy", v.key.String(), "error", err)
-			}
+		err := s.writeVerdict(ctx, &v)
+		if err == nil {
+			continue
+		}
+		if ctx.Err() == nil {
+			s.config.Log.Warn("write the status of a policy", "policy", v.key.String(), "error", err)
+		}
+		if !isAnswer(err) {
 			return
 		}
 	}
 }
 
-// verdicts lists the policies whose status does not say what it should.
+// verdicts lists the policies whose status does not say what it should. It is empty while
+// that is not known: before the last change of policies is published, and without API server.
 func (s *Source) verdicts() []verdict {
 	s.mu.Lock()
+	snapshot, edits := s.snapshot, s.edits
+	known := snapshot != nil && s.judged == edits && s.syncedLocked() && s.health.since.IsZero()
+	s.mu.Unlock()
+	if !known {
+		return nil
+	}
+	policies := s.config.Issues(snapshot)
+	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.snapshot == nil || !s.syncedLocked() || !s.health.since.IsZero() {
+	if s.edits != edits {
 		return nil
 	}
 	var list []verdict
-	for _, p := range s.config.Issues(s.snapshot) {
+	for _, p := range policies {
 		key := object.Key{Kind: p.Kind, Name: p.Name}
 		written := s.writing[key]
 		if written == nil || written.uid == "" {
@@ -184,12 +216,21 @@ func (s *Source) writeVerdict(ctx context.Context, v *verdict) error {
 	if err != nil {
 		return err
 	}
-	// The watch will say the same; until then nothing is to be done twice.
-	s.take(convert(v.key.Kind, now))
+	s.wrote(v, convert(v.key.Kind, now))
 	if !v.changed {
 		return nil
 	}
 	return s.tell(ctx, v, condition)
+}
+
+// wrote takes in what the watch will say, too: until then nothing is to be done twice. A
+// policy that the watch has shown to be gone by now stays so.
+func (s *Source) wrote(v *verdict, now *item) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.writing[v.key]; p != nil && p.resourceVersion == v.policy.resourceVersion && now.fault == "" {
+		s.writing[v.key] = now.policy
+	}
 }
 
 // tell makes an Event of a policy's new condition.

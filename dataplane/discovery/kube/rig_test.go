@@ -40,7 +40,7 @@ const (
 
 // rig is a source and the API server that it believes to talk to.
 type rig struct {
-	t       *testing.T
+	t       testing.TB
 	config  Config
 	client  *fake.Clientset
 	dynamic *dynamicfake.FakeDynamicClient
@@ -79,7 +79,7 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-func newRig(t *testing.T, objects ...runtime.Object) *rig {
+func newRig(t testing.TB, objects ...runtime.Object) *rig {
 	t.Helper()
 	r := &rig{t: t, answer: make(map[string]error), log: new(logBuffer), stop: func() {}}
 	r.client = fake.NewClientset()

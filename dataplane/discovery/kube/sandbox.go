@@ -110,9 +110,7 @@ func (s *Source) takeFetched(it *item) error {
 		}
 	}
 	s.changedLocked(s.takeLocked(it))
-	if it.key.Kind == object.KindPod {
-		s.fetched[it.key] = true
-	}
+	s.fetched[it.key] = true
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -33,7 +34,7 @@ type Source struct {
 	faults   map[object.Key]string  // objects that cannot be taken as they are
 	writing  map[object.Key]*policy // every policy, beside what the set understood of it
 	pods     map[object.Key]podState
-	fetched  map[object.Key]bool // pods that were asked for and that no watch has shown
+	fetched  map[object.Key]bool // what was asked for and no watch has shown
 	releases bool                // latched: the pods' agents act on it once
 	// What is known of it.
 	synced map[object.Kind]bool
@@ -46,8 +47,9 @@ type Source struct {
 	snapshot  *dataplane.Snapshot
 	captured  map[string]bool
 	conflicts []object.Conflict
-	reviewing bool // it is the first with a change of policies
 	due       schedule
+	// edits counts the changes of policies, judged those that the last snapshot has.
+	edits, judged int
 }
 
 // podState is what of a pod is not in the set.
@@ -150,6 +152,7 @@ func (s *Source) publish(store *dataplane.Store) {
 	start := time.Now()
 	s.mu.Lock()
 	contents := s.contentsLocked()
+	edits := s.edits
 	s.due.done()
 	s.mu.Unlock()
 	snapshot := dataplane.NewSnapshot(contents)
@@ -157,8 +160,8 @@ func (s *Source) publish(store *dataplane.Store) {
 	s.mu.Lock()
 	s.snapshot = snapshot
 	s.due.published(start, time.Now())
-	review := s.reviewing
-	s.reviewing = false
+	review := s.judged != edits
+	s.judged = edits
 	s.mu.Unlock()
 	s.saves.give()
 	if review {
@@ -196,6 +199,11 @@ func (s *Source) takeLocked(it *item) urgency {
 			s.faults[it.key] = it.fault
 			s.config.Log.Warn("an object cannot be taken as it is: what was known of it stays", "object", it.key.String(), "cause", it.fault)
 		}
+		if pod, there := s.pods[it.key]; there && pod.uid != it.uid && !s.fetched[it.key] {
+			how := s.dropLocked(it.key) // that was another pod
+			s.faults[it.key] = it.fault
+			return how
+		}
 		return never
 	}
 	if before := s.pods[it.key]; s.fetched[it.key] && it.uid != before.uid && it.created.Before(before.created) {
@@ -210,7 +218,9 @@ func (s *Source) takeLocked(it *item) urgency {
 	switch {
 	case it.key.Kind.IsPolicy():
 		s.writing[it.key] = it.policy
-		s.reviewing = s.reviewing || how != never
+		if how != never {
+			s.edits++
+		}
 		s.reports.give()
 	case it.key.Kind == object.KindPod:
 		how = max(how, s.takePodLocked(it))
@@ -241,7 +251,7 @@ func (s *Source) takePodLocked(it *item) urgency {
 func (s *Source) drop(key object.Key, uid string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.fetched[key] && s.pods[key].uid != uid {
+	if key.Kind == object.KindPod && s.fetched[key] && s.pods[key].uid != uid {
 		return
 	}
 	s.changedLocked(s.dropLocked(key))
@@ -256,7 +266,9 @@ func (s *Source) dropLocked(key object.Key) urgency {
 		delete(s.sandboxes, key.Name)
 	}
 	delete(s.pods, key)
-	s.reviewing = s.reviewing || key.Kind.IsPolicy()
+	if key.Kind.IsPolicy() {
+		s.edits++
+	}
 	if !s.set.Delete(key) {
 		return never
 	}
@@ -274,11 +286,12 @@ func (s *Source) replace(kind object.Kind, items []*item) {
 		how = max(how, s.takeLocked(it))
 	}
 	for _, key := range s.set.KeysOf(kind) {
-		// A pod that was asked for may be newer than the list.
+		// What was asked for may be newer than the list.
 		if !there[key] && !s.fetched[key] {
 			how = max(how, s.dropLocked(key))
 		}
 	}
+	maps.DeleteFunc(s.faults, func(key object.Key, _ string) bool { return key.Kind == kind && !there[key] })
 	if !s.synced[kind] {
 		s.synced[kind] = true
 		how = urgent
@@ -321,7 +334,7 @@ func (s *Source) urgencyLocked(key object.Key) urgency {
 func (s *Source) Problems() []discovery.Problem {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	list := s.health.problems(time.Now())
+	list := s.health.problems()
 	if !s.stale.IsZero() {
 		list = append(list, discovery.Problem{Where: s.config.SnapshotFile, Cause: fmt.Sprintf(
 			"the cluster as it was at %s is in force until the API server has told of all of it", s.stale.UTC().Format(time.RFC3339))})

@@ -100,6 +100,9 @@ func TestOutageKeepsEverythingInForce(t *testing.T) {
 	if r.source.Staleness() <= 0 {
 		t.Error("the source holds itself for up to date")
 	}
+	if strings.Contains(r.log.String(), "level=DEBUG") {
+		t.Errorf("client-go is not quiet:\n%s", r.log)
+	}
 	r.always("all is in force", func() bool {
 		s := r.snapshot()
 		return policies(1)(s) && captured("db")(s) && workload(s, "web").Enrolled
@@ -183,7 +186,7 @@ func TestReleaseIsLatched(t *testing.T) {
 	update("false")
 	r.always("it stays released", func() bool { return r.snapshot().Released() })
 	// The file of a mesh that went is not the state of one that is installed anew.
-	r.eventually("the file", func() bool { return r.wrote("released") })
+	r.eventually("no file", func() bool { return !r.wrote("") })
 	r.away(true)
 	r.run()
 	r.problem("away since")

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -172,16 +173,9 @@ func (s *Source) proveAbsent(ctx context.Context, kind object.Kind, answer error
 		if g.Name != policyGroup {
 			continue
 		}
-		resources, err := s.config.Client.Discovery().ServerResourcesForGroupVersionWithContext(ctx, policyGroup+"/v1")
-		if err != nil && !apierrors.IsNotFound(err) {
-			return fmt.Errorf("%w; and the API server does not say which kinds it has: %w", answer, err)
-		}
-		if resources == nil {
-			continue
-		}
-		for _, r := range resources.APIResources {
-			if r.Kind == string(kind) {
-				return fmt.Errorf("%w, yet the API server has that kind", answer)
+		for _, v := range g.Versions {
+			if err := s.proveWithout(ctx, kind, v.GroupVersion); err != nil {
+				return fmt.Errorf("%w, yet %w", answer, err)
 			}
 		}
 	}
@@ -193,14 +187,50 @@ func (s *Source) proveAbsent(ctx context.Context, kind object.Kind, answer error
 	return fmt.Errorf("%w from what does not look like an API server", answer)
 }
 
-// errWatch hides what kind of error a watch could not be started for: a reflector would
-// wait for a server that refuses connections out of sight, and deaf to the end of its context.
-type errWatch struct{ message string }
+// proveWithout looks for a kind of policies in one version of their group. Of policies that
+// are there in another version than v1 alone, nothing would be known.
+func (s *Source) proveWithout(ctx context.Context, kind object.Kind, version string) error {
+	list, err := s.config.Client.Discovery().ServerResourcesForGroupVersionWithContext(ctx, version)
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil
+	case err != nil:
+		return fmt.Errorf("the API server does not say which kinds it has: %w", err)
+	}
+	for _, r := range list.APIResources {
+		if r.Kind == string(kind) {
+			return fmt.Errorf("the API server has that kind in %s", version)
+		}
+	}
+	return nil
+}
 
-func (e errWatch) Error() string { return e.message }
+// errHidden hides what kind of error the stream of a list could not be started for: for one
+// that it tries again after, a reflector waits deaf to the end of its context.
+type errHidden struct{ message string }
+
+func (e errHidden) Error() string { return e.message }
+
+// errResume is taken by a reflector for a refused connection: it goes on from where it was,
+// when it can, and does not have all nodes list the whole cluster because the API server was
+// started anew.
+type errResume struct{ error }
+
+func (e errResume) Unwrap() error { return syscall.ECONNREFUSED }
+
+func isAnswer(err error) bool {
+	var status apierrors.APIStatus
+	return errors.As(err, &status)
+}
+
+// startAnswer reports whether an API server that is starting has that answer for everybody.
+func startAnswer(err error) bool {
+	return apierrors.IsUnauthorized(err) || apierrors.IsForbidden(err) || apierrors.IsInternalError(err) || apierrors.IsServiceUnavailable(err)
+}
 
 // listWatch reports how each request goes to health.
 func (s *Source) listWatch(r resource) cache.ListerWatcher {
+	var refused time.Time // since when watches are; zero: they are not
 	return cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 			out, err := r.list(ctx, options)
@@ -209,15 +239,29 @@ func (s *Source) listWatch(r resource) cache.ListerWatcher {
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
 			w, err := r.watch(ctx, options)
-			if err != nil && r.kind.IsPolicy() && apierrors.IsNotFound(err) {
-				return nil, err // the list tells what it means
+			streams := options.SendInitialEvents != nil
+			if !isAnswer(err) || !streams && !(r.kind.IsPolicy() && apierrors.IsNotFound(err)) {
+				s.heard(ctx, r.kind, err)
+			} // else the list that follows tells what it means
+			switch {
+			case err == nil:
+				refused = time.Time{}
+				return w, nil
+			case streams && (!isAnswer(err) || apierrors.IsTooManyRequests(err)):
+				return nil, errHidden{err.Error()}
+			case streams:
+				return nil, err
+			case !isAnswer(err):
+				return nil, errResume{err}
+			case startAnswer(err):
+				if refused.IsZero() {
+					refused = time.Now()
+				}
+				if time.Since(refused) < s.pace.starting {
+					return nil, errResume{err}
+				}
 			}
-			s.heard(ctx, r.kind, err)
-			var status apierrors.APIStatus
-			if err != nil && (!errors.As(err, &status) || apierrors.IsTooManyRequests(err)) {
-				return nil, errWatch{err.Error()}
-			}
-			return w, err
+			return nil, err
 		},
 	}, r.client)
 }
