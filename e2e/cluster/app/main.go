@@ -1,8 +1,11 @@
 // Command app is what tests run in pods: a server, and clients of it.
 //
-//	app serve                   HTTP, an echo and gRPC's health service, until it is told to end
+//	app serve                   HTTP, an echo, a greeting and gRPC's health service, until it is told to end
+//	app webhook DIR             admission webhook with tls.crt and tls.key of DIR; refuses what is named refused
 //	app get [-n N] URL          N requests, each on a connection of its own; the last answer
 //	app echo ADDRESS TEXT       one connection, one message and its echo
+//	app transfer [-n N] ADDRESS N MiB to the echo and back, and what they hash to
+//	app hear ADDRESS            what a server says that speaks first
 //	app loop URL                requests one after the other, each on a new connection
 //	app hold ADDRESS            one connection, used again and again
 //	app check                   whether the server in this container is well, for exec probes
@@ -23,9 +26,11 @@ import (
 
 // Ports of serve.
 const (
-	httpPort = 8080
-	echoPort = 9000
-	grpcPort = 9090
+	httpPort  = 8080
+	echoPort  = 9000
+	grpcPort  = 9090
+	greetPort = 9100
+	hookPort  = 8443
 )
 
 func main() {
@@ -39,7 +44,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New("usage: app serve | get | echo | loop | hold | check")
+		return errors.New("usage: app serve | webhook | get | echo | transfer | hear | loop | hold | check")
 	}
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	count := flags.Int("n", 1, "how many")
@@ -52,10 +57,16 @@ func run(ctx context.Context, args []string) error {
 	switch args[0] {
 	case "serve":
 		return serve(ctx)
+	case "webhook":
+		return serveWebhook(ctx, flags.Arg(0))
 	case "get":
 		return c.get(ctx, flags.Arg(0), *count)
 	case "echo":
 		return c.echo(ctx, flags.Arg(0), flags.Arg(1))
+	case "transfer":
+		return c.transfer(ctx, flags.Arg(0), *count)
+	case "hear":
+		return c.hear(ctx, flags.Arg(0))
 	case "loop":
 		return c.loop(ctx, flags.Arg(0), *every)
 	case "hold":

@@ -49,6 +49,10 @@ func serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	greeter, err := net.Listen("tcp", fmt.Sprintf(":%d", greetPort))
+	if err != nil {
+		return err
+	}
 	web, err := net.Listen("tcp", fmt.Sprintf(":%d", httpPort))
 	if err != nil {
 		return err
@@ -58,7 +62,8 @@ func serve(ctx context.Context) error {
 	fmt.Println("serving")
 	var group errgroup.Group
 	group.Go(func() error { return rpc.Serve(wellness) })
-	group.Go(func() error { return serveEcho(echo) })
+	group.Go(func() error { return serveEach(echo, func(conn net.Conn) { _, _ = io.Copy(conn, conn) }) }) // the client sees it
+	group.Go(func() error { return serveEach(greeter, func(conn net.Conn) { _, _ = io.WriteString(conn, pod) }) })
 	group.Go(func() error {
 		if err := server.Serve(web); !errors.Is(err, http.ErrServerClosed) {
 			return err
@@ -68,11 +73,11 @@ func serve(ctx context.Context) error {
 	<-ctx.Done()
 	time.Sleep(drainTime)
 	rpc.Stop()
-	return errors.Join(server.Close(), echo.Close(), group.Wait())
+	return errors.Join(server.Close(), echo.Close(), greeter.Close(), group.Wait())
 }
 
-// serveEcho ends with l, and leaves connections to the end of the process.
-func serveEcho(l net.Listener) error {
+// serveEach ends with l, and leaves connections to the end of the process.
+func serveEach(l net.Listener, serve func(net.Conn)) error {
 	for {
 		conn, err := l.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -82,7 +87,7 @@ func serveEcho(l net.Listener) error {
 			return err
 		}
 		go func() {
-			_, _ = io.Copy(conn, conn) // the client sees it
+			serve(conn)
 			_ = conn.Close()
 		}()
 	}
