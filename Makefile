@@ -92,6 +92,10 @@ kubernetes: ## build or find what the tests' Kubernetes clusters are made of (so
 e2e: kubernetes ## run the end-to-end tests alone, those on Kubernetes too (needs root)
 	RACEWAY_REQUIRE_ROOT=1 RACEWAY_REQUIRE_PEERS=1 $(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) -p 1 ./e2e/...
 
+.PHONY: e2e-oldkernel
+e2e-oldkernel: ## run the tests that need a kernel on Debian's 6.1, under QEMU (slow; apt-get install qemu-system-x86 cpio)
+	$(GO) run ./e2e/oldkernel $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## fuzz every parser for FUZZTIME (5s) each
 	@.ci/fuzz $(FUZZTIME)
