@@ -248,9 +248,13 @@ func TestDocumentedValuesExist(t *testing.T) {
 	for _, p := range pages(t) {
 		check := func(name string) {
 			seen++
-			whole, _, _ := strings.Cut(name, "Options.") // is given whole, and has no rows of its own
-			if !known[name] && !known[whole+"Options"] {
-				t.Errorf("%s: the chart has no value %s", p.path, name)
+			for part := name; !known[part]; { // what is given whole, as agent.resources, has no rows below it
+				at := strings.LastIndex(part, ".")
+				if at < 0 {
+					t.Errorf("%s: the chart has no value %s", p.path, name)
+					return
+				}
+				part = part[:at]
 			}
 		}
 		for _, line := range p.code {
