@@ -68,7 +68,7 @@ func TestALabelEnrolsWithoutARestart(t *testing.T) {
 	wire := w.wire(t, 2)
 	across := func() string {
 		text := needle()
-		w.must(t, ns, "loop", "get", "http://"+w.podIP(t, ns, "server2")+":8080/"+text)
+		w.must(t, ns, "loop", "get", "http://"+w.host(t, ns, "server2")+":8080/"+text)
 		return text
 	}
 	if clear, tunnels := seen(t, wire, across()); !clear || tunnels > 0 {
@@ -80,7 +80,7 @@ func TestALabelEnrolsWithoutARestart(t *testing.T) {
 	if clear, tunnels := seen(t, wire, across()); clear || tunnels == 0 {
 		t.Errorf("with the label: in clear %v, %d packets of tunnels", clear, tunnels)
 	}
-	for _, url := range []string{"http://server/", "http://headless:8080/", "http://" + w.podIP(t, ns, "server1") + ":8080/"} {
+	for _, url := range []string{"http://server/", "http://headless:8080/", "http://" + w.host(t, ns, "server1") + ":8080/"} {
 		w.must(t, ns, "loop", "get", url)
 	}
 	loop, hold = w.unharmed(t, ns, "loop", loop), w.unharmed(t, ns, "hold", hold)

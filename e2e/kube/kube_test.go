@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -27,6 +26,7 @@ type world struct {
 	raceway string // the command line's path
 	helm    string
 
+	families  cluster.IPFamilies
 	stop      func()
 	installed bool
 }
@@ -34,23 +34,30 @@ type world struct {
 var (
 	shared   *world
 	startErr error
-	starting sync.Once
+	families cluster.IPFamilies // that tests want; a shared cluster of others is replaced
 )
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if shared != nil {
-		shared.stop()
-		if err := shared.Close(); err != nil {
-			fmt.Fprintln(os.Stderr, "close the cluster:", err)
-			code = 1
-		}
-		for _, left := range cluster.Leftovers() {
-			fmt.Fprintln(os.Stderr, "left behind:", left)
-			code = 1
-		}
+	if err := closeShared(); err != nil {
+		fmt.Fprintln(os.Stderr, "close the cluster:", err)
+		code = 1
 	}
 	os.Exit(code)
+}
+
+// closeShared ends the shared cluster, if there is one, and wants nothing to be left of it.
+func closeShared() error {
+	if shared == nil {
+		return nil
+	}
+	shared.stop()
+	errs := []error{shared.Close()}
+	shared = nil
+	for _, left := range cluster.Leftovers() {
+		errs = append(errs, fmt.Errorf("left behind: %s", left))
+	}
+	return errors.Join(errs...)
 }
 
 // onCluster is the shared cluster, without Raceway unless a test before has left it there.
@@ -58,7 +65,14 @@ func TestMain(m *testing.M) {
 func onCluster(t *testing.T) *world {
 	t.Helper()
 	clustertest.Require(t)
-	starting.Do(func() { shared, startErr = startWorld() })
+	if shared != nil && shared.families != families {
+		if err := closeShared(); err != nil {
+			t.Error(err)
+		}
+	}
+	if shared == nil && startErr == nil {
+		shared, startErr = startWorld()
+	}
 	if startErr != nil {
 		t.Fatal(startErr)
 	}
@@ -88,11 +102,11 @@ func startWorld() (_ *world, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	c, err := cluster.Start(ctx, cluster.Config{Log: log})
+	c, err := cluster.Start(ctx, cluster.Config{IPFamilies: families, Log: log})
 	if err != nil {
 		return nil, err
 	}
-	w := &world{Cluster: c, stop: clustertest.CloseOnInterrupt(c)}
+	w := &world{Cluster: c, families: families, stop: clustertest.CloseOnInterrupt(c)}
 	defer func() {
 		if err != nil {
 			w.stop()

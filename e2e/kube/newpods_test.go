@@ -39,7 +39,7 @@ spec:
       terminationGracePeriodSeconds: 1
       containers:
       - {name: app, image: %[3]s, args: [get, "http://%[4]s:8080/%[5]s"]}
-`, ns, newcomers, cluster.AppRef, w.podIP(t, ns, "server2"), mark))
+`, ns, newcomers, cluster.AppRef, w.host(t, ns, "server2"), mark))
 	w.kubectl(t, "-n", ns, "wait", "--for=condition=Complete", "job/newcomers", "--timeout=5m")
 	if clear, tunnels := seen(t, wire, mark); clear || tunnels == 0 {
 		t.Errorf("%d new pods: in clear %v, %d packets of tunnels", newcomers, clear, tunnels)

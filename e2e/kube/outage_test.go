@@ -43,7 +43,7 @@ func TestAnAgentThatIsKilledComesBack(t *testing.T) {
 	wire := w.wire(t, 2)
 	mark := needle()
 	eventually(t, "requests are answered again", func() error {
-		_, err := w.exec(t.Context(), ns, "loop", "get", "-timeout", "2s", "http://"+w.podIP(t, ns, "server2")+":8080/"+mark)
+		_, err := w.exec(t.Context(), ns, "loop", "get", "-timeout", "2s", "http://"+w.host(t, ns, "server2")+":8080/"+mark)
 		return err
 	})
 	took := time.Since(start)
@@ -81,7 +81,7 @@ func TestTrafficGoesOnWithoutTheAPIServer(t *testing.T) {
 	w := onMesh(t)
 	const ns = "noapi"
 	w.busy(t, ns)
-	w.run(t, ns, pod{name: "quiet", node: 1, args: []string{"loop", "-every", "1s", "http://" + w.podIP(t, ns, "server2") + ":8080/"}})
+	w.run(t, ns, pod{name: "quiet", node: 1, args: []string{"loop", "-every", "1s", "http://" + w.host(t, ns, "server2") + ":8080/"}})
 	loop := w.unharmed(t, ns, "loop", count{})
 	quiet := w.unharmed(t, ns, "quiet", count{})
 	if err := w.StopAPIServer(); err != nil {
@@ -120,7 +120,7 @@ func TestANodeThatRebootsCapturesItsPods(t *testing.T) {
 	w.busy(t, ns)
 	// It asks from its first moment, and again and again until somebody listens.
 	mark := needle()
-	target := w.podIP(t, ns, "server1")
+	target := w.host(t, ns, "server1")
 	w.run(t, ns, pod{name: "eager", node: 2, args: []string{"loop", "http://" + target + ":8080/" + mark}})
 	w.captured(t, ns, true, "eager")
 	n := w.Node(2)

@@ -43,7 +43,7 @@ func TestStrictServersPassTheirProbes(t *testing.T) {
 	w.shop(t, ns)
 	w.namespace(t, outside)
 	w.run(t, outside, pod{name: "stranger", node: 1, args: []string{"serve"}})
-	url := "http://" + w.podIP(t, ns, "server2") + ":8080/"
+	url := "http://" + w.host(t, ns, "server2") + ":8080/"
 	w.served(t, outside, "stranger", url)
 	w.kubectl(t, "label", "namespace", ns, enrolled)
 	w.captured(t, ns, true, "server1", "server2", "loop")
@@ -51,7 +51,7 @@ func TestStrictServersPassTheirProbes(t *testing.T) {
 
 	w.apply(t, fmt.Sprintf(strict, ns))
 	w.refused(t, outside, "stranger", url)
-	w.refused(t, outside, "stranger", "http://"+w.podIP(t, ns, "server1")+":8080/") // on its own node
+	w.refused(t, outside, "stranger", "http://"+w.host(t, ns, "server1")+":8080/") // on its own node
 	w.served(t, ns, "loop", url)
 	lives := w.lives(t, ns)
 	// A pod that starts now has everything before it: the startup probe too.

@@ -43,6 +43,8 @@ type pod struct {
 	args   []string
 	probes bool // those of a server: one of each kind
 	labels map[string]string
+	spec   string // further lines of YAML, of the pod
+	extra  string // and of its container
 }
 
 func (p pod) manifest(namespace string) string {
@@ -64,8 +66,11 @@ kind: Pod
 metadata: {name: %[1]s, namespace: %[2]s, labels: {%[3]s}}
 spec:
   serviceAccountName: %[1]s
-  terminationGracePeriodSeconds: 5
 `, p.name, namespace, labels)
+	if !strings.Contains(p.spec, "terminationGracePeriodSeconds:") {
+		manifest += "  terminationGracePeriodSeconds: 5\n"
+	}
+	manifest += p.spec
 	if p.node > 0 {
 		manifest += fmt.Sprintf("  nodeName: node%d\n", p.node)
 	}
@@ -75,6 +80,7 @@ spec:
     args: %s
     env: [{name: NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}]
 `, cluster.AppRef, args)
+	manifest += p.extra
 	if p.probes {
 		manifest += `    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, failureThreshold: 2}
     livenessProbe: {grpc: {port: 9090}, periodSeconds: 1}
@@ -97,12 +103,12 @@ const serverService = `---
 apiVersion: v1
 kind: Service
 metadata: {name: server, namespace: %[1]s}
-spec: {selector: {role: server}, ports: [{name: http, port: 80, targetPort: 8080}, {name: echo, port: 9000}]}
+spec: {ipFamilyPolicy: PreferDualStack, selector: {role: server}, ports: [{name: http, port: 80, targetPort: 8080}, {name: echo, port: 9000}]}
 ---
 apiVersion: v1
 kind: Service
 metadata: {name: headless, namespace: %[1]s}
-spec: {clusterIP: None, selector: {role: server}, ports: [{name: http, port: 8080}]}
+spec: {ipFamilyPolicy: PreferDualStack, clusterIP: None, selector: {role: server}, ports: [{name: http, port: 8080}]}
 `
 
 // run makes pods and waits until they are ready.
@@ -131,7 +137,7 @@ func (w *world) shop(t *testing.T, namespace string) {
 	})
 	w.run(t, namespace,
 		pod{name: "loop", node: 1, args: []string{"loop", "http://server/"}},
-		pod{name: "hold", node: 1, args: []string{"hold", w.podIP(t, namespace, "server2") + ":9000"}})
+		pod{name: "hold", node: 1, args: []string{"hold", w.host(t, namespace, "server2") + ":9000"}})
 }
 
 // exec runs the application's binary in a pod.
@@ -153,6 +159,20 @@ func (w *world) must(t *testing.T, namespace, pod string, args ...string) string
 func (w *world) podIP(t *testing.T, namespace, pod string) string {
 	t.Helper()
 	return w.kubectl(t, "-n", namespace, "get", "pod", pod, "-o", "jsonpath={.status.podIP}")
+}
+
+// host is a pod's address as it stands in a URL.
+func (w *world) host(t *testing.T, namespace, pod string) string {
+	t.Helper()
+	return inURL(w.podIP(t, namespace, pod))
+}
+
+// inURL puts an IPv6 address in brackets.
+func inURL(address string) string {
+	if strings.Contains(address, ":") {
+		return "[" + address + "]"
+	}
+	return address
 }
 
 // count is what a client's last line of output says.
