@@ -68,11 +68,26 @@ func Environment() []string {
 	debian := filepath.Join(PartsDir, "debian")
 	libraries := filepath.Join(debian, "usr/lib/x86_64-linux-gnu")
 	return []string{
-		"PATH=" + strings.Join([]string{debian + "/usr/bin", debian + "/usr/sbin", debian + "/sbin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}, ":"),
+		"PATH=" + strings.Join([]string{alternatives, debian + "/usr/bin", debian + "/usr/sbin", debian + "/sbin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}, ":"),
 		"LD_LIBRARY_PATH=" + libraries + ":" + filepath.Join(debian, "lib/x86_64-linux-gnu"),
 		"XTABLES_LIBDIR=" + filepath.Join(libraries, "xtables"),
 		"HOME=/root",
 	}
+}
+
+// alternatives is where programs are that Debian names when it installs a package.
+const alternatives = "/run/alternatives"
+
+// nameAlternatives makes iptables those that write nftables rules, as Debian does.
+func nameAlternatives() error {
+	if err := os.MkdirAll(alternatives, 0o755); err != nil {
+		return err
+	}
+	var errs []error
+	for _, name := range []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"} {
+		errs = append(errs, os.Symlink(filepath.Join(PartsDir, "debian/usr/sbin/xtables-nft-multi"), filepath.Join(alternatives, name)))
+	}
+	return errors.Join(errs...)
 }
 
 // prepare writes what the processes read. What is on the disk already stays as it is: others
@@ -82,6 +97,9 @@ func (c Config) prepare() error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("prepare: %w", err)
 		}
+	}
+	if err := nameAlternatives(); err != nil {
+		return fmt.Errorf("prepare: %w", err)
 	}
 	files := map[string]string{
 		"/etc/containerd/config.toml":               c.containerdConfig(),
