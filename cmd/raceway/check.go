@@ -139,7 +139,8 @@ func findingNamespace(f admin.Finding) string {
 }
 
 // summarize makes one row of each subject that is in order, and keeps of the others what
-// failed. Findings come sorted.
+// failed; what there is to say of a check that did not fail is kept as well. Findings come
+// sorted.
 func summarize(all []tagged[admin.Finding]) []tagged[admin.Finding] {
 	var short []tagged[admin.Finding]
 	for len(all) > 0 {
@@ -150,11 +151,17 @@ func summarize(all []tagged[admin.Finding]) []tagged[admin.Finding] {
 		if n < 0 {
 			n = len(all)
 		}
-		failed := slices.DeleteFunc(slices.Clone(all[:n]), func(t tagged[admin.Finding]) bool { return t.row.OK })
-		if len(failed) == 0 {
-			failed = []tagged[admin.Finding]{{first.agent, admin.Finding{Subject: first.row.Subject, OK: true, Check: checks(n)}}}
+		inOrder, telling := true, []tagged[admin.Finding](nil)
+		for _, t := range all[:n] {
+			inOrder = inOrder && t.row.OK
+			if !t.row.OK || t.row.Detail != "" {
+				telling = append(telling, t)
+			}
 		}
-		short = append(short, failed...)
+		if inOrder {
+			short = append(short, tagged[admin.Finding]{first.agent, admin.Finding{Subject: first.row.Subject, OK: true, Check: checks(n)}})
+		}
+		short = append(short, telling...)
 		all = all[n:]
 	}
 	return short

@@ -3,14 +3,18 @@ package kube
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/util/version"
 
+	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 )
 
@@ -32,7 +36,7 @@ func (c *Cluster) Check(ctx context.Context) ([]admin.Finding, error) {
 	}
 	findings := []admin.Finding{atLeast(clusterSubject, "Kubernetes", running.GitVersion, minKubernetes)}
 	for _, look := range []func(context.Context) ([]admin.Finding, error){
-		c.checkNodes, c.checkPolicyKinds, c.checkCNI, c.checkInstallation,
+		c.checkNodes, c.checkPolicyKinds, c.checkCNI, c.checkInstallation, c.checkNetworkPolicies,
 	} {
 		found, err := look(ctx)
 		if err != nil {
@@ -109,6 +113,36 @@ func (c *Cluster) checkCNI(ctx context.Context) ([]admin.Finding, error) {
 		f.OK, f.Detail = false, "Cilium takes other plugins out of its CNI configuration: set its Helm value cni.exclusive=false"
 	}
 	return []admin.Finding{f}, nil
+}
+
+// checkNetworkPolicies looks for those that keep tunnels from pods that are captured.
+func (c *Cluster) checkNetworkPolicies(ctx context.Context) ([]admin.Finding, error) {
+	all, err := c.client.NetworkingV1().NetworkPolicies(metav1.NamespaceAll).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("list NetworkPolicies: %w", err)
+	}
+	policies := make(map[string][]networkingv1.NetworkPolicy)
+	for _, p := range all.Items {
+		policies[p.Namespace] = append(policies[p.Namespace], p)
+	}
+	var findings []admin.Finding
+	for _, namespace := range slices.Sorted(maps.Keys(policies)) {
+		pods, err := c.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return nil, fmt.Errorf("list the pods of namespace %s: %w", namespace, err)
+		}
+		for i := range pods.Items {
+			pod := &pods.Items[i]
+			if pod.Annotations[dataplane.RedirectionAnnotation] != dataplane.RedirectionEnabled {
+				continue
+			}
+			for _, f := range blockers(pod, policies[namespace]) {
+				f.Subject = namespace + "/" + pod.Name
+				findings = append(findings, f)
+			}
+		}
+	}
+	return findings, nil
 }
 
 // Installed reports whether the cluster has agents at all.

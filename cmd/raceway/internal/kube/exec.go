@@ -8,9 +8,11 @@ import (
 	"net"
 	"strings"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/klog/v2"
 	"k8s.io/streaming/pkg/httpstream"
 )
 
@@ -29,7 +31,9 @@ func (c *Cluster) Dial(ctx context.Context, a Agent) (net.Conn, error) {
 		return nil, err
 	}
 	near, far := net.Pipe()
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	// client-go would tell the terminal of every connection that is closed at the end.
+	ctx = klog.NewContext(context.WithoutCancel(ctx), logr.Discard())
+	ctx, cancel := context.WithCancel(ctx)
 	conn := &execConn{Conn: near, cancel: cancel, pod: c.Namespace + "/" + a.Pod, ended: make(chan struct{})}
 	go func() {
 		var complaint bytes.Buffer
