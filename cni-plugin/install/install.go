@@ -31,6 +31,7 @@ const (
 	truce         = time.Hour        // for this long
 	firstBackOff  = time.Second      // before the second insertion; doubled for each further one
 	retry         = 5 * time.Second  // after an error
+	lookInterval  = 10 * time.Second // while nothing seems to change: the plugin itself is not watched
 )
 
 // Config says where things are. Paths are as this process sees them.
@@ -121,14 +122,16 @@ func (i *Installer) keep(ctx context.Context, changed <-chan struct{}) {
 		case <-changed:
 		case <-again.C:
 		}
-		if wait := i.pass(time.Now()); wait > 0 {
-			again.Reset(wait)
+		wait := i.pass(time.Now())
+		if wait <= 0 {
+			wait = lookInterval
 		}
+		again.Reset(wait)
 	}
 }
 
 // pass looks at what is on the node and mends it. It returns when to come again although
-// nothing has changed, 0 for never.
+// nothing has changed, 0 when there is no hurry.
 func (i *Installer) pass(now time.Time) (wait time.Duration) {
 	var where, cause string
 	err := withLock(i.config.ConfDir, func() (err error) {
@@ -204,10 +207,10 @@ func (i *Installer) mend(now time.Time) (where string, wait time.Duration, err e
 // copyBinary puts this agent's version there when it begins. Later it only puts back what is
 // missing: during an upgrade another agent's is there by right.
 func (i *Installer) copyBinary(to string) error {
-	is, err := os.ReadFile(to)
-	if err == nil && i.settled {
+	if _, err := os.Stat(to); err == nil && i.settled {
 		return nil
 	}
+	is, err := os.ReadFile(to)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

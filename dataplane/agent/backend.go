@@ -185,6 +185,7 @@ func (b backend) Why(_ context.Context, q admin.WhyQuery) (admin.Why, error) {
 func (b backend) Check(ctx context.Context) ([]admin.Finding, error) {
 	findings := b.checkAgent()
 	s, _ := b.store.Load()
+	var from *servedPod
 	for uid, st := range b.reconciler.Status() {
 		subject := uid
 		var w *dataplane.Workload
@@ -211,7 +212,11 @@ func (b backend) Check(ctx context.Context) ([]admin.Finding, error) {
 			f := b.pods.probe(ctx, w, pod)
 			f.Subject = subject
 			findings = append(findings, f)
+			from = pod
 		}
+	}
+	if from != nil {
+		findings = append(findings, b.pods.probePeers(ctx, s, b.cfg.Node, from)...)
 	}
 	slices.SortStableFunc(findings, func(x, y admin.Finding) int {
 		return cmp.Or(cmp.Compare(rank(x.Subject), rank(y.Subject)), cmp.Compare(x.Subject, y.Subject))
@@ -242,7 +247,7 @@ func (b backend) checkAgent() []admin.Finding {
 		findings = append(findings, finding("API server", stale(b.cluster.Staleness())))
 	}
 	if b.plugin != nil && !b.released.Load() {
-		findings = append(findings, finding("CNI plugin", b.plugin.ready()))
+		findings = append(findings, finding("CNI plugin", b.plugin.check()))
 	}
 	for _, st := range b.keeper.Status() {
 		findings = append(findings, finding("certificate "+st.Identity.String(), st.LastError))

@@ -264,6 +264,17 @@ func (p *plugin) ready() error {
 	return nil
 }
 
+// check looks at what is on the node now, which ready has from its last look.
+func (p *plugin) check() error {
+	errs := []error{p.ready()}
+	if errs[0] == nil {
+		for _, problem := range install.Check(p.where) {
+			errs = append(errs, errors.New(problem.String()))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // arrivals is what the CNI plugin talks to: it captures pods before anything runs in them.
 type arrivals struct {
 	*Agent
