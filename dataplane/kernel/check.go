@@ -41,6 +41,7 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 		look   func() error
 		remedy string
 	}{
+		{"pins", p.d.checkPins, "the next agent cannot take over what runs; " + putBack},
 		{"connect hooks", p.d.checkHooks, detached},
 		{"kubelet", p.d.checkKubelet, "its probes count as plaintext: they fail where STRICT or a policy forbids that, and while the agent is away"},
 		{"outbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_OUTBOUND) }, "the pod is being enrolled or released"},

@@ -3,7 +3,13 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
 
 	"github.com/raceway-mesh/raceway/bpf"
 )
@@ -44,9 +50,43 @@ func (d *Datapath) Repair() (mended []string, err error) {
 	if d.closed {
 		return nil, nil
 	}
-	mended, err = repair([]part{{"connect hooks", d.checkHooks, d.mendHooks}})
+	mended, err = repair([]part{
+		{"pins", d.checkPins, d.mendPins},
+		{"connect hooks", d.checkHooks, d.mendHooks},
+	})
 	more, probesErr := d.repairProbes()
 	return append(mended, more...), errors.Join(err, probesErr)
+}
+
+// checkPins looks for the maps where the next agent does.
+func (d *Datapath) checkPins() error {
+	for _, pin := range slices.Sorted(maps.Keys(d.loaded.pinnedMaps())) {
+		if _, err := os.Stat(pin); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mendPins makes the directories too: somebody may have removed all of it.
+func (d *Datapath) mendPins() error {
+	var errs []error
+	for pin, m := range d.loaded.pinnedMaps() {
+		if _, err := os.Stat(pin); err == nil {
+			continue
+		}
+		errs = append(errs, os.MkdirAll(filepath.Dir(pin), 0o700), pinAgain(m, pin))
+	}
+	return errors.Join(errs...)
+}
+
+// pinAgain pins a duplicate: the map itself believes that it is pinned.
+func pinAgain(m *ebpf.Map, pin string) error {
+	again, err := m.Clone()
+	if err != nil {
+		return err
+	}
+	return errors.Join(again.Pin(pin), again.Close())
 }
 
 func (d *Datapath) mendHooks() error {

@@ -82,6 +82,21 @@ func (l *loaded) removeOtherShapes(dir string) error {
 	return errors.Join(errs...)
 }
 
+// pinnedMaps are the maps that the next agent adopts, by where they are pinned.
+func (l *loaded) pinnedMaps() map[string]*ebpf.Map {
+	pinned := make(map[string]*ebpf.Map)
+	for name, m := range l.coll.Maps {
+		switch {
+		case name == mapRodata:
+		case slices.Contains(sharedMaps(), name):
+			pinned[filepath.Join(l.dir, sharedDir, shape(l.spec.Maps[name]))] = m
+		default:
+			pinned[filepath.Join(l.hooks, name)] = m
+		}
+	}
+	return pinned
+}
+
 func closeMaps(maps map[string]*ebpf.Map) {
 	for _, m := range maps {
 		_ = m.Close() // a descriptor; the map is pinned, or in a collection
