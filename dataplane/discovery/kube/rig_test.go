@@ -47,6 +47,7 @@ type rig struct {
 	kinds   kinds
 	log     *logBuffer
 
+	pace   pace
 	source *Source
 	store  *dataplane.Store
 	stop   func()
@@ -55,6 +56,7 @@ type rig struct {
 	failure error // of every request
 	answer  map[string]error
 	watches []*watching
+	expired map[string]bool // resources of which something went while nobody could watch
 }
 
 // watching can be cut, as by an API server that goes.
@@ -81,7 +83,11 @@ func (l *logBuffer) String() string {
 
 func newRig(t testing.TB, objects ...runtime.Object) *rig {
 	t.Helper()
-	r := &rig{t: t, answer: make(map[string]error), log: new(logBuffer), stop: func() {}}
+	r := &rig{t: t, answer: make(map[string]error), expired: make(map[string]bool), log: new(logBuffer), stop: func() {}}
+	r.pace = pace{
+		saving: time.Millisecond, mending: time.Millisecond, campaign: time.Millisecond, term: 2 * time.Second,
+		retry: time.Millisecond, retryMax: 10 * time.Millisecond, absent: 10 * time.Millisecond,
+	}
 	r.client = fake.NewClientset()
 	scheme := runtime.NewScheme()
 	r.dynamic = dynamicfake.NewSimpleDynamicClientWithCustomListKinds(scheme, map[schema.GroupVersionResource]string{
@@ -106,6 +112,9 @@ func newRig(t testing.TB, objects ...runtime.Object) *rig {
 	return r
 }
 
+// errTimeout is what client-go hides of watches.
+var errTimeout = errors.New("TLS handshake timeout")
+
 // intercept lets the rig fail requests and cut watches.
 func (r *rig) intercept(f *ktesting.Fake, tracker ktesting.ObjectTracker) {
 	f.PrependReactor("*", "*", func(action ktesting.Action) (bool, runtime.Object, error) {
@@ -113,10 +122,15 @@ func (r *rig) intercept(f *ktesting.Fake, tracker ktesting.ObjectTracker) {
 		return err != nil, nil, err
 	})
 	f.PrependWatchReactor("*", func(action ktesting.Action) (bool, watch.Interface, error) {
-		if err := r.fails(action); err != nil {
+		if err := r.fails(action); errors.Is(err, errTimeout) {
+			return true, watch.NewEmptyWatch(), nil
+		} else if err != nil {
 			return true, nil, err
 		}
-		w, err := tracker.Watch(action.GetResource(), action.GetNamespace())
+		if r.forgot(action.GetResource().Resource) {
+			return true, nil, apierrors.NewResourceExpired("too old")
+		}
+		w, err := tracker.Watch(action.GetResource(), action.GetNamespace(), action.(ktesting.WatchActionImpl).ListOptions)
 		if err != nil {
 			return true, nil, err
 		}
@@ -140,6 +154,21 @@ func (r *rig) fails(action ktesting.Action) error {
 		}
 	}
 	return nil
+}
+
+// forgot reports, once, whether a watch cannot go on from where it was: the fake shows no
+// deletions that are past.
+func (r *rig) forgot(resource string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	defer delete(r.expired, resource)
+	return r.expired[resource]
+}
+
+func (r *rig) gone(resource string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.expired[resource] = r.failure != nil
 }
 
 // away takes the API server away, with all watches, and brings it back.
@@ -223,10 +252,7 @@ func (r *rig) run() {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	source.pace = pace{
-		saving: time.Millisecond, mending: time.Millisecond, campaign: time.Millisecond, term: 2 * time.Second,
-		retry: time.Millisecond, retryMax: 10 * time.Millisecond, absent: 10 * time.Millisecond,
-	}
+	source.pace = r.pace
 	r.source, r.store = source, new(dataplane.Store)
 	ctx, cancel := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
@@ -320,6 +346,7 @@ func (r *rig) updatePod(p *corev1.Pod) {
 
 func (r *rig) deletePod(name string) {
 	r.t.Helper()
+	r.gone("pods")
 	if err := r.client.Tracker().Delete(corev1.SchemeGroupVersion.WithResource("pods"), "shop", name); err != nil {
 		r.t.Fatal(err)
 	}
@@ -327,6 +354,7 @@ func (r *rig) deletePod(name string) {
 
 func (r *rig) deletePolicy(name string) {
 	r.t.Helper()
+	r.gone("authorizationpolicies")
 	if err := r.dynamic.Tracker().Delete(policyResource(object.KindAuthorizationPolicy), "shop", name); err != nil {
 		r.t.Fatal(err)
 	}

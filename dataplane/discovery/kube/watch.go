@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -205,6 +206,8 @@ func (s *Source) proveWithout(ctx context.Context, kind object.Kind, version str
 	return nil
 }
 
+var errNoAnswer = errors.New("no answer in time, or half of one")
+
 // errHidden hides what kind of error the stream of a list could not be started for: for one
 // that it tries again after, a reflector waits deaf to the end of its context.
 type errHidden struct{ message string }
@@ -239,6 +242,9 @@ func (s *Source) listWatch(r resource) cache.ListerWatcher {
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
 			w, err := r.watch(ctx, options)
+			if err == nil && reflect.TypeOf(w) == reflect.TypeOf(watch.NewEmptyWatch()) {
+				err = errNoAnswer // client-go makes that of timeouts
+			}
 			streams := options.SendInitialEvents != nil
 			if !isAnswer(err) || !streams && !(r.kind.IsPolicy() && apierrors.IsNotFound(err)) {
 				s.heard(ctx, r.kind, err)
