@@ -24,6 +24,7 @@ func TestStartErrorsNameTheirCause(t *testing.T) {
 	if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	good := []string{
 		"--node=n", "--cluster-dir=" + dir, "--ca-address=127.0.0.1:1", "--ca-root=" + file, "--ca-token-file=" + file,
 		"--socket=" + filepath.Join(dir, "agent.sock"), "--metrics-address=", "--access-log=",
@@ -50,6 +51,8 @@ func TestStartErrorsNameTheirCause(t *testing.T) {
 		{"mesh config of no namespace", append(good, "--cluster-dir=", "--mesh-config=raceway"), `"raceway" is no namespace/name`},
 		{"CNI plugins without configuration", append(good, "--cluster-dir=", "--cni-bin-dir=x"), "one is set and the other is not"},
 		{"roots without a certificate", good, "PEM"},
+		{"no service account", append(good, "--cluster-dir="), "service account of the pod: "},
+		{"no kubeconfig", append(good, "--cluster-dir=", "--kubeconfig="+dir+"/none"), "kubeconfig " + dir + "/none: "},
 	} {
 		cmd := command()
 		cmd.SetOut(io.Discard)
@@ -60,6 +63,8 @@ func TestStartErrorsNameTheirCause(t *testing.T) {
 		cancel()
 		if err := cmd.ExecuteContext(ctx); err == nil || !strings.Contains(err.Error(), tt.text) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.text)
+		} else if !strings.Contains(tt.text, "\n") && strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: more than one line: %v", tt.name, err)
 		}
 	}
 }
