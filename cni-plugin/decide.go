@@ -35,7 +35,7 @@ func (a *attachment) decide(ctx context.Context, agentErr error) verdict {
 		wanted := dataplane.WantsEnrolment(labels.pod, labels.namespace, state.Cluster.EnrollLabels...)
 		return verdict{wanted, "it is to be enrolled, says the API server"}
 	case errors.Is(apiErr, errUninstalled) && errors.Is(agentErr, node.ErrAway):
-		a.uninstall(state.ConfDir)
+		a.uninstall(state)
 		return verdict{}
 	case stateErr != nil:
 		return verdict{true, fmt.Sprintf("nobody knows whether it is to be enrolled: %v", stateErr)}
@@ -52,12 +52,16 @@ func (a *attachment) decide(ctx context.Context, agentErr error) verdict {
 
 // uninstall takes the plugin off this node, which nobody else is left to do. What goes wrong
 // is tried again with the next pod, and none is held up for it.
-func (a *attachment) uninstall(confDir string) {
+func (a *attachment) uninstall(state install.State) {
 	self, err := os.Executable()
-	if err != nil || confDir == "" || a.entry.StateDir == "" {
+	if err != nil || state.ConfDir == "" || a.entry.StateDir == "" {
 		return
 	}
-	_ = install.Remove(install.Config{ConfDir: confDir, BinDir: filepath.Dir(self), StateDir: a.entry.StateDir})
+	// The state goes last: it says what else there is.
+	for _, file := range state.Files {
+		_ = os.Remove(file)
+	}
+	_ = install.Remove(install.Config{ConfDir: state.ConfDir, BinDir: filepath.Dir(self), StateDir: a.entry.StateDir})
 }
 
 // expired reports whether a token's time is over.

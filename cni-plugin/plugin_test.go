@@ -208,7 +208,9 @@ func TestPluginOfAnUninstalledMeshRemovesItself(t *testing.T) {
 			api.status = http.StatusUnauthorized
 			where := api.where()
 			change(api, &where)
-			must(t, install.WriteState(h.state, install.State{API: where, ConfDir: h.confDir, Cluster: known()}))
+			snapshot := filepath.Join(t.TempDir(), "snapshot.json.gz")
+			must(t, os.WriteFile(snapshot, nil, 0o600))
+			must(t, install.WriteState(h.state, install.State{API: where, ConfDir: h.confDir, Files: []string{snapshot, snapshot + ".none"}, Cluster: known()}))
 			if _, err := h.cni.AddNetworkList(t.Context(), h.list(t), pod("shop", "web")); err != nil {
 				t.Fatalf("ADD = %v", err)
 			}
@@ -217,7 +219,7 @@ func TestPluginOfAnUninstalledMeshRemovesItself(t *testing.T) {
 			if want := fmt.Sprintf(`{"cniVersion":"1.1.0","name":"testnet","plugins":[{"type":%q}]}`, headPlugin); string(text) != want {
 				t.Errorf("the configuration is %s, want %s", text, want)
 			}
-			for _, path := range []string{h.state, filepath.Join(h.bin, conf.PluginType)} {
+			for _, path := range []string{snapshot, h.state, filepath.Join(h.bin, conf.PluginType)} {
 				if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 					t.Errorf("%s is left: %v", path, err)
 				}

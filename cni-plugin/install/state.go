@@ -23,6 +23,8 @@ type State struct {
 	// ConfDir is the directory of the network configuration as the host sees it: a plugin
 	// that finds Raceway uninstalled takes itself out there.
 	ConfDir string `json:"confDir"`
+	// Files are the agent's own on this node, which the plugin then removes as well.
+	Files []string `json:"files,omitempty"`
 	// Exempt are the namespaces whose pods start when nobody knows whether they are to be
 	// enrolled.
 	Exempt []string `json:"exempt,omitempty"`

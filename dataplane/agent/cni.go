@@ -75,6 +75,7 @@ const (
 type plugin struct {
 	cfg       CNIConfig
 	node      string
+	files     []string // the agent's own, that the plugin removes should it be left alone
 	store     *dataplane.Store
 	handler   node.Handler
 	installer *install.Installer
@@ -94,6 +95,9 @@ func newPlugin(cfg Config, store *dataplane.Store, handler node.Handler) *plugin
 	p := &plugin{
 		cfg: cfg.CNI, node: cfg.Node, store: store, handler: handler, log: log,
 		where: cfg.CNI.installation(cfg.Pod.Namespace, log),
+	}
+	if cfg.SnapshotFile != "" {
+		p.files = []string{cfg.SnapshotFile}
 	}
 	p.installer = install.New(p.where)
 	p.keeping, p.withdraw = context.WithCancel(context.Background())
@@ -158,8 +162,13 @@ func (p *plugin) serve(ctx context.Context) error {
 func (p *plugin) keep(ctx context.Context) error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
-	if s, _ := p.store.Load(); p.keeping.Err() != nil || s.Released() {
+	s, _ := p.store.Load()
+	if p.keeping.Err() != nil || s.Released() {
 		return nil
+	}
+	// Without it nothing is installed.
+	if err := p.writeState(s); err != nil {
+		return err
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -205,7 +214,7 @@ func (p *plugin) writeState(s *dataplane.Snapshot) error {
 		return err
 	}
 	return install.WriteState(p.cfg.StateDir, install.State{
-		API: api, ConfDir: p.cfg.HostConfDir, Exempt: p.cfg.Exempt, Cluster: install.ClusterOf(s, p.node),
+		API: api, ConfDir: p.cfg.HostConfDir, Files: p.files, Exempt: p.cfg.Exempt, Cluster: install.ClusterOf(s, p.node),
 	})
 }
 

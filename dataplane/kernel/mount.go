@@ -258,6 +258,10 @@ func sameNamespace(a, b string) (bool, error) {
 func CgroupRoot(configured string) (path string, release func() error, err error) {
 	keep := func() error { return nil }
 	if configured != "" {
+		// Where controllers of version 1 are in use, systemd has version 2 beside them.
+		if unified := filepath.Join(configured, "unified"); !isCgroup2(configured) && isCgroup2(unified) {
+			return unified, keep, nil
+		}
 		return configured, keep, nil
 	}
 	file, err := os.Open("/proc/self/mountinfo")

@@ -2,6 +2,8 @@ package kernel
 
 import (
 	"bufio"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -29,5 +31,23 @@ func TestCgroup2IsFoundInMountinfo(t *testing.T) {
 				t.Errorf("got %q, %v, want %q", got, err, c.want)
 			}
 		})
+	}
+}
+
+func TestCgroupRootIsFoundBesideVersion1(t *testing.T) {
+	root, release, err := CgroupRoot("")
+	if err != nil {
+		t.Skipf("no cgroup v2 here: %v", err) // and no right to mount it
+	}
+	defer func() { _ = release() }()
+	hybrid := t.TempDir()
+	unified := filepath.Join(hybrid, "unified")
+	if err := os.Symlink(root, unified); err != nil {
+		t.Fatal(err)
+	}
+	for _, configured := range []string{hybrid, unified} {
+		if got, _, err := CgroupRoot(configured); err != nil || got != unified {
+			t.Errorf("CgroupRoot(%s) = %s, %v, want %s", configured, got, err, unified)
+		}
 	}
 }

@@ -72,10 +72,6 @@ metadata:
 `)
 	w.runHelm(t, "upgrade", "--install", "raceway-crds", "daemonset/crds", "-n", system)
 	args := []string{"upgrade", "--install", "raceway", "daemonset/chart", "-n", system, "--wait", "--timeout", "3m"}
-	// As on any host with both versions of cgroups.
-	if _, err := os.Stat(w.Node(1).Path("/sys/fs/cgroup/unified")); err == nil {
-		args = append(args, "--set", "agent.cgroupRoot=/host/sys/fs/cgroup/unified")
-	}
 	w.runHelm(t, append(args, values...)...)
 	w.installed = true
 }
