@@ -82,6 +82,7 @@ func sabotages(t *testing.T, f *fixture, m mode) []sabotage {
 		{"sysctls", pod, func() error { return os.WriteFile("/proc/sys/net/ipv4/fwmark_reflect", []byte("0"), 0o644) }},
 		{"connect hooks", host, func() error { return detach(layouts[0]) }},
 	}
+	list = append(list, sabotage{"pins", host, func() error { return os.RemoveAll(pinDir(f)) }})
 	pins := func() error { return detach(filepath.Join(pinDir(f), "pods")) }
 	if m.inbound == kernel.InboundSKLookup || m.tc == kernel.TCX {
 		list = append(list, sabotage{"steering", host, pins})

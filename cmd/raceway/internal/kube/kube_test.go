@@ -213,6 +213,24 @@ func TestRemoveDeletesTheInstallationAndNothingElse(t *testing.T) {
 	}
 }
 
+func TestCheckNamesPoliciesThatBlockCapturedPods(t *testing.T) {
+	pod := func(name string, annotations map[string]string) *corev1.Pod {
+		return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "shop", Annotations: annotations}}
+	}
+	deny := &networkingv1.NetworkPolicy{
+		ObjectMeta: metav1.ObjectMeta{Name: "default-deny", Namespace: "shop"},
+		Spec:       networkingv1.NetworkPolicySpec{PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress}},
+	}
+	captured := map[string]string{dataplane.RedirectionAnnotation: dataplane.RedirectionEnabled}
+	findings, err := cluster(t, deny, pod("web", captured), pod("plain", nil)).checkNetworkPolicies(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(findings) != 1 || findings[0].Subject != "shop/web" || findings[0].OK || !strings.Contains(findings[0].Detail, "default-deny") {
+		t.Errorf("found %+v", findings)
+	}
+}
+
 func TestPreview(t *testing.T) {
 	tcp, tunnel := corev1.ProtocolTCP, intstr.FromInt32(dataplane.PortTunnel)
 	udp := corev1.ProtocolUDP
