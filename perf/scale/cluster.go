@@ -36,7 +36,7 @@ type pod struct {
 	uid    types.UID
 
 	mu    sync.Mutex // held over a change
-	ready bool
+	ready atomic.Bool
 }
 
 // site is the cluster that is measured on.
@@ -208,6 +208,7 @@ func (s *site) writePod(ctx context.Context, client kubernetes.Interface, n int)
 	if _, err := client.CoreV1().Pods(in.Namespace).UpdateStatus(ctx, made, metav1.UpdateOptions{}); err != nil {
 		return err
 	}
-	s.pods[n] = &pod{number: n, name: made.Name, uid: made.UID, ready: true}
+	s.pods[n] = &pod{number: n, name: made.Name, uid: made.UID}
+	s.pods[n].ready.Store(true)
 	return nil
 }

@@ -19,7 +19,8 @@ func (s *site) change(ctx context.Context, p *pod, client int) (written time.Tim
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	c := s.config
-	status := c.running(p.number, !p.ready)
+	ready = !p.ready.Load()
+	status := c.running(p.number, ready)
 	patch, err := json.Marshal(map[string]any{"status": map[string]any{
 		"conditions": status.Conditions, "containerStatuses": status.ContainerStatuses,
 	}})
@@ -31,7 +32,8 @@ func (s *site) change(ctx context.Context, p *pod, client int) (written time.Tim
 	if err != nil {
 		return time.Time{}, false, fmt.Errorf("change pod %s: %w", p.name, err)
 	}
-	written, p.ready = time.Now(), !p.ready
+	written = time.Now()
+	p.ready.Store(ready)
 
 	s.services[app].Lock()
 	defer s.services[app].Unlock()
@@ -39,7 +41,7 @@ func (s *site) change(ctx context.Context, p *pod, client int) (written time.Tim
 	if _, err := api.DiscoveryV1().EndpointSlices(slice.Namespace).Update(ctx, slice, metav1.UpdateOptions{}); err != nil {
 		return time.Time{}, false, fmt.Errorf("change an EndpointSlice: %w", err)
 	}
-	return written, p.ready, nil
+	return written, ready, nil
 }
 
 // load changes pods at the configured rate until ctx ends, those that probe follows aside.

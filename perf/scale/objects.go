@@ -154,7 +154,7 @@ func (c Config) slice(n int, pods []*pod) *discoveryv1.EndpointSlice {
 		Ports:       []discoveryv1.EndpointPort{{Name: &name, Port: &port, Protocol: &protocol}},
 	}
 	for _, p := range pods {
-		node, zone, ready, no := nodeName(c.podNode(p.number)), fmt.Sprintf("zone-%d", c.podNode(p.number)%3), p.ready, false
+		node, zone, ready, no := nodeName(c.podNode(p.number)), fmt.Sprintf("zone-%d", c.podNode(p.number)%3), p.ready.Load(), false
 		out.Endpoints = append(out.Endpoints, discoveryv1.Endpoint{
 			Addresses: []string{c.podAddr(p.number)}, NodeName: &node, Zone: &zone,
 			Conditions: discoveryv1.EndpointConditions{Ready: &ready, Serving: &ready, Terminating: &no},
