@@ -126,8 +126,7 @@ type Service struct {
 	Ports           []ServicePort
 	Selector        map[string]string
 	InternalTraffic TrafficPolicy
-	ExternalTraffic TrafficPolicy // of node ports
-	SessionAffinity bool          // ClientIP: a client keeps to one endpoint
+	SessionAffinity bool // ClientIP: a client keeps to one endpoint
 	Distribution    TrafficDistribution
 	PublishNotReady bool
 	Endpoints       []Endpoint

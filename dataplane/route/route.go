@@ -95,11 +95,12 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 		if !ok {
 			return Decision{Service: svc, Reason: fmt.Sprintf("service %s has no TCP port %d", svc.Name, f.Dst.Port())}
 		}
-		return decideService(s, f, svc, port, locality{svc.InternalTraffic, "internalTrafficPolicy", f.Node}, pick)
+		return decideService(s, f, svc, port, svc.InternalTraffic, pick)
 	}
-	if node := s.NodeAt(f.Dst.Addr()); node != nil {
+	if s.NodeAt(f.Dst.Addr()) != nil {
 		if svc, port := s.ServiceAtNodePort(f.Dst.Port()); svc != nil {
-			return decideService(s, f, svc, port, locality{svc.ExternalTraffic, "externalTrafficPolicy", node.Name}, pick)
+			// externalTrafficPolicy is for those who come from outside: kube-proxy gives pods every endpoint.
+			return decideService(s, f, svc, port, dataplane.TrafficCluster, pick)
 		}
 	}
 	if f.tried(f.Dst) {
@@ -111,8 +112,8 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 	return decideAddress(s, f.Dst)
 }
 
-func decideService(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort, where locality, pick func(int) int) Decision {
-	choices, why := candidates(s, f, svc, port, where)
+func decideService(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort, policy dataplane.TrafficPolicy, pick func(int) int) Decision {
+	choices, why := candidates(s, f, svc, port, policy)
 	if len(choices) == 0 {
 		return Decision{Service: svc, Reason: why}
 	}

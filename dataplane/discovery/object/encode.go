@@ -105,7 +105,6 @@ func encodeService(s service) *corev1.Service {
 		Spec: corev1.ServiceSpec{
 			Selector:                 s.Selector,
 			PublishNotReadyAddresses: s.PublishNotReady,
-			ExternalTrafficPolicy:    corev1.ServiceExternalTrafficPolicy(s.ExternalTraffic),
 			ClusterIPs:               addrStrings(s.Addrs),
 			ExternalIPs:              addrStrings(s.external),
 		},

@@ -51,7 +51,6 @@ func FromService(in *corev1.Service) (Object, error) {
 			Name:            name,
 			Selector:        in.Spec.Selector,
 			PublishNotReady: in.Spec.PublishNotReadyAddresses,
-			ExternalTraffic: dataplane.TrafficPolicy(in.Spec.ExternalTrafficPolicy),
 			SessionAffinity: in.Spec.SessionAffinity == corev1.ServiceAffinityClientIP,
 		},
 		externalName: in.Spec.Type == corev1.ServiceTypeExternalName,
