@@ -61,8 +61,9 @@ func (c CNIConfig) installation(namespace string, log *slog.Logger) install.Conf
 }
 
 const (
-	// addTimeout is how long a new pod waits for its capture. The plugin waits a little longer.
-	addTimeout = 25 * time.Second
+	// addTimeout is how long a new pod waits for its capture. The plugin waits a little longer (20 s),
+	// and so hears why it is not in force.
+	addTimeout = 18 * time.Second
 	// stateInterval bounds how often the plugin's state is written.
 	stateInterval = time.Second
 	// tokenInterval is how often its token is read again.
