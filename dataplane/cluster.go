@@ -121,8 +121,9 @@ type Endpoint struct {
 // Service is a Kubernetes service with its endpoints.
 type Service struct {
 	Name            Name
-	Host            string // fully qualified DNS name
-	Addrs           []netip.Addr
+	Host            string       // fully qualified DNS name
+	Addrs           []netip.Addr // cluster IPs: all of their ports are the service's
+	External        []netip.Addr // of load balancers and external IPs: its own ports there are
 	Ports           []ServicePort
 	Selector        map[string]string
 	InternalTraffic TrafficPolicy

@@ -37,6 +37,7 @@ type Snapshot struct {
 	byAddr     map[netip.Addr]*Workload
 	services   map[Name]*Service
 	byVIP      map[netip.Addr]*Service
+	byExternal map[netip.AddrPort]*Service
 	nodeByAddr map[netip.Addr]*Node
 	byNodePort map[uint16]*Service
 }
@@ -52,6 +53,7 @@ func NewSnapshot(c Contents) *Snapshot {
 		byAddr:     make(map[netip.Addr]*Workload, len(c.Workloads)),
 		services:   make(map[Name]*Service, len(c.Services)),
 		byVIP:      make(map[netip.Addr]*Service, len(c.Services)),
+		byExternal: make(map[netip.AddrPort]*Service),
 		nodeByAddr: make(map[netip.Addr]*Node, len(c.Nodes)),
 		byNodePort: make(map[uint16]*Service),
 	}
@@ -88,6 +90,7 @@ func NewSnapshot(c Contents) *Snapshot {
 				s.byVIP[a] = svc
 			}
 		}
+		s.indexExternal(svc)
 		for _, p := range svc.Ports {
 			if p.NodePort != 0 && s.byNodePort[p.NodePort] == nil {
 				s.byNodePort[p.NodePort] = svc
@@ -95,6 +98,16 @@ func NewSnapshot(c Contents) *Snapshot {
 		}
 	}
 	return s
+}
+
+func (s *Snapshot) indexExternal(svc *Service) {
+	for _, a := range svc.External {
+		for _, p := range svc.Ports {
+			if at := netip.AddrPortFrom(a, p.Port); s.byExternal[at] == nil {
+				s.byExternal[at] = svc
+			}
+		}
+	}
 }
 
 // indexAddrs prefers, for an address that two pods claim, the one that is not on its way out.
@@ -181,9 +194,13 @@ func (s *Snapshot) WorkloadNamed(n Name) *Workload {
 // Service returns nil when there is none of that name.
 func (s *Snapshot) Service(n Name) *Service { return s.services[n] }
 
-// ServiceAt returns the service with that address, or nil. An address that several claim
+// ServiceAt returns the service with that cluster IP, or nil. An address that several claim
 // belongs to the first of them by namespace and name.
 func (s *Snapshot) ServiceAt(a netip.Addr) *Service { return s.byVIP[a] }
+
+// ServiceAtExternal returns the service that has the port at that address outside the
+// cluster, or nil; the first by namespace and name of several.
+func (s *Snapshot) ServiceAtExternal(at netip.AddrPort) *Service { return s.byExternal[at] }
 
 // InPodCIDR reports whether a lies in some node's pod range.
 func (s *Snapshot) InPodCIDR(a netip.Addr) bool {

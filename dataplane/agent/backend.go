@@ -66,7 +66,7 @@ func (b backend) Services(context.Context) ([]admin.Service, error) {
 	}
 	rows := make([]admin.Service, 0, len(s.Services()))
 	for _, svc := range s.Services() {
-		row := admin.Service{Namespace: svc.Name.Namespace, Name: svc.Name.Name, Addrs: svc.Addrs}
+		row := admin.Service{Namespace: svc.Name.Namespace, Name: svc.Name.Name, Addrs: slices.Concat(svc.Addrs, svc.External)}
 		for _, p := range svc.Ports {
 			row.Ports = append(row.Ports, p.Port)
 		}

@@ -200,6 +200,9 @@ func (q *Question) destination(src *dataplane.Workload) (destination, error) {
 			return destination{}, err
 		}
 		d.addr = netip.AddrPortFrom(addr, d.port)
+		if svc := q.Snapshot.ServiceAtExternal(d.addr); d.service == nil && svc != nil {
+			d.service, d.workload = svc, nil
+		}
 		d.describe(q.Snapshot)
 		return d, nil
 	}

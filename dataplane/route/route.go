@@ -1,7 +1,7 @@
 // Package route decides where an enrolled pod's connection goes: (snapshot, flow) ->
 // Decision. It is pure: no clock, no I/O, and the only chance in it is the caller's.
 //
-//	              ┌ node port of a node ──┐
+//	              ┌ port of a service's external IP, or of a node ───┐
 //	              ├ cluster IP ─ port known? ─ endpoints ─ pick one ─┐
 //	destination ──┤                                                  ├─► workload ─┬ captured     ─► Tunnel
 //	              ├ pod IP ──────────────────────────────────────────┘             └ not captured ─► Passthrough
@@ -96,6 +96,12 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 			return Decision{Service: svc, Reason: fmt.Sprintf("service %s has no TCP port %d", svc.Name, f.Dst.Port())}
 		}
 		return decideService(s, f, svc, port, svc.InternalTraffic, pick)
+	}
+	// What a service does not serve of an external address is somebody else's: another
+	// service's, or the node's whose address it is.
+	if svc := s.ServiceAtExternal(f.Dst); svc != nil {
+		port, _ := svc.Port(f.Dst.Port())
+		return decideService(s, f, svc, port, dataplane.TrafficCluster, pick) // as from node ports
 	}
 	if s.NodeAt(f.Dst.Addr()) != nil {
 		if svc, port := s.ServiceAtNodePort(f.Dst.Port()); svc != nil {

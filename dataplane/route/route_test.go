@@ -271,6 +271,19 @@ func TestDestination(t *testing.T) {
 			nodePort(dataplane.TrafficLocal)(c, f)
 			c.Services[0].Endpoints = c.Services[0].Endpoints[1:2]
 		}, block: nodeBlock, host: 1, port: 30080, want: Tunnel, reason: "shop/web-2 is captured"},
+		{name: "external address", world: external(outsideBlock, 9), block: outsideBlock, host: 9, port: 80, want: Tunnel, reason: "service shop/web chose"},
+		{name: "port of an external address that is not the service's", world: external(outsideBlock, 9), block: outsideBlock, host: 9, port: 443, want: Passthrough, reason: "outside the cluster"},
+		{name: "port of a node that a service has as its external address", world: external(nodeBlock, 2), block: nodeBlock, host: 2, port: 10250, want: Passthrough, reason: "address of node n2"},
+		{name: "node port there", world: func(c *dataplane.Contents, f ipFamily) {
+			external(nodeBlock, 2)(c, f)
+			nodePort("")(c, f)
+		}, block: nodeBlock, host: 2, port: 30080, want: Tunnel, reason: "service shop/web chose"},
+		{name: "external address that two services share", world: func(c *dataplane.Contents, f ipFamily) {
+			external(outsideBlock, 9)(c, f)
+			other := c.Services[0]
+			other.Name.Name, other.Addrs, other.Ports = "a", nil, []dataplane.ServicePort{{Name: "http", Port: 443}}
+			c.Services = append(c.Services, other)
+		}, block: outsideBlock, host: 9, port: 80, want: Tunnel, reason: "service shop/web chose"},
 		{name: "outside", block: outsideBlock, host: 9, port: 443, want: Passthrough, reason: "outside the cluster"},
 	}
 	for _, tc := range cases {
@@ -297,6 +310,13 @@ func TestDestination(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// external gives the service an address outside the cluster.
+func external(block, host int) func(*dataplane.Contents, ipFamily) {
+	return func(c *dataplane.Contents, f ipFamily) {
+		c.Services[0].External = []netip.Addr{f.addr(block, host)}
 	}
 }
 

@@ -109,6 +109,9 @@ func encodeService(s service) *corev1.Service {
 			ExternalIPs:              addrStrings(s.external),
 		},
 	}
+	for _, a := range addrStrings(s.balanced) {
+		out.Status.LoadBalancer.Ingress = append(out.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{IP: a})
+	}
 	if s.externalName {
 		out.Spec.Type = corev1.ServiceTypeExternalName
 	}

@@ -86,7 +86,7 @@ func (v *view) services(clusterDomain string) []dataplane.Service {
 // external addresses are held against those of all, and selectors against all labels.
 func (v *view) keeps(s service) bool {
 	_, sliced := v.slices[s.Name]
-	return len(s.external) == 0 && (sliced || len(s.Selector) == 0)
+	return len(s.balanced)+len(s.external) == 0 && (sliced || len(s.Selector) == 0)
 }
 
 // findSlices collects the slices of the services that are to be built.

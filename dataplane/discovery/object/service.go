@@ -13,10 +13,11 @@ import (
 )
 
 // service is a Service whose endpoints and host name are not known yet; Addrs holds its
-// cluster IPs alone.
+// cluster IPs alone, and External nothing.
 type service struct {
 	dataplane.Service
-	external     []netip.Addr // externalIPs and load balancer ingress
+	balanced     []netip.Addr // load balancer ingress, which a controller has written
+	external     []netip.Addr // externalIPs, which whoever writes the Service chooses
 	externalName bool
 	v4, v6       bool // the IP families of its endpoints
 	targets      []target
@@ -100,7 +101,7 @@ func (s *service) readAddrs(in *corev1.Service) error {
 		if err != nil {
 			return err
 		}
-		s.external = appendAddr(s.external, a)
+		s.balanced = appendAddr(s.balanced, a)
 	}
 	return nil
 }

@@ -33,9 +33,9 @@ func TestService(t *testing.T) {
 			dataplane.Service{Addrs: addrs()},
 		},
 		{
-			"external addresses come after its own",
+			"external addresses beside its own",
 			`{clusterIP: 10.96.0.7, externalIPs: [192.0.2.9, 10.96.0.7]}`,
-			dataplane.Service{Addrs: addrs("10.96.0.7", "192.0.2.9")},
+			dataplane.Service{Addrs: addrs("10.96.0.7"), External: addrs("192.0.2.9")},
 		},
 	}
 	for _, c := range cases {
@@ -54,17 +54,21 @@ func TestService(t *testing.T) {
 func TestLoadBalancerAddresses(t *testing.T) {
 	c := contents(t, `{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {clusterIP: 10.96.0.7, type: LoadBalancer},
 	  status: {loadBalancer: {ingress: [{ip: 192.0.2.1}, {ip: 192.0.2.2, ipMode: VIP}, {ip: 192.0.2.3, ipMode: Proxy}, {hostname: lb.example.org}]}}}`)
-	equal(t, "addresses", c.Services[0].Addrs, addrs("10.96.0.7", "192.0.2.1", "192.0.2.2"))
+	equal(t, "cluster IPs", c.Services[0].Addrs, addrs("10.96.0.7"))
+	equal(t, "external addresses", c.Services[0].External, addrs("192.0.2.1", "192.0.2.2"))
 }
 
 // Whoever may write a Service must not draw to it what is meant for a pod or another service.
 func TestExternalAddressCannotTakeAnother(t *testing.T) {
 	c, conflicts := set(t,
-		`{apiVersion: v1, kind: Service, metadata: {name: a-thief}, spec: {clusterIP: 10.96.0.1, externalIPs: [10.96.0.2, 10.244.1.5, 192.0.2.1]}}`,
-		`{apiVersion: v1, kind: Service, metadata: {name: victim}, spec: {clusterIP: 10.96.0.2}}`,
+		`{apiVersion: v1, kind: Service, metadata: {name: a-thief}, spec: {clusterIP: 10.96.0.1, externalIPs: [10.96.0.2, 10.244.1.5, 192.0.2.1, 192.0.2.2]}}`,
+		`{apiVersion: v1, kind: Service, metadata: {name: victim}, spec: {clusterIP: 10.96.0.2, externalIPs: [192.0.2.2]},
+		  status: {loadBalancer: {ingress: [{ip: 192.0.2.2}]}}}`,
 		`{apiVersion: v1, kind: Pod, metadata: {name: victim}, status: {phase: Running, podIP: 10.244.1.5}}`).Contents(Mesh{})
-	equal(t, "addresses", c.Services[0].Addrs, addrs("10.96.0.1", "192.0.2.1"))
-	equal(t, "conflicts", len(conflicts), 2)
+	equal(t, "addresses", c.Services[0].Addrs, addrs("10.96.0.1"))
+	equal(t, "external addresses", c.Services[0].External, addrs("192.0.2.1"))
+	equal(t, "those of the victim", c.Services[1].External, addrs("192.0.2.2"))
+	equal(t, "conflicts", len(conflicts), 3)
 }
 
 const webService = `{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop},

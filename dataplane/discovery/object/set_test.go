@@ -73,8 +73,8 @@ func randomObject(t *testing.T, rnd *rand.Rand) Object {
 			pick("n1", "n2"), pick("z1", "z2"), pick("1", "2"))
 	case 1:
 		doc = fmt.Sprintf(`{apiVersion: v1, kind: Service, metadata: {name: %s}, spec: {clusterIP: %s, selector: %s, externalIPs: [%s],
-			ports: [{name: http, port: 80, targetPort: %s}]}}`,
-			pick("s1", "s2"), pick("10.96.0.1", "10.96.0.2"), pick("{}", "{app: x}"), pick("", "", "1.1.1.1", addr), pick("http", "8080"))
+			ports: [{name: http, port: 80, targetPort: %s}]}, status: {loadBalancer: {ingress: [%s]}}}`,
+			pick("s1", "s2"), pick("10.96.0.1", "10.96.0.2"), pick("{}", "{app: x}"), pick("", "", "1.1.1.1", addr), pick("http", "8080"), pick("", "", "{ip: 1.1.1.1}"))
 	case 2, 3:
 		doc = fmt.Sprintf(`{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4,
 			metadata: {name: %s, labels: {kubernetes.io/service-name: %s}}, ports: [{name: http, port: 8080}],

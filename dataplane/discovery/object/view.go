@@ -18,6 +18,7 @@ type view struct {
 	slices    map[dataplane.Name][]endpointSlice
 	pods      map[string][]pod    // by namespace; nil until asked for
 	reserved  map[netip.Addr]bool // pod and cluster IPs; nil until asked for
+	balanced  map[netip.Addr]bool // addresses of load balancers; as reserved
 	conflicts []Conflict
 }
 
@@ -55,26 +56,54 @@ func (v *view) uid(p *pod) string {
 	return p.UID
 }
 
-// isReserved reports whether the address is a pod's or a service's own: no external IP may
-// claim it.
-func (v *view) isReserved(a netip.Addr) bool {
+// external are the addresses outside the cluster at which the service is reached. Whoever may
+// write a Service could otherwise draw another's traffic to it (CVE-2020-8554).
+func (v *view) external(s service) []netip.Addr {
+	if len(s.balanced)+len(s.external) == 0 {
+		return nil
+	}
+	v.reserve()
+	var out []netip.Addr
+	for _, a := range slices.Concat(s.balanced, s.external) {
+		switch {
+		case v.reserved[a]:
+			v.refuse(s, a, "a pod's or a service's own")
+		case v.balanced[a] && !slices.Contains(s.balanced, a):
+			v.refuse(s, a, "a load balancer's for another service")
+		default:
+			out = appendAddr(out, a)
+		}
+	}
+	return out
+}
+
+func (v *view) refuse(s service, a netip.Addr, whose string) {
+	v.conflicts = append(v.conflicts, Conflict{
+		Key:   Key{Kind: KindService, Name: s.Name},
+		Cause: fmt.Sprintf("external address %s is %s: ignored", a, whose),
+	})
+}
+
+// reserve collects what no external IP may claim.
+func (v *view) reserve() {
 	if v.reserved == nil {
-		v.reserved = make(map[netip.Addr]bool)
+		v.reserved, v.balanced = make(map[netip.Addr]bool), make(map[netip.Addr]bool)
 		for _, e := range v.set.kinds[KindPod].ordered() {
 			if p := e.value.(pod); p.Live() && !p.HostNetwork {
-				v.reserve(p.Addrs)
+				add(v.reserved, p.Addrs)
 			}
 		}
 		for _, e := range v.set.kinds[KindService].ordered() {
-			v.reserve(e.value.(service).Addrs)
+			s := e.value.(service)
+			add(v.reserved, s.Addrs)
+			add(v.balanced, s.balanced)
 		}
 	}
-	return v.reserved[a]
 }
 
-func (v *view) reserve(addrs []netip.Addr) {
+func add(set map[netip.Addr]bool, addrs []netip.Addr) {
 	for _, a := range addrs {
-		v.reserved[a] = true
+		set[a] = true
 	}
 }
 
@@ -101,20 +130,7 @@ func (v *view) zone(node string) string {
 func (v *view) service(s service, clusterDomain string) dataplane.Service {
 	out := s.Service
 	out.Host = s.Name.Name + "." + s.Name.Namespace + ".svc." + clusterDomain
-	out.Addrs = make([]netip.Addr, 0, len(s.Addrs)+len(s.external))
-	out.Addrs = append(out.Addrs, s.Addrs...)
-	for _, a := range s.external {
-		// Whoever may write a Service could otherwise draw another's traffic to it
-		// (CVE-2020-8554).
-		if v.isReserved(a) {
-			v.conflicts = append(v.conflicts, Conflict{
-				Key:   Key{Kind: KindService, Name: s.Name},
-				Cause: fmt.Sprintf("external address %s is a pod's or a service's own: ignored", a),
-			})
-			continue
-		}
-		out.Addrs = append(out.Addrs, a)
-	}
+	out.External = v.external(s)
 	switch eps, found := v.slices[s.Name]; {
 	case s.externalName:
 	case found:
