@@ -177,6 +177,9 @@ func (p pods) agents(ctx context.Context) ([]agent, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := p.MayAsk(ctx); err != nil {
+		return nil, err
+	}
 	agents := make([]agent, 0, len(found))
 	for _, a := range found {
 		agents = append(agents, agent{a.Node, admin.NewDialingClient(a.Node, func(ctx context.Context) (net.Conn, error) {

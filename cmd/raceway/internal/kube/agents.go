@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -25,7 +26,7 @@ type Agent struct {
 }
 
 // Agents lists the agent of each node that has one, by node. Of two that an upgrade runs side
-// by side it is the newer, once that runs.
+// by side it is the newer, once that is ready.
 func (c *Cluster) Agents(ctx context.Context) ([]Agent, error) {
 	pods, err := c.client.CoreV1().Pods(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: agentSelector})
 	if err != nil {
@@ -49,7 +50,27 @@ func (c *Cluster) Agents(ctx context.Context) ([]Agent, error) {
 	return agents, nil
 }
 
+// MayAsk returns an error if this user may not run a command in the agents' pods, which each
+// of them would say otherwise.
+func (c *Cluster) MayAsk(ctx context.Context) error {
+	review, err := c.client.AuthorizationV1().SelfSubjectAccessReviews().Create(ctx, &authorizationv1.SelfSubjectAccessReview{
+		Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
+			Namespace: c.Namespace, Verb: "create", Resource: "pods", Subresource: "exec",
+		}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return fmt.Errorf("ask whether you may ask the agents: %w", err)
+	}
+	if !review.Status.Allowed {
+		return fmt.Errorf("you may not create pods/exec in namespace %s, and so ask no agent: have somebody bind you to a Role that allows it", c.Namespace)
+	}
+	return nil
+}
+
 func betterAgent(a, b *corev1.Pod) bool {
+	if isReady := ready(a); isReady != ready(b) {
+		return isReady // one that crashes runs as well, for a moment
+	}
 	if runs := trouble(a) == ""; runs != (trouble(b) == "") {
 		return runs
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -165,6 +166,9 @@ func (c *Cluster) checkInstallation(ctx context.Context) ([]admin.Finding, error
 		f.OK, f.Detail = false, c.unready(ctx)
 	}
 	findings := []admin.Finding{f}
+	if f.OK && status.UpdatedNumberScheduled < status.DesiredNumberScheduled {
+		findings = append(findings, c.checkRollout(ctx, status))
+	}
 	authorities, err := c.client.AppsV1().Deployments(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/part-of=raceway,app.kubernetes.io/component=ca"})
 	if err != nil {
 		return nil, fmt.Errorf("list the Deployments of namespace %s: %w", c.Namespace, err)
@@ -178,6 +182,18 @@ func (c *Cluster) checkInstallation(ctx context.Context) ([]admin.Finding, error
 		findings = append(findings, f)
 	}
 	return findings, nil
+}
+
+// checkRollout looks at the agents that are to come in the place of those that run.
+func (c *Cluster) checkRollout(ctx context.Context, status appsv1.DaemonSetStatus) admin.Finding {
+	f := admin.Finding{
+		Subject: clusterSubject, OK: true, Detail: "it is under way",
+		Check: fmt.Sprintf("rollout: %d of %d agents are new", status.UpdatedNumberScheduled, status.DesiredNumberScheduled),
+	}
+	if list := c.unready(ctx); strings.Contains(list, "BackOff") || strings.Contains(list, "Error") {
+		f.OK, f.Detail = false, "the new agents do not start, and the earlier ones go on: "+list
+	}
+	return f
 }
 
 // unready names the agents that are not ready.

@@ -85,17 +85,27 @@ func (c *execConn) end(err error, complaint string) {
 // Read says why the command ended, rather than that it did.
 func (c *execConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
+	return n, c.why(err)
+}
+
+// Write does so too: which of both notices first is chance.
+func (c *execConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	return n, c.why(err)
+}
+
+func (c *execConn) why(err error) error {
 	if err == nil {
-		return n, nil
+		return nil
 	}
 	select {
 	case <-c.ended:
 		if c.err != nil {
-			return n, c.err
+			return c.err
 		}
 	default:
 	}
-	return n, err
+	return err
 }
 
 // Close ends the command.
