@@ -53,7 +53,7 @@ import (
 type Config struct {
 	Source      Source        // of the key and the certificates; required
 	TrustDomain string        // the only one that identities are certified for; required
-	TTL         time.Duration // lifetime of a leaf that asks for none; 0: 24 h
+	TTL         time.Duration // lifetime of a leaf that asks for none; 0: 24 h, or MaxTTL if that is shorter
 	MaxTTL      time.Duration // longest lifetime of a leaf; 0: TTL
 	Backdate    time.Duration // how far a leaf's validity begins in the past, for clocks that are behind; 0: 2 min
 	Log         *slog.Logger  // nil: none
@@ -67,7 +67,11 @@ func (c Config) withDefaults() Config {
 			*d = value
 		}
 	}
-	set(&c.TTL, 24*time.Hour)
+	usual := 24 * time.Hour
+	if c.MaxTTL > 0 {
+		usual = min(usual, c.MaxTTL)
+	}
+	set(&c.TTL, usual)
 	set(&c.MaxTTL, c.TTL)
 	set(&c.Backdate, defaultBackdate)
 	if c.Log == nil {

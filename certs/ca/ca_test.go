@@ -213,6 +213,7 @@ func TestLifetimeIsClamped(t *testing.T) {
 		{name: "shorter", ask: time.Hour, want: time.Hour},
 		{name: "longer", ask: 48 * time.Hour, want: 24 * time.Hour},
 		{name: "negative", ask: -time.Hour, want: 24 * time.Hour},
+		{name: "the longest is shorter than the default", cfg: Config{MaxTTL: 2 * time.Hour}, want: 2 * time.Hour},
 		{name: "longer, allowed", cfg: Config{TTL: time.Hour, MaxTTL: 72 * time.Hour}, ask: 48 * time.Hour, want: 48 * time.Hour},
 		{name: "not longer than the root", life: 30 * time.Minute, want: 30 * time.Minute},
 	} {

@@ -70,7 +70,7 @@ Every flag can also be set by a variable: --data-dir by ` + envPrefix + `DATA_DI
 	cfg.files.flags(f)
 	f.StringVar(&cfg.trustDomain, "trust-domain", "cluster.local", "trust domain of the identities")
 	f.StringSliceVar(&cfg.tlsNames, "tls-name", nil, "DNS name or IP address by which agents reach the API (repeatable; default: the host of --listen or, on Kubernetes, raceway-ca.<namespace of --secret>.svc)")
-	f.DurationVar(&cfg.ttl, "ttl", 24*time.Hour, "lifetime of a certificate for which none is asked")
+	f.DurationVar(&cfg.ttl, "ttl", 0, "lifetime of a certificate for which none is asked (default 24h, or --max-ttl if that is shorter)")
 	f.DurationVar(&cfg.maxTTL, "max-ttl", 0, "longest lifetime of a certificate (default: that of --ttl)")
 	f.StringVar(&cfg.metricsAddress, "metrics-address", "127.0.0.1:15014", "address of /metrics, /healthz and /readyz, empty for none")
 	f.TextVar(&cfg.logLevel, "log-level", slog.LevelInfo, "`level` of the log: debug, info, warn or error")
