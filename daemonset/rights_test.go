@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 )
 
@@ -135,6 +136,29 @@ func TestAgentsThatMayPatchAreHeldToTheirNode(t *testing.T) {
 	withoutTaint := render(t, "chart", variants()["little"]...)
 	if slices.Contains(rights(withoutTaint, "raceway-agent"), `cluster "" nodes patch`) {
 		t.Error("agents may patch nodes although there is no taint to remove")
+	}
+}
+
+// TestAdmissionFailsClosed: a policy that cannot be evaluated refuses, and none only warns.
+func TestAdmissionFailsClosed(t *testing.T) {
+	eachVariant(t, func(t *testing.T, objects []object) {
+		for _, o := range objects {
+			switch p := o.typed.(type) {
+			case *admissionregistrationv1.ValidatingAdmissionPolicy:
+				if f := p.Spec.FailurePolicy; f == nil || *f != admissionregistrationv1.Fail {
+					t.Errorf("%s does not fail closed", p.Name)
+				}
+			case *admissionregistrationv1.ValidatingAdmissionPolicyBinding:
+				if !slices.Equal(p.Spec.ValidationActions, []admissionregistrationv1.ValidationAction{admissionregistrationv1.Deny}) {
+					t.Errorf("%s does not deny", p.Name)
+				}
+			}
+		}
+	})
+	if !slices.ContainsFunc(render(t, "chart"), func(o object) bool {
+		return o.GetKind() == "ValidatingAdmissionPolicyBinding" && o.GetName() == "raceway-probe-hosts"
+	}) {
+		t.Error("the kubelet's probes can be sent anywhere by default")
 	}
 }
 
