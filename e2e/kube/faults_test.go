@@ -225,7 +225,7 @@ func TestAnAgentWithoutAPIServerSaysSo(t *testing.T) {
 	eventually(t, "the agent misses the API server", func() error {
 		out, err := n.Exec(t.Context(), cli, "check")
 		if err == nil || !strings.Contains(string(out), "API server") || !strings.Contains(string(out), "has not answered for") {
-			return fmt.Errorf("%v: %s", err, out)
+			return errors.Join(errors.New(string(out)), err)
 		}
 		return nil
 	})
@@ -251,6 +251,10 @@ func (w *world) cliOn(t *testing.T, n *cluster.Node) string {
 	if closeErr := to.Close(); err != nil || closeErr != nil {
 		t.Fatal(err, closeErr)
 	}
-	t.Cleanup(func() { os.Remove(n.Path(path)) })
+	t.Cleanup(func() {
+		if err := os.Remove(n.Path(path)); err != nil {
+			t.Error(err)
+		}
+	})
 	return path
 }
