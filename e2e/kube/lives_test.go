@@ -22,7 +22,8 @@ import (
 )
 
 // workloadsOf are pods of all kinds of lives: jobs whose init containers need the network at
-// once, beside a native sidecar; a pod of a StatefulSet; pods that live for a moment.
+// once, beside a native sidecar; a pod of a StatefulSet; pods that live for a moment. The
+// arguments: namespace, image, address of server2, what requests say.
 const workloadsOf = `---
 apiVersion: batch/v1
 kind: Job
@@ -36,14 +37,14 @@ spec:
       restartPolicy: Never
       nodeName: node1
       initContainers:
-      - {name: fetch, image: %[2]s, args: [get, "http://%[3]s:8080/"]}
+      - {name: fetch, image: %[2]s, args: [get, "http://%[3]s:8080/%[4]s"]}
       - name: sidecar
         image: %[2]s
         args: [serve]
         restartPolicy: Always
         startupProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, failureThreshold: 30}
       containers:
-      - {name: app, image: %[2]s, args: [get, -n, "5", "http://server/"]}
+      - {name: app, image: %[2]s, args: [get, -n, "5", "http://server/%[4]s"]}
 ---
 apiVersion: batch/v1
 kind: Job
@@ -56,7 +57,7 @@ spec:
     spec:
       restartPolicy: Never
       nodeName: node1
-      containers: [{name: app, image: %[2]s, args: [get, "http://server/"]}]
+      containers: [{name: app, image: %[2]s, args: [get, "http://server/%[4]s"]}]
 ---
 apiVersion: v1
 kind: Service
@@ -115,10 +116,15 @@ func TestPodsLiveAsWithoutTheMesh(t *testing.T) {
 		pod{name: "crashing", node: 2, args: []string{"serve", "crashing"}},
 		pod{name: "stubborn", node: 2, args: []string{"serve"}, spec: "  terminationGracePeriodSeconds: 600\n", extra: "    lifecycle: {preStop: {sleep: {seconds: 500}}}\n"},
 		pod{name: "apart", node: 2, args: []string{"serve"}, labels: map[string]string{"raceway.dev/dataplane-mode": "none"}})
-	w.apply(t, fmt.Sprintf(workloadsOf, ns, cluster.AppRef, w.host(t, ns, "server2")))
+	wire := w.wire(t, 2)
+	mark := needle()
+	w.apply(t, fmt.Sprintf(workloadsOf, ns, cluster.AppRef, w.host(t, ns, "server2"), mark))
 
 	t.Run("jobs complete", func(t *testing.T) {
 		w.kubectl(t, "-n", ns, "wait", "--for=condition=Complete", "job/staged", "job/brief", "--timeout=3m")
+		if clear, tunnels := seen(t, wire, mark); clear || tunnels == 0 {
+			t.Errorf("in clear %v, %d packets of tunnels", clear, tunnels)
+		}
 		eventually(t, "no pod that has completed is captured", func() error {
 			found, err := w.workloads(t.Context(), ns)
 			for name, row := range found {
