@@ -27,7 +27,7 @@ CLANG_MAJOR := 14
 # from the cache when only the programs have changed.
 
 # Time for one package's tests. The root tests move gigabytes, under the race detector.
-TEST_TIMEOUT ?= 20m
+TEST_TIMEOUT ?= 40m
 FUZZTIME ?= 5s
 
 # Packages whose tests make whole clusters. They run one after the other: each of them is

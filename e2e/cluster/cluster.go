@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -178,7 +179,9 @@ func (c *Cluster) up(ctx context.Context) (err error) {
 	if err := c.control.startControllers(); err != nil {
 		return err
 	}
-	if err := c.Apply(ctx, c.nodeObjects()+dnsManifest(c.plans())); err != nil {
+	// Kubelets register at the same time: on the server, one does not get into the other's way.
+	manifest := strings.NewReader(c.nodeObjects() + dnsManifest(c.plans()))
+	if _, err := c.kubectl(ctx, manifest, "apply", "--server-side", "--force-conflicts", "-f", "-"); err != nil {
 		return err
 	}
 	if c.config.CNI == "none" {
