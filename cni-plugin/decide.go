@@ -35,7 +35,7 @@ func (a *attachment) decide(ctx context.Context, agentErr error) verdict {
 		wanted := dataplane.WantsEnrolment(labels.pod, labels.namespace, state.Cluster.EnrollLabels...)
 		return verdict{wanted, "it is to be enrolled, says the API server"}
 	case errors.Is(apiErr, errUninstalled) && errors.Is(agentErr, node.ErrAway):
-		a.uninstall(state)
+		a.uninstall()
 		return verdict{}
 	case stateErr != nil:
 		return verdict{true, fmt.Sprintf("nobody knows whether it is to be enrolled: %v", stateErr)}
@@ -52,16 +52,34 @@ func (a *attachment) decide(ctx context.Context, agentErr error) verdict {
 
 // uninstall takes the plugin off this node, which nobody else is left to do. What goes wrong
 // is tried again with the next pod, and none is held up for it.
-func (a *attachment) uninstall(state install.State) {
+//
+// Whoever may have configuration of their own run (a NetworkAttachmentDefinition of Multus)
+// decides where the state is, and so what it says. Nothing is deleted for it but what lies
+// beside the state, in the very directory that it was read from.
+func (a *attachment) uninstall() {
 	self, err := os.Executable()
-	if err != nil || state.ConfDir == "" || a.entry.StateDir == "" {
+	if err != nil || a.entry.StateDir == "" {
 		return
 	}
-	// The state goes last: it says what else there is.
-	for _, file := range state.Files {
-		_ = os.Remove(file)
+	home, name := filepath.Split(filepath.Clean(a.entry.StateDir))
+	beside, err := os.OpenRoot(home)
+	if err != nil {
+		return
 	}
-	_ = install.Remove(install.Config{ConfDir: state.ConfDir, BinDir: filepath.Dir(self), StateDir: a.entry.StateDir})
+	defer func() { _ = beside.Close() }()
+	state, err := install.ReadStateIn(beside, name)
+	if err != nil || state.ConfDir == "" {
+		return
+	}
+	for _, file := range state.Files {
+		if dir, file := filepath.Split(file); dir == home {
+			_ = beside.Remove(file)
+		}
+	}
+	// The state goes last: it says what else there is.
+	if install.Remove(install.Config{ConfDir: state.ConfDir, BinDir: filepath.Dir(self)}) == nil {
+		_ = beside.RemoveAll(name)
+	}
 }
 
 // expired reports whether a token's time is over.

@@ -208,7 +208,7 @@ func TestPluginOfAnUninstalledMeshRemovesItself(t *testing.T) {
 			api.status = http.StatusUnauthorized
 			where := api.where()
 			change(api, &where)
-			snapshot := filepath.Join(t.TempDir(), "snapshot.json.gz")
+			snapshot := filepath.Join(filepath.Dir(h.state), "snapshot.json.gz")
 			must(t, os.WriteFile(snapshot, nil, 0o600))
 			must(t, install.WriteState(h.state, install.State{API: where, ConfDir: h.confDir, Files: []string{snapshot, snapshot + ".none"}, Cluster: known()}))
 			if _, err := h.cni.AddNetworkList(t.Context(), h.list(t), pod("shop", "web")); err != nil {
@@ -225,6 +225,42 @@ func TestPluginOfAnUninstalledMeshRemovesItself(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestForeignStateDeletesNothingElsewhere has an entry whose state somebody else wrote, as a
+// tenant's NetworkAttachmentDefinition can, with an API server and an absent agent of their own.
+func TestForeignStateDeletesNothingElsewhere(t *testing.T) {
+	h := newHost(t)
+	api := newAPI(t)
+	api.status = http.StatusUnauthorized
+	elsewhere := filepath.Join(t.TempDir(), "passwd")
+	must(t, os.WriteFile(elsewhere, nil, 0o600))
+	home := filepath.Dir(h.state)
+	must(t, os.Symlink(filepath.Dir(elsewhere), filepath.Join(home, "link")))
+	must(t, install.WriteState(h.state, install.State{API: api.where(), ConfDir: h.confDir, Cluster: known(), Files: []string{
+		elsewhere, filepath.Join(home, "link", "passwd"), home + "/../" + filepath.Base(home) + "/link/passwd",
+	}}))
+	if _, err := h.cni.AddNetworkList(t.Context(), h.list(t), pod("shop", "web")); err != nil {
+		t.Fatalf("ADD = %v", err)
+	}
+	if _, err := os.Lstat(h.state); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the state is left: %v", err)
+	}
+	if _, err := os.Lstat(elsewhere); err != nil {
+		t.Errorf("a file elsewhere was deleted: %v", err)
+	}
+
+	// A state directory behind a link that leads out of where it seems to be.
+	h = newHost(t)
+	real := t.TempDir()
+	must(t, install.WriteState(real, install.State{API: api.where(), ConfDir: h.confDir, Cluster: known()}))
+	must(t, os.Symlink(real, h.state))
+	if _, err := h.cni.AddNetworkList(t.Context(), h.list(t), pod("shop", "web")); err != nil {
+		t.Fatalf("ADD = %v", err)
+	}
+	if _, err := os.Lstat(filepath.Join(real, "state.json")); err != nil {
+		t.Errorf("the state elsewhere was deleted: %v", err)
 	}
 }
 

@@ -27,7 +27,7 @@ func Remove(c Config) error {
 	return errors.Join(
 		removeTemps(c.ConfDir), missingIsFine(removeTemps(c.BinDir)),
 		missingIsFine(os.Remove(filepath.Join(c.BinDir, conf.PluginType))),
-		missingIsFine(os.RemoveAll(c.StateDir)))
+		missingIsFine(os.RemoveAll(c.StateDir))) // "" is nothing
 }
 
 func missingIsFine(err error) error {

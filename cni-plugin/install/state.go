@@ -119,13 +119,25 @@ const stateMode fs.FileMode = 0o600
 
 // ReadState reads the state in dir and leaves it as it is, whatever that may be.
 func ReadState(dir string) (State, error) {
-	text, err := os.ReadFile(filepath.Join(dir, stateName))
+	path := filepath.Join(dir, stateName)
+	text, err := os.ReadFile(path)
+	return parseState(path, text, err)
+}
+
+// ReadStateIn is ReadState of a directory in root, which no link leads out of.
+func ReadStateIn(root *os.Root, dir string) (State, error) {
+	path := filepath.Join(dir, stateName)
+	text, err := root.ReadFile(path)
+	return parseState(path, text, err)
+}
+
+func parseState(path string, text []byte, err error) (State, error) {
 	if err != nil {
 		return State{}, fmt.Errorf("read the CNI plugin's state: %w", err)
 	}
 	var s State
 	if err := json.Unmarshal(text, &s); err != nil {
-		return State{}, fmt.Errorf("read the CNI plugin's state %s: %w", filepath.Join(dir, stateName), err)
+		return State{}, fmt.Errorf("read the CNI plugin's state %s: %w", path, err)
 	}
 	return s, nil
 }
