@@ -253,6 +253,12 @@ func TestDestination(t *testing.T) {
 			e.Addr, e.WorkloadUID = f.addr(outsideBlock, 1), ""
 			c.Services[0].Endpoints = []dataplane.Endpoint{e}
 		}, block: vipBlock, host: 1, port: 80, want: Passthrough, reason: "outside the cluster"},
+		{name: "endpoint that is another service's cluster IP", world: func(c *dataplane.Contents, f ipFamily) {
+			c.Services = append(c.Services, dataplane.Service{Name: dataplane.Name{Namespace: "shop", Name: "db"}, Addrs: []netip.Addr{f.addr(vipBlock, 2)}})
+			e := endpoint(f, 1, "")
+			e.Addr, e.WorkloadUID = f.addr(vipBlock, 2), ""
+			c.Services[0].Endpoints = []dataplane.Endpoint{e}
+		}, block: vipBlock, host: 1, port: 80, want: Refuse, reason: "the cluster IP of service shop/db"},
 		{name: "endpoint written by hand that is a captured pod", world: func(c *dataplane.Contents, f ipFamily) {
 			c.Services[0].Endpoints[0].WorkloadUID = ""
 			c.Services[0].Endpoints = c.Services[0].Endpoints[:1]

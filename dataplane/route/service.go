@@ -27,6 +27,9 @@ func (c candidate) decide(s *dataplane.Snapshot, f Flow) Decision {
 	if c.endpoint.WorkloadUID != "" {
 		return Decision{Action: Wait, Target: c.target, Reason: fmt.Sprintf("the pod at %s is not known yet", c.target.Addr())}
 	}
+	if svc := s.ServiceAt(c.target.Addr()); svc != nil { // in clear, whoever is behind it
+		return Decision{Target: c.target, Reason: fmt.Sprintf("%s is the cluster IP of service %s, which can be no endpoint", c.target.Addr(), svc.Name)}
+	}
 	return decideAddress(s, c.target)
 }
 
