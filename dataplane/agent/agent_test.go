@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -91,6 +92,52 @@ func TestPathsFollowTheNodesName(t *testing.T) {
 	set.Socket, set.DrainTimeout = "/other.sock", time.Minute
 	if c := set.withDefaults(); c.Socket != "/other.sock" || c.DrainTimeout != time.Minute {
 		t.Errorf("what is set was not kept: %s, %v", c.Socket, c.DrainTimeout)
+	}
+}
+
+// TestScrapersAreBounded: whoever reaches the metrics must not have the data plane's files and memory.
+func TestScrapersAreBounded(t *testing.T) {
+	m, err := listenMetrics("127.0.0.1:0", prometheus.NewRegistry(), func() error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	}()
+	// Connections are accepted in the order in which they are made.
+	var all []net.Conn
+	for range maxScrapers + 1 {
+		conn, err := net.Dial("tcp", m.listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		all = append(all, conn)
+	}
+	last := all[maxScrapers]
+	if _, err := last.Write([]byte("GET /readyz HTTP/1.0\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	answer := func(patience time.Duration) (int, error) {
+		if err := last.SetReadDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		return last.Read(make([]byte, 1))
+	}
+	if _, err := answer(100 * time.Millisecond); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("one too many was served: %v", err)
+	}
+	if err := all[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := answer(3 * time.Second); err != nil {
+		t.Errorf("nobody is served when there is room: %v", err)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
@@ -27,7 +28,7 @@ func listenMetrics(address string, registry *prometheus.Registry, ready func() e
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: maxScrapes}))
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if err := ready(); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
@@ -35,8 +36,22 @@ func listenMetrics(address string, registry *prometheus.Registry, ready func() e
 		}
 		w.WriteHeader(http.StatusOK)
 	})
-	return &metricsServer{listener: l, server: &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute}}, nil
+	server := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: 5 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       5 * time.Second,
+		MaxHeaderBytes:    16 << 10,
+	}
+	return &metricsServer{listener: netutil.LimitListener(l, maxScrapers), server: server}, nil
 }
+
+// On Kubernetes every pod of the cluster reaches the server: what it can take of the agent's
+// memory, files and CPU, which are for the data plane, is bounded.
+const (
+	maxScrapers = 64 // connections
+	maxScrapes  = 4  // at one time; others are answered 503
+)
 
 // Run serves until ctx ends.
 func (m *metricsServer) Run(ctx context.Context) error {
