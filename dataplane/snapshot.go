@@ -15,6 +15,9 @@ type Contents struct {
 	// EnrollLabels are further labels that enrol and opt out as ModeLabel does, in the order
 	// in which they count when it is absent.
 	EnrollLabels []string
+	// Stale says that this is the cluster as it was when an earlier agent knew it: pods may
+	// have been captured since.
+	Stale bool
 	// Released says that the mesh is being taken off the cluster: no pod is to be enrolled.
 	Released        bool
 	Namespaces      []Namespace
@@ -149,6 +152,9 @@ func (s *Snapshot) TrustDomain() string { return s.contents.TrustDomain }
 
 // EnrollLabels are the labels that enrol beside ModeLabel.
 func (s *Snapshot) EnrollLabels() []string { return s.contents.EnrollLabels }
+
+// Stale says that the cluster has not been asked yet: this is what was known last.
+func (s *Snapshot) Stale() bool { return s.contents.Stale }
 
 // Released says that the mesh is being taken off the cluster.
 func (s *Snapshot) Released() bool { return s.contents.Released }

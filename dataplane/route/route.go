@@ -113,7 +113,7 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 		return Decision{Target: f.Dst, Workload: s.WorkloadAt(f.Dst.Addr()), Reason: fmt.Sprintf("%s was tried and there is no other address to try", f.Dst)}
 	}
 	if w := s.WorkloadAt(f.Dst.Addr()); w != nil {
-		return decideWorkload(f, w, f.Dst)
+		return decideWorkload(s, f, w, f.Dst)
 	}
 	return decideAddress(s, f.Dst)
 }
@@ -132,7 +132,7 @@ func decideService(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port d
 }
 
 // decideWorkload is for a target that is known to be w's.
-func decideWorkload(f Flow, w *dataplane.Workload, target netip.AddrPort) Decision {
+func decideWorkload(s *dataplane.Snapshot, f Flow, w *dataplane.Workload, target netip.AddrPort) Decision {
 	d := Decision{Target: target, Workload: w}
 	switch {
 	case w.HostNetwork:
@@ -145,6 +145,9 @@ func decideWorkload(f Flow, w *dataplane.Workload, target netip.AddrPort) Decisi
 	case w.Captured:
 		d.Action = Tunnel
 		d.Reason = fmt.Sprintf("%s is captured", w.Name)
+	case w.Enrolled && s.Stale():
+		d.Action = Wait
+		d.Reason = fmt.Sprintf("%s is enrolled, and whether it is captured by now is not known", w.Name)
 	case w.Enrolled:
 		d.Action = Passthrough
 		d.Reason = fmt.Sprintf("%s is enrolled, but the agent of node %q has not published it as captured", w.Name, w.Node)

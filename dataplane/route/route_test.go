@@ -229,6 +229,8 @@ func TestDestination(t *testing.T) {
 		{name: "captured pod that terminates", world: func(c *dataplane.Contents, _ ipFamily) { c.Workloads[0].Terminating = true }, block: podBlock, host: 1, port: 5000, want: Tunnel, reason: "captured"},
 		{name: "pod tried before", block: podBlock, host: 1, port: 5000, tried: true, want: Refuse, reason: "no other address"},
 		{name: "enrolled pod that is not captured", world: func(c *dataplane.Contents, _ ipFamily) { delete(c.Captured, "p1") }, block: podBlock, host: 1, port: 5000, want: Passthrough, reason: `enrolled, but the agent of node "n1" has not`},
+		{name: "enrolled pod that may be captured by now", world: func(c *dataplane.Contents, _ ipFamily) { c.Stale = true; delete(c.Captured, "p1") }, block: podBlock, host: 1, port: 5000, want: Wait, reason: "whether it is captured by now is not known"},
+		{name: "captured pod of what was known last", world: func(c *dataplane.Contents, _ ipFamily) { c.Stale = true }, block: podBlock, host: 1, port: 5000, want: Tunnel, reason: "captured"},
 		{name: "pod that is not enrolled", world: func(c *dataplane.Contents, _ ipFamily) { c.Captured, c.Namespaces = nil, nil }, block: podBlock, host: 1, port: 5000, want: Passthrough, reason: "shop/web-1 is not enrolled"},
 		{name: "outbound port of a captured pod", block: podBlock, host: 1, port: dataplane.PortOutbound, want: Refuse, reason: "port 15001 of shop/web-1"},
 		{name: "inbound port of a captured pod", block: podBlock, host: 1, port: dataplane.PortInbound, want: Refuse, reason: "port 15006 of shop/web-1"},

@@ -22,7 +22,7 @@ type candidate struct {
 // decide is for the endpoint that was chosen.
 func (c candidate) decide(s *dataplane.Snapshot, f Flow) Decision {
 	if c.workload != nil {
-		return decideWorkload(f, c.workload, c.target)
+		return decideWorkload(s, f, c.workload, c.target)
 	}
 	if c.endpoint.WorkloadUID != "" {
 		return Decision{Action: Wait, Target: c.target, Reason: fmt.Sprintf("the pod at %s is not known yet", c.target.Addr())}

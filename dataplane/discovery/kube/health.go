@@ -41,6 +41,7 @@ func (s *Source) heard(ctx context.Context, kind object.Kind, err error) {
 		s.reports.give()
 	case !answered && h.since.IsZero():
 		h.since, h.cause = time.Now(), cause.Error()
+		s.changes.give() // the file need not wait for it
 		s.config.Log.Warn("the API server is away: what was known last stays in force", "error", cause)
 	}
 	if !answered {

@@ -23,6 +23,10 @@ type pace struct {
 	saving  time.Duration             // between two writes of the snapshot file, at least
 	mending time.Duration             // between two repairs of annotations
 
+	// trust is how long an API server that answers has to tell of the whole cluster before
+	// the file of the last good snapshot stands in for it.
+	trust time.Duration
+
 	campaign time.Duration // until an agent wants to write the status of policies, at most
 	term     time.Duration // how long the one that does may take
 
@@ -33,7 +37,7 @@ type pace struct {
 
 func defaultPace() pace {
 	p := pace{
-		saving: 5 * time.Second, mending: time.Second, campaign: 3 * time.Second, term: time.Minute,
+		saving: time.Second, mending: time.Second, trust: 3 * time.Second, campaign: 3 * time.Second, term: time.Minute,
 		retry: 500 * time.Millisecond, retryMax: 5 * time.Second, starting: 30 * time.Second, absent: 30 * time.Second,
 	}
 	p.gather[urgent], p.factor[urgent] = 20*time.Millisecond, 1

@@ -64,6 +64,34 @@ func TestLastGoodSnapshotOutlivesARestart(t *testing.T) {
 	r.eventually("no other problem", func() bool { return len(r.source.Problems()) == 1 })
 }
 
+// The file may be older than a capture, and its reader would speak to the pod in clear.
+func TestFileStandsInForAnAPIServerOnlyWhenItHasTo(t *testing.T) {
+	r := newRig(t, shop(), running("web", "node-1", "10.0.0.1"), running("db", "node-2", "10.0.0.2"))
+	r.run()
+	r.until("a snapshot", func(s *dataplane.Snapshot) bool { return !s.Stale() })
+	r.eventually("the file", func() bool { return r.wrote(`"captured":[]`) })
+
+	r.pace.trust = time.Hour
+	r.answers("pods", forbidden("pods")) // for long enough to see
+	r.run()
+	r.problem("no RBAC rule")
+	r.always("the API server is waited for", func() bool { return r.snapshot() == nil })
+	r.away(true)
+	s := r.until("the file's snapshot", func(s *dataplane.Snapshot) bool { return s.Stale() })
+	if workload(s, "db").UID == "" {
+		t.Error("the file has no pods")
+	}
+	r.answers("pods", nil)
+	r.away(false)
+	r.until("the cluster of now", func(s *dataplane.Snapshot) bool { return !s.Stale() })
+
+	r.stop()
+	r.pace.trust = 10 * time.Millisecond
+	r.answers("pods", forbidden("pods"))
+	r.run()
+	r.until("one that answers too little is not waited for in vain", func(s *dataplane.Snapshot) bool { return s.Stale() })
+}
+
 // A policy of which the file tells and the API server does not is gone; one whose API server
 // only refuses to tell is not.
 func TestPoliciesOfTheFile(t *testing.T) {

@@ -39,6 +39,7 @@ type Source struct {
 	// What is known of it.
 	synced map[object.Kind]bool
 	stale  time.Time // when the file that stands in for the API server was written
+	begun  time.Time // when Run began
 	health health
 	// What comes from the node itself.
 	sandboxes map[dataplane.Name]*sandbox
@@ -90,6 +91,9 @@ func New(config Config) (*Source, error) {
 
 // Run publishes to store until ctx ends, and then returns nil. It is called once.
 func (s *Source) Run(ctx context.Context, store *dataplane.Store) error {
+	s.mu.Lock()
+	s.begun = time.Now()
+	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(s.quietly(ctx))
 	var parts sync.WaitGroup
 	defer parts.Wait()
@@ -130,15 +134,29 @@ func (s *Source) publishLoop(ctx context.Context, store *dataplane.Store) {
 func (s *Source) until(now time.Time) (wait time.Duration, something bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.readyLocked() {
+	ready, known := s.readyLocked()
+	if !known {
 		return 0, false
 	}
 	at, something := s.due.at(s.pace)
-	return at.Sub(now), something
+	return max(at.Sub(now), ready.Sub(now)), something
 }
 
-// readyLocked reports whether every policy that there is is known, and all else.
-func (s *Source) readyLocked() bool { return !s.stale.IsZero() || s.syncedLocked() }
+// readyLocked tells since when, or from when on, something may be published: once every
+// policy that there is is known, and all else. What the file tells is not the cluster of now:
+// a peer that was captured since would be spoken to in clear. So an API server that answers
+// is waited for, in reason.
+func (s *Source) readyLocked() (at time.Time, known bool) {
+	switch {
+	case s.syncedLocked():
+		return s.begun, true
+	case s.stale.IsZero():
+		return time.Time{}, false
+	case !s.health.since.IsZero():
+		return s.begun, true
+	}
+	return s.begun.Add(s.pace.trust), true
+}
 
 func (s *Source) syncedLocked() bool {
 	want := 7
@@ -175,6 +193,7 @@ func (s *Source) contentsLocked() dataplane.Contents {
 	contents, conflicts := s.set.Contents(s.config.mesh())
 	contents.EnrollLabels = s.config.EnrollLabels
 	contents.Released = s.releases
+	contents.Stale = !s.stale.IsZero()
 	s.conflicts = conflicts
 	s.overlayLocked(contents.Workloads)
 	s.captured = s.capturedLocked(contents.Workloads)
