@@ -35,6 +35,7 @@ func (w *world) certificates(t *testing.T, namespace string) (map[string]admin.C
 // TestTrafficGoesOnWithoutTheCA stops it for longer than half the life of the certificates
 // that it has signed.
 func TestTrafficGoesOnWithoutTheCA(t *testing.T) {
+	slow(t)
 	w := onMesh(t)
 	const ns = "noca"
 	// The CA alone is rolled: certificates that others hold stay as they are.

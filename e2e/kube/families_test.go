@@ -12,22 +12,31 @@ import (
 func TestIPFamilies(t *testing.T) {
 	for _, f := range []cluster.IPFamilies{cluster.IPv6, cluster.DualStack} {
 		t.Run(f.String(), func(t *testing.T) {
+			if f == cluster.DualStack {
+				slow(t)
+			}
 			before := families
 			families = f
 			t.Cleanup(func() { families = before })
 			for _, test := range []struct {
 				name string
 				test func(*testing.T)
+				slow bool
 			}{
-				{"enrolment", TestALabelEnrolsWithoutARestart},
-				{"every address", everyAddress},
-				{"probes", TestStrictServersPassTheirProbes},
-				{"policies", TestPoliciesDecideByServiceAccount},
-				{"lives", TestPodsLiveAsWithoutTheMesh},
-				{"protocols and tools", TestProtocolsAndToolsWorkAsWithoutTheMesh},
-				{"uninstallation", TestUninstallationLeavesNothing},
+				{name: "enrolment", test: TestALabelEnrolsWithoutARestart},
+				{name: "every address", test: everyAddress},
+				{name: "probes", test: TestStrictServersPassTheirProbes},
+				{name: "policies", test: TestPoliciesDecideByServiceAccount, slow: true},
+				{name: "lives", test: TestPodsLiveAsWithoutTheMesh, slow: true},
+				{name: "protocols and tools", test: TestProtocolsAndToolsWorkAsWithoutTheMesh, slow: true},
+				{name: "uninstallation", test: TestUninstallationLeavesNothing, slow: true},
 			} {
-				t.Run(test.name, test.test)
+				t.Run(test.name, func(t *testing.T) {
+					if test.slow {
+						slow(t)
+					}
+					test.test(t)
+				})
 			}
 		})
 	}

@@ -26,6 +26,7 @@ type fault struct {
 
 // TestCheckNamesWhatIsBroken breaks one part after another.
 func TestCheckNamesWhatIsBroken(t *testing.T) {
+	slow(t)
 	w := onMesh(t)
 	const ns = "faults"
 	w.busy(t, ns)

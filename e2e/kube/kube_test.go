@@ -85,6 +85,14 @@ func onCluster(t *testing.T) *world {
 	return w
 }
 
+// slow leaves a test out where time is short: CI has an hour for everything.
+func slow(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("takes minutes: it runs without -short, by `make e2e`")
+	}
+}
+
 // onMesh is the shared cluster with Raceway on it.
 func onMesh(t *testing.T) *world {
 	t.Helper()

@@ -27,6 +27,7 @@ func (w *world) manifest(t *testing.T) string {
 // TestTheManifestInstallsAndTheCommandUninstalls does it all without helm, and looks at the
 // cluster before and after.
 func TestTheManifestInstallsAndTheCommandUninstalls(t *testing.T) {
+	slow(t)
 	w := onCluster(t)
 	if w.installed {
 		w.uninstall(t)
@@ -86,6 +87,7 @@ func (w *world) objectsLeft(t *testing.T) error {
 // TestANodeIsReleasedByHand is for a node whose agent has gone for good, while nobody answers
 // for the cluster either.
 func TestANodeIsReleasedByHand(t *testing.T) {
+	slow(t)
 	w := onMesh(t)
 	const ns = "byhand"
 	w.busy(t, ns)

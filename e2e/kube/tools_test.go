@@ -319,6 +319,7 @@ subjects: [{kind: ServiceAccount, name: viewer, namespace: users}]
 
 // TestAgentsThatCannotRunAreNamed makes the agent of each node crash, one after another.
 func TestAgentsThatCannotRunAreNamed(t *testing.T) {
+	slow(t)
 	w := onMesh(t)
 	defer func() {
 		w.kubectl(t, "-n", system, "rollout", "undo", "daemonset/raceway-agent")

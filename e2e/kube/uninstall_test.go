@@ -41,6 +41,7 @@ func TestUninstallationLeavesNothing(t *testing.T) {
 // TestANodeThatWasOffHeals uninstalls while a node is off: no new pod of it may have to wait
 // for an agent that never comes.
 func TestANodeThatWasOffHeals(t *testing.T) {
+	slow(t)
 	w := onMesh(t)
 	const ns = "switched-off"
 	w.busy(t, ns)
