@@ -200,6 +200,15 @@ func TestConnectionsGoAsWithoutTheMesh(t *testing.T) {
 			}
 		}
 	}
+	// kube-proxy takes a moment for each service.
+	for _, way := range ways {
+		if len(way.want) > 0 {
+			eventually(t, way.name, func() error {
+				_, err := w.ask(t, way.from, "http://"+way.url+"/")
+				return err
+			})
+		}
+	}
 	t.Run("without", everyWay(false))
 	w.kubectl(t, "label", "namespace", ns, machines, enrolled)
 	w.captured(t, ns, true, "client", "server1", "server2", "unready", "ending")
