@@ -56,7 +56,7 @@ func (s *servedPod) inboundFlow(live context.Context, source telemetry.Peer, des
 		source.Workload = snapshot.WorkloadAt(from)
 	}
 	f := &flow{
-		attempt: telemetry.Attempt{
+		attempt: &telemetry.Attempt{
 			ID: telemetry.NewID(), Direction: telemetry.Inbound, Started: time.Now(), Source: source,
 			Destination: telemetry.Peer{Addr: destination, Workload: own},
 		},

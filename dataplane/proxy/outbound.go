@@ -22,7 +22,7 @@ const maxEndpoints = 3
 func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 	destination, client := s.addresses(conn)
 	trace := hbone.NewTraceParent()
-	f := &flow{attempt: telemetry.Attempt{
+	f := &flow{attempt: &telemetry.Attempt{
 		ID:          traceParentID(trace),
 		Direction:   telemetry.Outbound,
 		Source:      telemetry.Peer{Addr: client},
@@ -32,7 +32,7 @@ func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 	_, _, f.attempt.Source.Workload = s.workload()
 	app, err := newTCPLeg(conn, "the application")
 	if err != nil {
-		s.cfg.Telemetry.Refuse(f.attempt, telemetry.FlagsReset, err)
+		s.cfg.Telemetry.Refuse(*f.attempt, telemetry.FlagsReset, err)
 		return
 	}
 	ctx, cancel := context.WithCancelCause(live)
@@ -54,20 +54,24 @@ func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 }
 
 // traceParentID is the parent ID of a traceparent: what a peer sees of a connection's ID.
-func traceParentID(trace string) string { return trace[36:52] }
+func traceParentID(trace string) telemetry.ID {
+	id, _ := telemetry.ParseID(trace[36:52]) // of our own making
+	return id
+}
 
 // refused tells of a connection that did not come up.
 func (s *servedPod) refused(ctx context.Context, f *flow, err error) {
 	if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
 		err = cause
 	}
-	s.cfg.Telemetry.Refuse(f.attempt, flagsOf(err), err)
+	s.cfg.Telemetry.Refuse(*f.attempt, flagsOf(err), err)
 }
 
 // relay carries f between its source and its destination until it ends.
 func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg) {
 	s.settle(f)
-	record := s.cfg.Telemetry.Open(f.attempt)
+	record := s.cfg.Telemetry.Open(*f.attempt)
+	f.attempt = nil // it keeps a snapshot
 	r := &relay{legs: [2]leg{source, destination}, share: s.share, buffers: &s.buffers, count: [2]func(int){record.Sent, record.Received}}
 	err := r.run(ctx)
 	flags := telemetry.FlagsNone

@@ -133,8 +133,8 @@ func (s *servedPod) workload() (snapshot *dataplane.Snapshot, now, last *datapla
 // flow is a connection from its acceptance to its end.
 type flow struct {
 	cancel  context.CancelCauseFunc // cuts it, with the reason
-	attempt telemetry.Attempt
-	guarded *guarded // what policy looks at again when it changes; nil for outbound ones
+	attempt *telemetry.Attempt      // until it is open or refused
+	guarded *guarded                // what policy looks at again when it changes; nil for outbound ones
 	tunnel  *hbone.Conn
 	settled bool // it no longer counts as pending
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"strconv"
 	"sync"
 	"syscall"
 
@@ -45,7 +46,7 @@ func policyText(v authz.Verdict) string {
 	case v.Rule < 0:
 		return v.Policy.String()
 	}
-	return fmt.Sprintf("%s rule %d", v.Policy, v.Rule)
+	return v.Policy.String() + " rule " + strconv.Itoa(v.Rule)
 }
 
 // authorize decides an inbound connection for the first time. It is among the live flows

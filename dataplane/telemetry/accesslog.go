@@ -1,147 +1,142 @@
 package telemetry
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"log/slog"
-	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-
-	"github.com/raceway-mesh/raceway/certs/spiffe"
-	"github.com/raceway-mesh/raceway/dataplane/admin"
 )
 
 // accessLog writes a line for each finished connection, from a queue of its own: a disk
-// that is full or slow costs lines, and they are counted.
+// that is full or slow costs lines, and they are counted. Lines that wait are written
+// together.
 type accessLog struct {
-	w       io.Writer
-	handler slog.Handler // nil: no access log
-	queue   chan admin.Flow
+	w       io.Writer // nil: no access log
+	format  *lineFormat
+	ready   chan struct{} // there are lines
 	lost    *prometheus.CounterVec
 	overrun prometheus.Counter // of lost: no room in the queue
 	failed  prometheus.Counter // of lost: the write failed
 	log     *slog.Logger
+	broken  bool // the last write failed; run's own
+
+	mu      sync.Mutex
+	limit   int // of waiting and writing together
+	waiting []record
+	writing int
 }
 
 func newAccessLog(cfg Config) *accessLog {
-	l := &accessLog{w: cfg.AccessLog, log: cfg.Log, lost: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "raceway_access_log_lines_lost_total", Help: "Access log lines that were not written, by reason.",
-	}, []string{"reason"})}
+	l := &accessLog{
+		w: cfg.AccessLog, log: cfg.Log, limit: cfg.AccessLogQueue,
+		format: newLineFormat(cfg.AccessLogJSON), ready: make(chan struct{}, 1),
+		lost: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "raceway_access_log_lines_lost_total", Help: "Access log lines that were not written, by reason.",
+		}, []string{"reason"}),
+	}
 	l.overrun, l.failed = l.lost.WithLabelValues("queue_full"), l.lost.WithLabelValues("write_error")
-	if cfg.AccessLog == nil {
-		return l
-	}
-	l.queue = make(chan admin.Flow, cfg.AccessLogQueue)
-	if cfg.AccessLogJSON {
-		l.handler = slog.NewJSONHandler(cfg.AccessLog, nil)
-	} else {
-		l.handler = slog.NewTextHandler(cfg.AccessLog, nil)
-	}
 	return l
 }
 
 func (l *accessLog) collectors() []prometheus.Collector { return []prometheus.Collector{l.lost} }
 
-func (l *accessLog) add(f *admin.Flow) {
-	if l.handler == nil {
+func (l *accessLog) add(r record) {
+	if l.w == nil {
+		return
+	}
+	l.mu.Lock()
+	room := len(l.waiting)+l.writing < l.limit
+	if room {
+		l.waiting = append(l.waiting, r)
+	}
+	l.mu.Unlock()
+	if !room {
+		l.overrun.Inc()
 		return
 	}
 	select {
-	case l.queue <- *f:
+	case l.ready <- struct{}{}:
 	default:
-		l.overrun.Inc()
 	}
 }
 
 // run writes until ctx ends, and then what waits in the queue.
 func (l *accessLog) run(ctx context.Context) {
-	if l.handler == nil {
+	if l.w == nil {
 		return
 	}
-	broken := false
+	var spare []record
 	for {
 		select {
-		case f := <-l.queue:
-			broken = l.write(&f, broken)
+		case <-l.ready:
+			spare = l.writeWaiting(spare)
 		case <-ctx.Done():
-			l.flush(broken)
+			l.flush()
 			return
 		}
 	}
 }
 
 // flush gives a writer that takes deadlines (a pipe, a socket) a second for all that waits.
-func (l *accessLog) flush(broken bool) {
+func (l *accessLog) flush() {
 	if w, ok := l.w.(interface{ SetWriteDeadline(time.Time) error }); ok {
 		if err := w.SetWriteDeadline(time.Now().Add(time.Second)); err == nil {
 			defer func() { _ = w.SetWriteDeadline(time.Time{}) }()
 		}
 	}
-	for {
-		select {
-		case f := <-l.queue:
-			broken = l.write(&f, broken)
-		default:
-			return
-		}
-	}
+	l.writeWaiting(nil)
 }
 
-// write reports a writer's failure once, and once that it works again.
-func (l *accessLog) write(f *admin.Flow, broken bool) bool {
-	err := l.handler.Handle(context.Background(), line(f))
+// Bounds of what is kept from one write to the next.
+const (
+	chunkSize = 32 << 10 // bytes written at one time, and a line
+	spareSize = 256      // records
+)
+
+// writeWaiting writes all lines that wait. spare becomes the queue, and what was that is the
+// next spare one.
+func (l *accessLog) writeWaiting(spare []record) []record {
+	l.mu.Lock()
+	lines := l.waiting
+	l.waiting, l.writing = spare[:0], len(lines)
+	l.mu.Unlock()
+	for i := range lines {
+		l.format.add(&lines[i])
+		if l.format.buf.Len() >= chunkSize {
+			l.writeChunk()
+		}
+	}
+	l.writeChunk()
+	l.mu.Lock()
+	l.writing = 0
+	l.mu.Unlock()
+	if cap(lines) > spareSize {
+		return nil
+	}
+	clear(lines)
+	return lines
+}
+
+// writeChunk reports a writer's failure once, and once that it works again.
+func (l *accessLog) writeChunk() {
+	chunk := l.format.buf.Bytes()
+	if len(chunk) == 0 {
+		return
+	}
+	n, err := l.w.Write(chunk)
 	switch {
 	case err != nil:
-		l.failed.Inc()
-		if !broken {
+		l.failed.Add(float64(bytes.Count(chunk[min(n, len(chunk)):], []byte{'\n'})))
+		if !l.broken {
 			l.log.Error("write access log: lines are lost until it works again", "error", err)
 		}
-		return true
-	case broken:
+	case l.broken:
 		l.log.Info("the access log is written again")
 	}
-	return false
-}
-
-// line has the fields that ztunnel's log has, in its order, and all of them always.
-func line(f *admin.Flow) slog.Record {
-	level := slog.LevelInfo
-	if f.Flags == string(FlagsDeny) {
-		level = slog.LevelWarn
-	}
-	r := slog.NewRecord(f.Time, level, "connection", 0)
-	r.AddAttrs(
-		slog.String("src.addr", addr(f.Source.Addr)),
-		slog.String("src.workload", f.Source.Workload),
-		slog.String("src.namespace", f.Source.Namespace),
-		slog.String("src.identity", identity(f.Source.Identity)),
-		slog.String("dst.addr", addr(f.Destination.Addr)),
-		slog.String("dst.hbone_addr", addr(f.Tunnel)),
-		slog.String("dst.service", f.Service),
-		slog.String("dst.workload", f.Destination.Workload),
-		slog.String("dst.namespace", f.Destination.Namespace),
-		slog.String("dst.identity", identity(f.Destination.Identity)),
-		slog.String("direction", f.Direction),
-		slog.Uint64("bytes_sent", f.Sent),
-		slog.Uint64("bytes_recv", f.Received),
-		slog.String("duration", f.Duration.Round(time.Microsecond).String()),
-		slog.String("error", f.Cause),
-	)
-	return r
-}
-
-func addr(a netip.AddrPort) string {
-	if !a.IsValid() {
-		return ""
-	}
-	return a.String()
-}
-
-func identity(id spiffe.ID) string {
-	if id.IsZero() {
-		return ""
-	}
-	return id.String()
+	l.broken = err != nil
+	l.format.buf.Reset()
 }

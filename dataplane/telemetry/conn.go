@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -41,6 +42,29 @@ const (
 	FlagsUnknown Flags = "UNKNOWN_FAILED" // none of these
 )
 
+// ID names a connection. Its text is 16 hex digits, the shape of a trace's parent ID.
+type ID uint64
+
+// NewID makes one.
+func NewID() ID {
+	for {
+		if n := rand.Uint64(); n != 0 { // the W3C forbids the zero ID
+			return ID(n)
+		}
+	}
+}
+
+// ParseID reads what String writes.
+func ParseID(s string) (ID, error) {
+	n, err := strconv.ParseUint(s, 16, 64)
+	if err != nil || len(s) != 16 {
+		return 0, fmt.Errorf("connection ID %q is not 16 hex digits", s)
+	}
+	return ID(n), nil
+}
+
+func (id ID) String() string { return fmt.Sprintf("%016x", uint64(id)) }
+
 // Peer is one end of a connection.
 type Peer struct {
 	Addr     netip.AddrPort
@@ -48,10 +72,11 @@ type Peer struct {
 	Identity spiffe.ID           // what it proved; zero: nothing
 }
 
-// Attempt is what is known of a connection when it opens or is refused.
+// Attempt is what is known of a connection when it opens or is refused. It points into a
+// snapshot, which it keeps: who holds a connection for long drops its Attempt.
 type Attempt struct {
-	// ID is the connection's; "" makes one.
-	ID          string
+	// ID is the connection's; 0 makes one.
+	ID          ID
 	Direction   Direction
 	Source      Peer
 	Destination Peer
@@ -67,74 +92,64 @@ type Attempt struct {
 	Socket syscall.Conn
 }
 
-// socket is comparable: in practice a *net.TCPConn.
-type socket = syscall.Conn
-
 // Conn is an open connection. Close must be called; the rest may be called at any time.
 type Conn struct {
-	Attempt
-	t        *Telemetry
-	opened   time.Time
-	series   *series
-	baseline uint32 // the socket's retransmits when this connection joined it
+	facts
+	t       *Telemetry
+	carrier *carrier // nil: there is none to ask
 
-	sent, received   atomic.Uint64
-	rtt, retransmits atomic.Uint32
+	sent, received             atomic.Uint64
+	rtt, retransmits, baseline atomic.Uint32 // baseline: the carrier's retransmits at the start
 
-	mu               sync.Mutex // orders reports, so that each byte is counted once
-	closed           bool
-	counted, counter [2]uint64 // counted in metrics; as of the last update record
+	place int // in Telemetry.live, whose lock guards it
+
+	mu      sync.Mutex // orders reports, so that each byte is counted once
+	closed  bool
+	counted [2]uint64 // in metrics
 }
 
-// NewID makes a connection's ID: 16 hex digits, the shape of a trace's parent ID.
-func NewID() string {
-	for {
-		if n := rand.Uint64(); n != 0 { // the W3C forbids the zero ID
-			return fmt.Sprintf("%016x", n)
-		}
-	}
+// facts are what is said of a connection from its start to its end. They hold nothing of a
+// snapshot.
+type facts struct {
+	id                          ID
+	parties                     *parties
+	source, destination, tunnel netip.AddrPort
+	started                     time.Time     // accepted
+	setup                       time.Duration // from then until it was open
 }
 
-func (a Attempt) withDefaults() Attempt {
-	if a.ID == "" {
-		a.ID = NewID()
+func (t *Telemetry) facts(a *Attempt, p *parties, now time.Time) facts {
+	f := facts{id: a.ID, parties: p, source: a.Source.Addr, destination: a.Destination.Addr, tunnel: a.Tunnel, started: a.Started}
+	if f.id == 0 {
+		f.id = NewID()
 	}
-	if a.Started.IsZero() {
-		a.Started = time.Now()
+	if f.started.IsZero() {
+		f.started = now
 	}
-	return a
+	return f
 }
+
+func (f *facts) opened() time.Time { return f.started.Add(f.setup) }
 
 // Open tells of a connection that both ends have now.
 func (t *Telemetry) Open(a Attempt) *Conn {
-	c := &Conn{Attempt: a.withDefaults(), t: t, opened: time.Now()}
-	if c.Socket != nil {
-		if info, ok := tcpInfo(c.Socket); ok {
-			c.baseline = info.retransmits
-			c.rtt.Store(info.rttMicros)
-		}
-	}
-	c.series = t.metrics.open(&c.Attempt)
-	t.mu.Lock()
-	t.live[c.ID] = c
-	t.mu.Unlock()
-	t.flows.publish(admin.Flow{Time: c.opened, Event: admin.FlowOpen, Connection: c.describe()})
+	now := time.Now()
+	c := &Conn{t: t, facts: t.facts(&a, t.metrics.open(&a), now)}
+	c.setup = now.Sub(c.started)
+	t.join(c, a.Socket, now)
+	t.flows.publish(c.record(admin.FlowOpen, now))
 	return c
 }
 
 // Refuse tells of a connection that ended before it was open. err says why.
 func (t *Telemetry) Refuse(a Attempt, flags Flags, err error) {
-	a = a.withDefaults()
 	now := time.Now()
-	t.metrics.refuse(&a, flags)
-	event := admin.FlowFailed
+	r := record{facts: t.facts(&a, t.metrics.refuse(&a, flags, now), now), time: now, event: admin.FlowFailed, flags: flags, cause: text(err)}
 	if flags == FlagsDeny {
-		event = admin.FlowDenied
+		r.event = admin.FlowDenied
 	}
-	f := admin.Flow{Time: now, Event: event, Connection: a.describe(), Duration: now.Sub(a.Started), Cause: text(err), Flags: string(flags)}
-	f.Opened = a.Started
-	t.flows.publish(f)
-	t.log.add(&f)
+	t.flows.publish(r)
+	t.log.add(r)
 }
 
 // Sent and Received count bytes that were handed on: source to destination, and back.
@@ -152,72 +167,43 @@ func (c *Conn) Close(flags Flags, err error) {
 	c.closed = true
 	c.countLocked()
 	c.mu.Unlock()
-	c.t.mu.Lock()
-	delete(c.t.live, c.ID)
-	c.t.mu.Unlock()
-	c.t.metrics.close(c.series, flags)
 	now := time.Now()
-	f := admin.Flow{Time: now, Event: admin.FlowClose, Connection: c.describe(), Duration: now.Sub(c.Started), Cause: text(err), Flags: string(flags)}
+	c.t.leave(c)
+	c.parties.series.close(flags, now)
+	r := c.record(admin.FlowClose, now)
+	r.flags, r.cause = flags, text(err)
+	c.t.log.add(r) // whose error field is empty after a clean end
 	if err == nil {
-		f.Cause = "both ends finished"
+		r.cause = "both ends finished"
 	}
-	c.t.flows.publish(f)
-	if err == nil {
-		f.Cause = "" // an access log's error field is empty then
-	}
-	c.t.log.add(&f)
+	c.t.flows.publish(r)
 }
 
-// countLocked adds the bytes since the last time to the metrics.
-func (c *Conn) countLocked() {
+// countLocked adds the bytes since the last time to the metrics, and says if there were any.
+func (c *Conn) countLocked() (moved bool) {
 	now := [2]uint64{c.sent.Load(), c.received.Load()}
-	c.series.sent.Add(float64(now[0] - c.counted[0]))
-	c.series.received.Add(float64(now[1] - c.counted[1]))
+	if now == c.counted {
+		return false
+	}
+	s := c.parties.series
+	s.sent.Add(now[0] - c.counted[0])
+	s.received.Add(now[1] - c.counted[1])
 	c.counted = now
+	return true
 }
 
 // report brings the metrics up to date and returns whether bytes moved since the last report.
 func (c *Conn) report() (moved bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
-		return false
-	}
-	c.countLocked()
-	moved = c.counted != c.counter
-	c.counter = c.counted
-	return moved
+	return !c.closed && c.countLocked()
 }
 
-func (c *Conn) describe() admin.Connection {
-	d := c.Attempt.describe()
-	d.Opened = c.opened
-	d.Sent, d.Received = c.sent.Load(), c.received.Load()
-	d.RTTMicros, d.Retransmits = c.rtt.Load(), c.retransmits.Load()
-	return d
-}
-
-func (a *Attempt) describe() admin.Connection {
-	d := admin.Connection{
-		ID: a.ID, Direction: string(a.Direction), Protocol: dataplane.ProtocolTCP,
-		Source: a.Source.describe(), Destination: a.Destination.describe(),
-		Tunnel: a.Tunnel, Policy: a.Policy, Opened: a.Started,
+func (c *Conn) record(event admin.FlowEvent, now time.Time) record {
+	return record{
+		facts: c.facts, time: now, event: event,
+		sent: c.sent.Load(), received: c.received.Load(), rtt: c.rtt.Load(), retransmits: c.retransmits.Load(),
 	}
-	if a.Tunnel.IsValid() {
-		d.Protocol = dataplane.ProtocolHBONE
-	}
-	if a.Service != nil {
-		d.Service = a.Service.Host
-	}
-	return d
-}
-
-func (p *Peer) describe() admin.Peer {
-	d := admin.Peer{Addr: p.Addr, Identity: p.Identity}
-	if p.Workload != nil {
-		d.Workload, d.Namespace = p.Workload.Name.Name, p.Workload.Name.Namespace
-	}
-	return d
 }
 
 func text(err error) string {
@@ -225,58 +211,4 @@ func text(err error) string {
 		return ""
 	}
 	return err.Error()
-}
-
-// report lets every connection that is older than the interval tell how far it has come.
-func (t *Telemetry) report(now time.Time) {
-	conns := t.snapshot()
-	asked := make(map[socket]tcpFacts, len(conns))
-	for _, c := range conns {
-		if now.Sub(c.opened) < t.cfg.Interval/2 || !c.report() {
-			continue
-		}
-		if c.Socket != nil {
-			t.sample(c, asked)
-		}
-		f := admin.Flow{Time: now, Event: admin.FlowUpdate, Connection: c.describe(), Duration: now.Sub(c.Started)}
-		t.flows.publish(f)
-	}
-	t.forgetSockets(conns)
-}
-
-// sample asks c's socket, once per report though many tunnels share it.
-func (t *Telemetry) sample(c *Conn, asked map[socket]tcpFacts) {
-	info, known := asked[c.Socket]
-	if !known {
-		var ok bool
-		if info, ok = tcpInfo(c.Socket); !ok {
-			return
-		}
-		asked[c.Socket] = info
-		t.mu.Lock()
-		before, seen := t.sockets[c.Socket]
-		t.sockets[c.Socket] = info.retransmits
-		t.mu.Unlock()
-		if !seen {
-			before = c.baseline
-		}
-		t.metrics.socket(c.Direction, info, info.retransmits-min(before, info.retransmits))
-	}
-	c.rtt.Store(info.rttMicros)
-	c.retransmits.Store(info.retransmits - min(c.baseline, info.retransmits))
-}
-
-// forgetSockets drops those that no live connection uses.
-func (t *Telemetry) forgetSockets(conns []*Conn) {
-	used := make(map[socket]bool, len(conns))
-	for _, c := range conns {
-		used[c.Socket] = true
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for s := range t.sockets {
-		if !used[s] {
-			delete(t.sockets, s)
-		}
-	}
 }

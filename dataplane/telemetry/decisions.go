@@ -4,6 +4,8 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/raceway-mesh/raceway/dataplane"
 )
 
@@ -27,29 +29,33 @@ type policyKey struct {
 
 type policySeries struct {
 	PolicyCount
-	used time.Time
+	allowed, denied prometheus.Counter // nil before the first
+	used            time.Time
 }
 
 // Decided counts a decision.
 func (t *Telemetry) Decided(d Decision) {
 	m := t.metrics
 	key := policyKey{kind: d.Kind, name: d.Policy, dryRun: d.DryRun}
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	now := time.Now()
+	m.policyMu.Lock()
+	defer m.policyMu.Unlock()
 	s := m.policies[key]
 	if s == nil {
 		s = &policySeries{}
 		m.policies[key] = s
+		m.grown()
 	}
-	s.used = time.Now()
-	outcome := "allow"
-	if d.Allowed {
-		s.Allowed++
-	} else {
-		s.Denied++
-		outcome = "deny"
+	s.used = now
+	count, counter, outcome := &s.Allowed, &s.allowed, "allow"
+	if !d.Allowed {
+		count, counter, outcome = &s.Denied, &s.denied, "deny"
 	}
-	m.decisions.WithLabelValues(key.values(outcome)...).Inc()
+	if *counter == nil {
+		*counter = m.decisions.WithLabelValues(key.values(outcome)...)
+	}
+	*count++
+	(*counter).Inc()
 }
 
 func (k policyKey) values(outcome string) []string {
@@ -64,15 +70,15 @@ func (k policyKey) values(outcome string) []string {
 // or in dry runs. One that went from the one to the other has both, which do not add up: a
 // dry run denied nothing.
 func (t *Telemetry) PolicyCounts(kind string, name dataplane.Name, dryRun bool) PolicyCount {
-	t.metrics.mu.Lock()
-	defer t.metrics.mu.Unlock()
+	t.metrics.policyMu.Lock()
+	defer t.metrics.policyMu.Unlock()
 	if s := t.metrics.policies[policyKey{kind: kind, name: name, dryRun: dryRun}]; s != nil {
 		return s.PolicyCount
 	}
 	return PolicyCount{}
 }
 
-func (m *metrics) sweepPoliciesLocked(now time.Time, s *dataplane.Snapshot) {
+func (m *metrics) sweepPolicies(now time.Time, s *dataplane.Snapshot) {
 	type policy struct {
 		kind string
 		name dataplane.Name
@@ -84,6 +90,8 @@ func (m *metrics) sweepPoliciesLocked(now time.Time, s *dataplane.Snapshot) {
 	for _, p := range s.PeerAuthentications() {
 		exists[policy{"PeerAuthentication", p.Name}] = true
 	}
+	m.policyMu.Lock()
+	defer m.policyMu.Unlock()
 	for key, series := range m.policies {
 		if exists[policy{key.kind, key.name}] || now.Sub(series.used) < m.cfg.StaleAfter {
 			continue

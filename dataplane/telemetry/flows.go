@@ -3,6 +3,7 @@ package telemetry
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,8 +17,8 @@ type flowHub struct {
 	lost prometheus.Counter
 
 	mu          sync.Mutex
-	recent      []admin.Flow // a ring once it is full
-	next        int          // where the next record goes
+	recent      []record // a ring once it is full
+	next        int      // where the next record goes
 	subscribers map[*Subscription]struct{}
 }
 
@@ -26,20 +27,24 @@ func newFlowHub(size int) *flowHub {
 		lost: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "raceway_flow_records_lost_total", Help: "Flow records that subscribers were too slow for.",
 		}),
-		recent:      make([]admin.Flow, 0, size),
+		recent:      make([]record, 0, size),
 		subscribers: make(map[*Subscription]struct{}),
 	}
 }
 
-func (h *flowHub) publish(f admin.Flow) {
+func (h *flowHub) publish(r record) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if len(h.recent) < cap(h.recent) {
-		h.recent = append(h.recent, f)
+		h.recent = append(h.recent, r)
 	} else {
-		h.recent[h.next] = f
+		h.recent[h.next] = r
 	}
 	h.next = (h.next + 1) % cap(h.recent)
+	if len(h.subscribers) == 0 {
+		return
+	}
+	f := r.flow()
 	for s := range h.subscribers {
 		select {
 		case s.records <- f:
@@ -65,15 +70,22 @@ func (t *Telemetry) Subscribe(buffer int) ([]admin.Flow, *Subscription) {
 	}
 	h := t.flows
 	s := &Subscription{hub: h, records: make(chan admin.Flow, buffer)}
+	records := h.subscribe(s)
+	recent := make([]admin.Flow, len(records))
+	for i := range records {
+		recent[i] = records[i].flow()
+	}
+	return recent, s
+}
+
+func (h *flowHub) subscribe(s *Subscription) (recent []record) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.subscribers[s] = struct{}{}
-	recent := make([]admin.Flow, 0, len(h.recent))
 	if len(h.recent) == cap(h.recent) {
-		recent = append(recent, h.recent[h.next:]...)
-		return append(recent, h.recent[:h.next]...), s
+		return slices.Concat(h.recent[h.next:], h.recent[:h.next])
 	}
-	return append(recent, h.recent...), s
+	return slices.Clone(h.recent)
 }
 
 // C delivers the records. It is never closed.

@@ -23,6 +23,8 @@ type peerLabels struct {
 	principal, app, version, cluster                         string
 }
 
+const labelFlags = "response_flags"
+
 // labelNames is the order of values, then response_flags.
 func labelNames() []string {
 	names := []string{"reporter"}
@@ -35,7 +37,7 @@ func labelNames() []string {
 		}
 	}
 	return append(names, "destination_service", "destination_service_name", "destination_service_namespace",
-		"request_protocol", "connection_security_policy", "response_flags")
+		"request_protocol", "connection_security_policy", labelFlags)
 }
 
 // values is in the order of labelNames.

@@ -1,10 +1,13 @@
 package telemetry
 
 import (
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 )
@@ -12,8 +15,10 @@ import (
 // metrics holds every metric that is counted here; what others know is in Sources.
 type metrics struct {
 	cfg Config
+	// grown is called when there is something new to sweep away one day.
+	grown func()
 
-	opened, closed, sent, received, failed *prometheus.CounterVec
+	connections *connectionCollector
 
 	decisions   *prometheus.CounterVec
 	handshakes  *prometheus.CounterVec
@@ -22,33 +27,21 @@ type metrics struct {
 	retransmits *prometheus.CounterVec
 	repairs     *prometheus.CounterVec
 
-	mu        sync.Mutex
+	mu        sync.RWMutex
 	series    map[labels]*series
-	policies  map[policyKey]*policySeries
+	parties   map[partiesKey]*parties
 	overflown bool
+
+	policyMu sync.Mutex
+	policies map[policyKey]*policySeries
 }
 
-// series is the children of the connection metrics for one set of labels.
-type series struct {
-	labels         labels
-	sent, received prometheus.Counter
-
-	// Guarded by metrics.mu.
-	live  int                // open connections; never removed while there are any
-	used  time.Time          // when the last one ended
-	flags map[Flags]struct{} // with which there are children, for their removal
-}
-
-func newMetrics(cfg Config) *metrics {
-	m := &metrics{cfg: cfg, series: make(map[labels]*series), policies: make(map[policyKey]*policySeries)}
-	perConnection := func(name, help string) *prometheus.CounterVec {
-		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labelNames())
+func newMetrics(cfg Config, grown func()) *metrics {
+	m := &metrics{
+		cfg: cfg, grown: grown,
+		series: make(map[labels]*series), parties: make(map[partiesKey]*parties), policies: make(map[policyKey]*policySeries),
 	}
-	m.opened = perConnection("istio_tcp_connections_opened_total", "Connections opened.")
-	m.closed = perConnection("istio_tcp_connections_closed_total", "Connections closed.")
-	m.sent = perConnection("istio_tcp_sent_bytes_total", "Bytes from source to destination.")
-	m.received = perConnection("istio_tcp_received_bytes_total", "Bytes from destination to source.")
-	m.failed = perConnection("istio_tcp_connections_failed_total", "Connections that were refused or did not come up.")
+	m.connections = newConnectionCollector(m)
 	m.decisions = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "raceway_policy_decisions_total", Help: "Authorization decisions by the policy that made them; dry_run ones had no effect.",
 	}, []string{"kind", "policy_namespace", "policy", "outcome", "dry_run"})
@@ -73,37 +66,20 @@ func newMetrics(cfg Config) *metrics {
 
 func (m *metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{
-		m.opened, m.closed, m.sent, m.received, m.failed,
-		m.decisions, m.handshakes, m.limits, m.rtt, m.retransmits, m.repairs,
+		m.connections, m.decisions, m.handshakes, m.limits, m.rtt, m.retransmits, m.repairs,
 	}
 }
 
-func (m *metrics) open(a *Attempt) *series {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s := m.seriesLocked(m.labels(a))
-	s.live++
-	s.flags[FlagsNone] = struct{}{}
-	m.opened.WithLabelValues(s.labels.values(FlagsNone)...).Inc()
-	return s
+func (m *metrics) open(a *Attempt) *parties { return m.with(a, (*series).open) }
+
+func (m *metrics) refuse(a *Attempt, flags Flags, now time.Time) *parties {
+	return m.with(a, func(s *series) { s.refuse(flags, now) })
 }
 
-func (m *metrics) close(s *series, flags Flags) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s.live--
-	s.used = time.Now()
-	s.flags[flags] = struct{}{}
-	m.closed.WithLabelValues(s.labels.values(flags)...).Inc()
-}
-
-func (m *metrics) refuse(a *Attempt, flags Flags) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s := m.seriesLocked(m.labels(a))
-	s.used = time.Now()
-	s.flags[flags] = struct{}{}
-	m.failed.WithLabelValues(s.labels.values(flags)...).Inc()
+func (m *metrics) allSeries() []*series {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return slices.Collect(maps.Values(m.series))
 }
 
 // seriesLocked finds or makes the series of l. Beyond the bound it is one for all: the
@@ -126,18 +102,27 @@ func (m *metrics) seriesLocked(l labels) *series {
 			return s
 		}
 	}
-	values := l.values(FlagsNone)
-	s := &series{
-		labels: l, flags: make(map[Flags]struct{}), used: time.Now(),
-		sent: m.sent.WithLabelValues(values...), received: m.received.WithLabelValues(values...),
-	}
+	s := &series{labels: l, created: timestamppb.Now()}
+	s.none = &outcome{flags: FlagsNone, labels: prometheus.MakeLabelPairs(m.connections.opened, l.values(FlagsNone))}
+	s.used.Store(time.Now().UnixNano())
 	m.series[l] = s
+	m.grown()
 	return s
 }
 
 func (m *metrics) socket(d Direction, facts tcpFacts, retransmits uint32) {
 	m.rtt.WithLabelValues(string(d)).Observe(float64(facts.rttMicros) / 1e6)
 	m.retransmits.WithLabelValues(string(d)).Add(float64(retransmits))
+}
+
+// sweepable reports whether there is anything that sweep may have to remove one day.
+func (m *metrics) sweepable() bool {
+	m.mu.RLock()
+	series := len(m.series)
+	m.mu.RUnlock()
+	m.policyMu.Lock()
+	defer m.policyMu.Unlock()
+	return m.cfg.Store != nil && series+len(m.policies) > 0
 }
 
 // sweep removes the series of workloads and policies that are gone for a while.
@@ -149,25 +134,21 @@ func (m *metrics) sweep(now time.Time) {
 	if snapshot == nil {
 		return
 	}
-	workloads := existing(snapshot)
+	m.sweepSeries(now, existing(snapshot))
+	m.sweepPolicies(now, snapshot)
+}
+
+func (m *metrics) sweepSeries(now time.Time, workloads map[dataplane.Name]bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for l, s := range m.series {
-		if s.live > 0 || now.Sub(s.used) < m.cfg.StaleAfter || l.exists(workloads) {
+		if s.live.Load() > 0 || now.Sub(time.Unix(0, s.used.Load())) < m.cfg.StaleAfter || l.exists(workloads) {
 			continue
 		}
 		delete(m.series, l)
-		m.sent.DeleteLabelValues(l.values(FlagsNone)...)
-		m.received.DeleteLabelValues(l.values(FlagsNone)...)
-		for flags := range s.flags {
-			values := l.values(flags)
-			m.opened.DeleteLabelValues(values...)
-			m.closed.DeleteLabelValues(values...)
-			m.failed.DeleteLabelValues(values...)
-		}
+		clear(m.parties) // some may count in it
 	}
 	m.overflown = m.overflown && len(m.series) >= m.cfg.MaxSeries
-	m.sweepPoliciesLocked(now, snapshot)
 }
 
 // existing is the workloads of s under the names that labels use.

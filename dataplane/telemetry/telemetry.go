@@ -19,16 +19,15 @@ import (
 	"errors"
 	"io"
 	"log/slog"
-	"slices"
-	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/raceway-mesh/raceway/dataplane"
-	"github.com/raceway-mesh/raceway/dataplane/admin"
 )
 
 // Config is what New needs. All of it may be zero.
@@ -96,22 +95,25 @@ type Telemetry struct {
 	log     *accessLog
 	flows   *flowHub
 
-	mu      sync.Mutex
-	live    map[string]*Conn
-	sockets map[socket]uint32 // retransmits seen so far of the sockets of live connections
+	roused    chan struct{} // there is something for reportLoop
+	reporting atomic.Bool   // it has been told of live connections
+
+	mu       sync.Mutex
+	live     []*Conn
+	carriers map[syscall.Conn]*carrier // of live connections
 }
 
 // New registers the metrics and starts nothing.
 func New(cfg Config) (*Telemetry, error) {
 	cfg = cfg.withDefaults()
 	t := &Telemetry{
-		cfg:     cfg,
-		log:     newAccessLog(cfg),
-		flows:   newFlowHub(cfg.RecentFlows),
-		live:    make(map[string]*Conn),
-		sockets: make(map[socket]uint32),
+		cfg:      cfg,
+		log:      newAccessLog(cfg),
+		flows:    newFlowHub(cfg.RecentFlows),
+		roused:   make(chan struct{}, 1),
+		carriers: make(map[syscall.Conn]*carrier),
 	}
-	t.metrics = newMetrics(cfg)
+	t.metrics = newMetrics(cfg, t.rouse)
 	collectors := append(t.metrics.collectors(), t.log.collectors()...)
 	collectors = append(collectors, t.flows.lost, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "raceway_connections_live", Help: "Connections that the proxy carries now.",
@@ -131,54 +133,4 @@ func (t *Telemetry) Run(ctx context.Context) error {
 	g.Go(func() error { t.log.run(ctx); return nil })
 	g.Go(func() error { t.reportLoop(ctx); return nil })
 	return g.Wait()
-}
-
-func (t *Telemetry) reportLoop(ctx context.Context) {
-	report := time.NewTicker(t.cfg.Interval)
-	defer report.Stop()
-	sweep := time.NewTicker(max(t.cfg.StaleAfter/4, time.Second))
-	defer sweep.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case now := <-report.C:
-			t.report(now)
-		case now := <-sweep.C:
-			t.metrics.sweep(now)
-		}
-	}
-}
-
-// Live is how many connections are open.
-func (t *Telemetry) Live() int {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return len(t.live)
-}
-
-// Connections lists the open connections, oldest first.
-func (t *Telemetry) Connections() []admin.Connection {
-	conns := t.snapshot()
-	list := make([]admin.Connection, len(conns))
-	for i, c := range conns {
-		list[i] = c.describe()
-	}
-	return list
-}
-
-func (t *Telemetry) snapshot() []*Conn {
-	t.mu.Lock()
-	conns := make([]*Conn, 0, len(t.live))
-	for _, c := range t.live {
-		conns = append(conns, c)
-	}
-	t.mu.Unlock()
-	slices.SortFunc(conns, func(a, b *Conn) int {
-		if order := a.opened.Compare(b.opened); order != 0 {
-			return order
-		}
-		return strings.Compare(a.ID, b.ID)
-	})
-	return conns
 }

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -56,7 +57,7 @@ func newTelemetry(t *testing.T, cfg Config) (*Telemetry, *prometheus.Registry) {
 	return tel, registry
 }
 
-func run(t *testing.T, tel *Telemetry) (stop func()) {
+func run(t testing.TB, tel *Telemetry) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- tel.Run(ctx) }()
@@ -257,7 +258,7 @@ func TestLongConnectionsReportWhileTheyLive(t *testing.T) {
 		t.Errorf("%v bytes at the end, want 101", got)
 	}
 	tel.report(time.Now().Add(30 * time.Second))
-	if len(tel.sockets) != 0 {
+	if len(tel.carriers) != 0 {
 		t.Error("the socket of a connection that ended is remembered")
 	}
 }
@@ -291,7 +292,7 @@ func TestFlowsFollowsAndTellsOfLosses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tel, _ := newTelemetry(t, Config{RecentFlows: 3})
 		for i := range 5 {
-			tel.Refuse(Attempt{ID: fmt.Sprint(i)}, FlagsConnect, nil)
+			tel.Refuse(Attempt{ID: ID(i + 1)}, FlagsConnect, nil)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		var got []string
@@ -312,7 +313,7 @@ func TestFlowsFollowsAndTellsOfLosses(t *testing.T) {
 		}
 		synctest.Wait()
 		for i := range 1024 + 7 {
-			tel.Refuse(Attempt{ID: fmt.Sprint(i)}, FlagsConnect, nil)
+			tel.Refuse(Attempt{ID: ID(i + 1)}, FlagsConnect, nil)
 		}
 		for range 2000 {
 			proceed <- struct{}{}
@@ -322,8 +323,8 @@ func TestFlowsFollowsAndTellsOfLosses(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		if strings.Join(got[:3], "") != "234" {
-			t.Errorf("recent ones %v, want 2, 3, 4", got[:3])
+		if want := []string{ID(3).String(), ID(4).String(), ID(5).String()}; !slices.Equal(got[:3], want) {
+			t.Errorf("recent ones %v, want %v", got[:3], want)
 		}
 		// How many were lost depends on how many were read while they came.
 		if last := got[len(got)-1]; last == "" || !strings.Contains(strings.Join(got, " "), "records lost") {
