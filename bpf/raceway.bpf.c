@@ -3,7 +3,7 @@
 /* All of Raceway's BPF programs in one object, so that they share their maps. */
 #include "include/maps.h"
 #include "include/connect.h"
-#include "include/probe.h"
+#include "include/sockops.h"
 #include "include/steer.h"
 #include "include/ingress.h"
 #include "include/guard.h"

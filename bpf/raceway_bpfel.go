@@ -18,6 +18,29 @@ type RacewayAddr struct {
 	Word [4]uint32
 }
 
+type RacewayAdmission struct {
+	_     structs.HostLayout
+	Stage RacewayAdmissionStage
+	Zero  uint32
+	Since uint64
+}
+
+type RacewayAdmissionStage uint32
+
+const (
+	RacewayAdmissionStageADMISSION_OPENING RacewayAdmissionStage = 1
+	RacewayAdmissionStageADMISSION_ARRIVED RacewayAdmissionStage = 2
+	RacewayAdmissionStageADMISSION_ENDED   RacewayAdmissionStage = 3
+)
+
+type RacewayAllowance struct {
+	_          structs.HostLayout
+	Generation uint64
+	Total      uint32
+	Local      uint32
+	Endpoints  [8]RacewayEndpoint
+}
+
 type RacewayConnection struct {
 	_            structs.HostLayout
 	Local        RacewayAddr
@@ -44,55 +67,131 @@ const (
 	RacewayCounterCONNECT_LOOPBACK             RacewayCounter = 5
 	RacewayCounterCONNECT_LINK_LOCAL           RacewayCounter = 6
 	RacewayCounterCONNECT_SELF                 RacewayCounter = 7
-	RacewayCounterCONNECT_REDIRECTED           RacewayCounter = 8
-	RacewayCounterCONNECT_REFUSED_NO_SOCKET    RacewayCounter = 9
-	RacewayCounterCONNECT_REFUSED_NO_AGENT     RacewayCounter = 10
-	RacewayCounterCONNECT_REFUSED_MARK         RacewayCounter = 11
-	RacewayCounterCONNECT_REFUSED_UNBIND       RacewayCounter = 12
-	RacewayCounterSTEER_NOT_TCP                RacewayCounter = 13
-	RacewayCounterSTEER_DROPPED_UNKNOWN_POD    RacewayCounter = 14
-	RacewayCounterSTEER_LEFT                   RacewayCounter = 15
-	RacewayCounterSTEER_PROBE                  RacewayCounter = 16
-	RacewayCounterSTEER_OUTBOUND               RacewayCounter = 17
-	RacewayCounterSTEER_INBOUND                RacewayCounter = 18
-	RacewayCounterSTEER_TUNNEL                 RacewayCounter = 19
-	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 20
-	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 21
-	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 22
-	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 23
-	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 24
-	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 25
-	RacewayCounterINGRESS_LEFT                 RacewayCounter = 26
-	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 27
-	RacewayCounterINGRESS_PROBE                RacewayCounter = 28
-	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 29
-	RacewayCounterINGRESS_INBOUND              RacewayCounter = 30
-	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 31
-	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 32
-	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 33
-	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 34
-	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 35
-	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 36
-	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 37
-	RacewayCounterGUARD_PASSED_PROBE           RacewayCounter = 38
-	RacewayCounterGUARD_PASSED_ENDED           RacewayCounter = 39
-	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 40
-	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 41
-	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 42
-	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 43
-	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 44
-	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 45
-	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 46
-	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 47
-	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 48
-	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 49
-	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 50
-	RacewayCounterPROBE_OPENED                 RacewayCounter = 51
-	RacewayCounterPROBE_CLOSED                 RacewayCounter = 52
-	RacewayCounterPROBE_ELSEWHERE              RacewayCounter = 53
-	RacewayCounterPROBE_REFUSED_FLAGS          RacewayCounter = 54
-	RacewayCounterPROBE_REFUSED_FULL           RacewayCounter = 55
-	RacewayCounterCOUNTERS                     RacewayCounter = 56
+	RacewayCounterCONNECT_DIRECT               RacewayCounter = 8
+	RacewayCounterCONNECT_REDIRECTED           RacewayCounter = 9
+	RacewayCounterCONNECT_REFUSED_NO_SOCKET    RacewayCounter = 10
+	RacewayCounterCONNECT_REFUSED_NO_AGENT     RacewayCounter = 11
+	RacewayCounterCONNECT_REFUSED_MARK         RacewayCounter = 12
+	RacewayCounterCONNECT_REFUSED_UNBIND       RacewayCounter = 13
+	RacewayCounterSTEER_NOT_TCP                RacewayCounter = 14
+	RacewayCounterSTEER_DROPPED_UNKNOWN_POD    RacewayCounter = 15
+	RacewayCounterSTEER_LEFT                   RacewayCounter = 16
+	RacewayCounterSTEER_PROBE                  RacewayCounter = 17
+	RacewayCounterSTEER_DIRECT                 RacewayCounter = 18
+	RacewayCounterSTEER_OUTBOUND               RacewayCounter = 19
+	RacewayCounterSTEER_INBOUND                RacewayCounter = 20
+	RacewayCounterSTEER_TUNNEL                 RacewayCounter = 21
+	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 22
+	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 23
+	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 24
+	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 25
+	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 26
+	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 27
+	RacewayCounterINGRESS_LEFT                 RacewayCounter = 28
+	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 29
+	RacewayCounterINGRESS_PROBE                RacewayCounter = 30
+	RacewayCounterINGRESS_DIRECT               RacewayCounter = 31
+	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 32
+	RacewayCounterINGRESS_INBOUND              RacewayCounter = 33
+	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 34
+	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 35
+	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 36
+	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 37
+	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 38
+	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 39
+	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 40
+	RacewayCounterGUARD_PASSED_PROBE           RacewayCounter = 41
+	RacewayCounterGUARD_PASSED_DIRECT          RacewayCounter = 42
+	RacewayCounterGUARD_PASSED_ENDED           RacewayCounter = 43
+	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 44
+	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 45
+	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 46
+	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 47
+	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 48
+	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 49
+	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 50
+	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 51
+	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 52
+	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 53
+	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 54
+	RacewayCounterPROBE_OPENED                 RacewayCounter = 55
+	RacewayCounterPROBE_CLOSED                 RacewayCounter = 56
+	RacewayCounterPROBE_ELSEWHERE              RacewayCounter = 57
+	RacewayCounterPROBE_REFUSED_FLAGS          RacewayCounter = 58
+	RacewayCounterPROBE_REFUSED_FULL           RacewayCounter = 59
+	RacewayCounterDIRECT_OPENING               RacewayCounter = 60
+	RacewayCounterDIRECT_OPENED                RacewayCounter = 61
+	RacewayCounterDIRECT_CLOSED                RacewayCounter = 62
+	RacewayCounterDIRECT_FAILED                RacewayCounter = 63
+	RacewayCounterDIRECT_PROXIED_REVOKED       RacewayCounter = 64
+	RacewayCounterDIRECT_PROXIED_REWRITTEN     RacewayCounter = 65
+	RacewayCounterDIRECT_PROXIED_SOURCE        RacewayCounter = 66
+	RacewayCounterDIRECT_PROXIED_FASTOPEN      RacewayCounter = 67
+	RacewayCounterDIRECT_PROXIED_FLAGS         RacewayCounter = 68
+	RacewayCounterDIRECT_PROXIED_FULL          RacewayCounter = 69
+	RacewayCounterDIRECT_PROXIED_UNANSWERED    RacewayCounter = 70
+	RacewayCounterDIRECT_DROPPED_MARK          RacewayCounter = 71
+	RacewayCounterDIRECT_DROPPED_EVENT         RacewayCounter = 72
+	RacewayCounterCOUNTERS                     RacewayCounter = 73
+)
+
+type RacewayDestination struct {
+	_     structs.HostLayout
+	Netns uint64
+	Addr  RacewayAddr
+	Port  uint16
+	Zero  [3]uint16
+}
+
+type RacewayDirect struct {
+	_     structs.HostLayout
+	Key   RacewayTuple
+	Asked RacewayDestination
+	Since uint64
+	Stage RacewayDirectStage
+	Zero  uint32
+}
+
+type RacewayDirectStage uint32
+
+const (
+	RacewayDirectStageDIRECT_CHOSEN    RacewayDirectStage = 1
+	RacewayDirectStageDIRECT_ADMITTED  RacewayDirectStage = 2
+	RacewayDirectStageDIRECT_ELSEWHERE RacewayDirectStage = 3
+)
+
+type RacewayEndpoint struct {
+	_     structs.HostLayout
+	Netns uint64
+	Addr  RacewayAddr
+	Port  uint16
+	Zero  [3]uint16
+}
+
+type RacewayEvent struct {
+	_           structs.HostLayout
+	What        RacewayDirect
+	Now         uint64
+	Sent        uint64
+	Received    uint64
+	Srtt        uint32
+	Retransmits uint32
+	Kind        RacewayEventKind
+	Error       uint32
+	Clean       uint8
+	Arrived     uint8
+	Zero        [6]uint8
+}
+
+type RacewayEventKind uint32
+
+const (
+	RacewayEventKindEVENT_OPENED     RacewayEventKind = 1
+	RacewayEventKindEVENT_CLOSED     RacewayEventKind = 2
+	RacewayEventKindEVENT_FAILED     RacewayEventKind = 3
+	RacewayEventKindEVENT_UNANSWERED RacewayEventKind = 4
+	RacewayEventKindEVENT_OPENING    RacewayEventKind = 5
+	RacewayEventKindEVENT_LIVE       RacewayEventKind = 6
 )
 
 type RacewayListener uint32
@@ -159,8 +258,13 @@ type RacewayTuple struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	RacewayMapAdmitted         = "admitted"
+	RacewayMapAllowed          = "allowed"
+	RacewayMapClients          = "clients"
 	RacewayMapCounters         = "counters"
 	RacewayMapEstablished      = "established"
+	RacewayMapEvents           = "events"
+	RacewayMapGeneration       = "generation"
 	RacewayMapHomes            = "homes"
 	RacewayMapKubelet          = "kubelet"
 	RacewayMapListeners        = "listeners"
@@ -171,11 +275,15 @@ const (
 	RacewayProgConnect4        = "connect4"
 	RacewayProgConnect6        = "connect6"
 	RacewayProgDump            = "dump"
+	RacewayProgGetpeername4    = "getpeername4"
+	RacewayProgGetpeername6    = "getpeername6"
 	RacewayProgGuard           = "guard"
 	RacewayProgGuardMore       = "guard_more"
 	RacewayProgIngress         = "ingress"
-	RacewayProgProbe           = "probe"
+	RacewayProgListDirect      = "list_direct"
 	RacewayProgSteer           = "steer"
+	RacewayProgTrack           = "track"
+	RacewayVarCanDirect        = "can_direct"
 	RacewayVarCanProbe         = "can_probe"
 	RacewayVarCanSetRetval     = "can_set_retval"
 	RacewayVarCanTellProcesses = "can_tell_processes"
@@ -225,22 +333,30 @@ type RacewaySpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RacewayProgramSpecs struct {
-	Connect4  *ebpf.ProgramSpec `ebpf:"connect4"`
-	Connect6  *ebpf.ProgramSpec `ebpf:"connect6"`
-	Dump      *ebpf.ProgramSpec `ebpf:"dump"`
-	Guard     *ebpf.ProgramSpec `ebpf:"guard"`
-	GuardMore *ebpf.ProgramSpec `ebpf:"guard_more"`
-	Ingress   *ebpf.ProgramSpec `ebpf:"ingress"`
-	Probe     *ebpf.ProgramSpec `ebpf:"probe"`
-	Steer     *ebpf.ProgramSpec `ebpf:"steer"`
+	Connect4     *ebpf.ProgramSpec `ebpf:"connect4"`
+	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
+	Dump         *ebpf.ProgramSpec `ebpf:"dump"`
+	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
+	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
+	Guard        *ebpf.ProgramSpec `ebpf:"guard"`
+	GuardMore    *ebpf.ProgramSpec `ebpf:"guard_more"`
+	Ingress      *ebpf.ProgramSpec `ebpf:"ingress"`
+	ListDirect   *ebpf.ProgramSpec `ebpf:"list_direct"`
+	Steer        *ebpf.ProgramSpec `ebpf:"steer"`
+	Track        *ebpf.ProgramSpec `ebpf:"track"`
 }
 
 // RacewayMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RacewayMapSpecs struct {
+	Admitted    *ebpf.MapSpec `ebpf:"admitted"`
+	Allowed     *ebpf.MapSpec `ebpf:"allowed"`
+	Clients     *ebpf.MapSpec `ebpf:"clients"`
 	Counters    *ebpf.MapSpec `ebpf:"counters"`
 	Established *ebpf.MapSpec `ebpf:"established"`
+	Events      *ebpf.MapSpec `ebpf:"events"`
+	Generation  *ebpf.MapSpec `ebpf:"generation"`
 	Homes       *ebpf.MapSpec `ebpf:"homes"`
 	Kubelet     *ebpf.MapSpec `ebpf:"kubelet"`
 	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
@@ -254,6 +370,7 @@ type RacewayMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RacewayVariableSpecs struct {
+	CanDirect        *ebpf.VariableSpec `ebpf:"can_direct"`
 	CanProbe         *ebpf.VariableSpec `ebpf:"can_probe"`
 	CanSetRetval     *ebpf.VariableSpec `ebpf:"can_set_retval"`
 	CanTellProcesses *ebpf.VariableSpec `ebpf:"can_tell_processes"`
@@ -281,8 +398,13 @@ func (o *RacewayObjects) Close() error {
 //
 // It can be passed to LoadRacewayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RacewayMaps struct {
+	Admitted    *ebpf.Map `ebpf:"admitted"`
+	Allowed     *ebpf.Map `ebpf:"allowed"`
+	Clients     *ebpf.Map `ebpf:"clients"`
 	Counters    *ebpf.Map `ebpf:"counters"`
 	Established *ebpf.Map `ebpf:"established"`
+	Events      *ebpf.Map `ebpf:"events"`
+	Generation  *ebpf.Map `ebpf:"generation"`
 	Homes       *ebpf.Map `ebpf:"homes"`
 	Kubelet     *ebpf.Map `ebpf:"kubelet"`
 	Listeners   *ebpf.Map `ebpf:"listeners"`
@@ -294,8 +416,13 @@ type RacewayMaps struct {
 
 func (m *RacewayMaps) Close() error {
 	return _RacewayClose(
+		m.Admitted,
+		m.Allowed,
+		m.Clients,
 		m.Counters,
 		m.Established,
+		m.Events,
+		m.Generation,
 		m.Homes,
 		m.Kubelet,
 		m.Listeners,
@@ -310,6 +437,7 @@ func (m *RacewayMaps) Close() error {
 //
 // It can be passed to LoadRacewayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RacewayVariables struct {
+	CanDirect        *ebpf.Variable `ebpf:"can_direct"`
 	CanProbe         *ebpf.Variable `ebpf:"can_probe"`
 	CanSetRetval     *ebpf.Variable `ebpf:"can_set_retval"`
 	CanTellProcesses *ebpf.Variable `ebpf:"can_tell_processes"`
@@ -321,14 +449,17 @@ type RacewayVariables struct {
 //
 // It can be passed to LoadRacewayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RacewayPrograms struct {
-	Connect4  *ebpf.Program `ebpf:"connect4"`
-	Connect6  *ebpf.Program `ebpf:"connect6"`
-	Dump      *ebpf.Program `ebpf:"dump"`
-	Guard     *ebpf.Program `ebpf:"guard"`
-	GuardMore *ebpf.Program `ebpf:"guard_more"`
-	Ingress   *ebpf.Program `ebpf:"ingress"`
-	Probe     *ebpf.Program `ebpf:"probe"`
-	Steer     *ebpf.Program `ebpf:"steer"`
+	Connect4     *ebpf.Program `ebpf:"connect4"`
+	Connect6     *ebpf.Program `ebpf:"connect6"`
+	Dump         *ebpf.Program `ebpf:"dump"`
+	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
+	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
+	Guard        *ebpf.Program `ebpf:"guard"`
+	GuardMore    *ebpf.Program `ebpf:"guard_more"`
+	Ingress      *ebpf.Program `ebpf:"ingress"`
+	ListDirect   *ebpf.Program `ebpf:"list_direct"`
+	Steer        *ebpf.Program `ebpf:"steer"`
+	Track        *ebpf.Program `ebpf:"track"`
 }
 
 func (p *RacewayPrograms) Close() error {
@@ -336,11 +467,14 @@ func (p *RacewayPrograms) Close() error {
 		p.Connect4,
 		p.Connect6,
 		p.Dump,
+		p.Getpeername4,
+		p.Getpeername6,
 		p.Guard,
 		p.GuardMore,
 		p.Ingress,
-		p.Probe,
+		p.ListDirect,
 		p.Steer,
+		p.Track,
 	)
 }
 

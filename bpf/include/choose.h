@@ -4,6 +4,7 @@
 
 #include "addr.h"
 #include "config.h"
+#include "direct.h"
 
 enum { LOOPBACK_IFINDEX = 1 };
 
@@ -41,8 +42,14 @@ static __always_inline enum listener choose(const struct pod *pod, const struct 
 	return pod->flags & POD_INBOUND ? LISTENER_INBOUND : LISTENER_NONE;
 }
 
-/* For what choose() gives to the inbound listener. */
-static __always_inline bool is_probe(__u64 netns, const struct arrival *a)
+enum passage {
+	PASSAGE_NONE,
+	PASSAGE_PROBE,
+	PASSAGE_DIRECT,
+};
+
+/* What of that which choose() gives to the inbound listener is the application's. */
+static __always_inline enum passage passage_of(__u64 netns, const struct arrival *a)
 {
 	struct tuple t = {
 		.netns = netns,
@@ -52,5 +59,7 @@ static __always_inline bool is_probe(__u64 netns, const struct arrival *a)
 		.remote_port = a->remote_port,
 	};
 
-	return bpf_map_lookup_elem(&probes, &t);
+	if (arrives(&t))
+		return PASSAGE_DIRECT;
+	return bpf_map_lookup_elem(&probes, &t) ? PASSAGE_PROBE : PASSAGE_NONE;
 }

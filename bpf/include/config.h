@@ -11,7 +11,14 @@ volatile const __u32 redirect_mark;
 volatile const __u16 tunnel_port;
 volatile const bool can_set_retval; /* bpf_set_retval is there, Linux 5.18 */
 volatile const bool can_probe; /* what probe.h needs is there */
+volatile const bool can_direct; /* what direct.h needs is there */
 volatile const bool can_tell_processes; /* bpf_get_current_pid_tgid is there for connect hooks */
+
+enum {
+	SOL_SOCKET_ = 1,
+	SO_BINDTODEVICE_ = 25,
+	SO_MARK_ = 36,
+};
 
 /*
  * The pod that an instance of a per-pod program serves, as the cookie of its network

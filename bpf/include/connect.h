@@ -3,7 +3,8 @@
  * connect() of every process on the node. A TCP socket of an enrolled pod gets a mark
  * that the pod's routing rule sends to its loopback, where steer (or ingress) hands the
  * SYN to the agent. The destination stays untouched: it is the accepted socket's own
- * address, and the application's getpeername() is true.
+ * address, and the application's getpeername() is true. What the agent allows to a pod of the
+ * same node goes by the kernel alone: see direct.h.
  *
  * Fails closed: a socket that cannot be redirected gets EPERM. While no agent listens it
  * gets ECONNREFUSED here, since the kernel could not answer its SYN: it sends no IPv4 reset
@@ -15,11 +16,9 @@
 
 #include "addr.h"
 #include "config.h"
+#include "direct.h"
 
 enum {
-	SOL_SOCKET_ = 1,
-	SO_MARK_ = 36,
-	SO_BINDTODEVICE_ = 25,
 	CONNECT_REFUSE = 0,
 	CONNECT_ALLOW = 1,
 	ECONNREFUSED_ = 111,
@@ -27,12 +26,14 @@ enum {
 
 struct flow {
 	struct addr remote;
+	__u16 port; /* host byte order */
 	__u32 protocol;
 };
 
 enum verdict {
 	VERDICT_LEAVE,
 	VERDICT_REDIRECT,
+	VERDICT_DIRECT, /* to the endpoint that is in the flow now */
 	VERDICT_REFUSE,
 };
 
@@ -71,7 +72,22 @@ static __always_inline enum counter not_enrolled(struct bpf_sock_addr *ctx, __u6
 	return bpf_sk_storage_get(&probing, sk, 0, BPF_SK_STORAGE_GET_F_CREATE) ? CONNECT_KUBELET : CONNECT_NOT_ENROLLED;
 }
 
-static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const struct flow *f)
+static __always_inline bool is_subflow(struct bpf_sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+
+	return !tp || (bpf_core_field_exists(tp->is_mptcp) && BPF_CORE_READ(tp, is_mptcp));
+}
+
+/* By the kernel, see direct.h, go only sockets that nothing is special about. */
+static __always_inline bool goes_direct(struct bpf_sock *sk, __u64 netns, struct flow *f)
+{
+	if (!can_direct || f->protocol != IPPROTO_TCP || sk->bound_dev_if || sk->mark == redirect_mark || is_subflow(sk))
+		return false;
+	return choose_endpoint(sk, netns, &f->remote, &f->port);
+}
+
+static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, struct flow *f)
 {
 	struct bpf_sock *sk;
 	struct pod *pod;
@@ -100,6 +116,8 @@ static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const stru
 		count(CONNECT_OWN);
 		return VERDICT_LEAVE;
 	}
+	if (can_direct)
+		bpf_sk_storage_delete(&clients, sk); /* of an earlier connect() */
 	if (addr_is_loopback(&f->remote)) {
 		count(CONNECT_LOOPBACK);
 		return VERDICT_LEAVE;
@@ -118,6 +136,10 @@ static __always_inline enum verdict decide(struct bpf_sock_addr *ctx, const stru
 		if (can_set_retval)
 			bpf_set_retval(-ECONNREFUSED_);
 		return VERDICT_REFUSE;
+	}
+	if (goes_direct(sk, netns, f)) {
+		count(CONNECT_DIRECT);
+		return VERDICT_DIRECT;
 	}
 	return VERDICT_REDIRECT;
 }
@@ -143,11 +165,19 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx)
 	return CONNECT_ALLOW;
 }
 
-static __always_inline int apply(struct bpf_sock_addr *ctx, const struct flow *f)
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
 {
-	switch (decide(ctx, f)) {
+	struct flow f = { .protocol = ctx->protocol, .port = bpf_ntohs(ctx->user_port) };
+
+	addr_set_v4(&f.remote, ctx->user_ip4);
+	switch (decide(ctx, &f)) {
 	case VERDICT_REDIRECT:
 		return redirect(ctx);
+	case VERDICT_DIRECT:
+		ctx->user_ip4 = f.remote.word[3];
+		ctx->user_port = bpf_htons(f.port);
+		return CONNECT_ALLOW;
 	case VERDICT_REFUSE:
 		return CONNECT_REFUSE;
 	default:
@@ -155,23 +185,28 @@ static __always_inline int apply(struct bpf_sock_addr *ctx, const struct flow *f
 	}
 }
 
-SEC("cgroup/connect4")
-int connect4(struct bpf_sock_addr *ctx)
-{
-	struct flow f = { .protocol = ctx->protocol };
-
-	addr_set_v4(&f.remote, ctx->user_ip4);
-	return apply(ctx, &f);
-}
-
 SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
-	struct flow f = { .protocol = ctx->protocol };
+	struct flow f = { .protocol = ctx->protocol, .port = bpf_ntohs(ctx->user_port) };
 
 	f.remote.word[0] = ctx->user_ip6[0];
 	f.remote.word[1] = ctx->user_ip6[1];
 	f.remote.word[2] = ctx->user_ip6[2];
 	f.remote.word[3] = ctx->user_ip6[3];
-	return apply(ctx, &f);
+	switch (decide(ctx, &f)) {
+	case VERDICT_REDIRECT:
+		return redirect(ctx);
+	case VERDICT_DIRECT:
+		ctx->user_ip6[0] = f.remote.word[0];
+		ctx->user_ip6[1] = f.remote.word[1];
+		ctx->user_ip6[2] = f.remote.word[2];
+		ctx->user_ip6[3] = f.remote.word[3];
+		ctx->user_port = bpf_htons(f.port);
+		return CONNECT_ALLOW;
+	case VERDICT_REFUSE:
+		return CONNECT_REFUSE;
+	default:
+		return CONNECT_ALLOW;
+	}
 }

@@ -2,54 +2,8 @@
 /* Lists the TCP connections of a network namespace for the agent, one record each. */
 #pragma once
 
-#include <bpf/bpf_core_read.h>
-
 #include "addr.h"
-
-/* The few kernel structures it looks into; field offsets are relocated at load time. */
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-struct sock_common {
-	__be32 skc_daddr;
-	__be32 skc_rcv_saddr;
-	__be16 skc_dport;
-	__u16 skc_num;
-	unsigned short skc_family;
-	volatile unsigned char skc_state;
-	struct in6_addr skc_v6_daddr;
-	struct in6_addr skc_v6_rcv_saddr;
-	struct sock *skc_listener;
-};
-
-struct sock {
-	struct sock_common __sk_common;
-	__u32 sk_mark;
-	int sk_rx_dst_ifindex; /* since 5.17, inet_sock.rx_dst_ifindex before */
-};
-
-struct inet_sock {
-	int rx_dst_ifindex;
-};
-
-struct tcp_options_received {
-	__u16 user_mss;
-	__u16 mss_clamp;
-};
-
-struct tcp_sock {
-	struct tcp_options_received rx_opt;
-	__u32 retrans_stamp; /* in SYN_SENT: when the first SYN was sent */
-	__u8 tcp_usec_ts : 1; /* since 6.7: stamps are microseconds, by a route's wish */
-};
-
-struct bpf_iter_meta {
-	struct seq_file *seq;
-};
-
-struct bpf_iter__tcp {
-	struct bpf_iter_meta *meta;
-	struct sock_common *sk_common;
-};
-#pragma clang attribute pop
+#include "kernel.h"
 
 struct connection {
 	struct addr local;

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "config.h"
+#include "direct.h"
 #include "packet.h"
 
 /* Addresses that a pod needs before or besides its own: duplicate address detection and
@@ -57,6 +58,21 @@ static __always_inline bool is_own(struct __sk_buff *skb, const struct packet *p
 	return addr_equal(&peer, &p->dst);
 }
 
+/* A packet of either end of an admitted connection of direct.h. */
+static __always_inline bool is_direct(struct __sk_buff *skb, const struct tuple *t, const struct segment *s, bool opens)
+{
+	struct bpf_sock *sk;
+
+	if (!can_direct)
+		return false;
+	sk = skb->sk;
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk && is_client(sk, t, s->payload))
+		return true;
+	return !opens && is_server(t);
+}
+
 static __always_inline bool is_established(const struct tuple *t, bool opens)
 {
 	enum stage *stage = bpf_map_lookup_elem(&established, t);
@@ -91,6 +107,8 @@ static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns
 		return GUARD_PASSED_OWN;
 	t.local_port = bpf_ntohs(s.tcp.source);
 	t.remote_port = bpf_ntohs(s.tcp.dest);
+	if (is_direct(skb, &t, &s, opens))
+		return GUARD_PASSED_DIRECT;
 	if (is_established(&t, opens))
 		return GUARD_PASSED_ESTABLISHED;
 	if (!opens && bpf_map_lookup_elem(&probes, &t))

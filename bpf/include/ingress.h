@@ -72,9 +72,13 @@ int ingress(struct __sk_buff *skb)
 		count(INGRESS_CONNECTED);
 		return TC_ACT_UNSPEC;
 	}
-	if (key.kind == LISTENER_INBOUND && is_probe(key.netns, &a)) {
-		count(INGRESS_PROBE);
-		return TC_ACT_UNSPEC;
+	if (key.kind == LISTENER_INBOUND) {
+		enum passage p = passage_of(key.netns, &a);
+
+		if (p != PASSAGE_NONE) {
+			count(INGRESS_PROBE + p - PASSAGE_PROBE);
+			return TC_ACT_UNSPEC;
+		}
 	}
 	sk = bpf_map_lookup_elem(&listeners, &key);
 	if (!sk) {

@@ -21,6 +21,10 @@ enum {
 	MAX_PODS = 4096,
 	MAX_ESTABLISHED = 262144,
 	MAX_PROBES = 65536,
+	MAX_ALLOWED = 65536,
+	MAX_ADMITTED = 262144,
+	MAX_LOCAL = 8,
+	EVENTS_SIZE = 1 << 20, /* bytes */
 };
 
 enum pod_flag {
@@ -154,6 +158,125 @@ struct {
 	__type(value, __u64);
 } probes SEC(".maps");
 
+/* What a pod connects to. */
+struct destination {
+	__u64 netns; /* the pod's */
+	struct addr addr;
+	__u16 port; /* host byte order */
+	__u16 zero[3];
+};
+
+/* A pod of this node that takes connections of another by the kernel: see direct.h. */
+struct endpoint {
+	__u64 netns;
+	struct addr addr;
+	__u16 port; /* host byte order */
+	__u16 zero[3];
+};
+
+/*
+ * The agent's verdict on a destination: of `total` equal endpoints the first `local` ones may
+ * be reached by the kernel, others are for the agent.
+ */
+struct allowance {
+	__u64 generation; /* it holds while this is the one in force */
+	__u32 total;
+	__u32 local;
+	struct endpoint endpoints[MAX_LOCAL];
+};
+
+/* What is not in it, or no longer, goes through the agent: nothing rests on it staying there. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_ALLOWED);
+	__type(key, struct destination);
+	__type(value, struct allowance);
+} allowed SEC(".maps");
+
+/* Which allowances are in force: one write revokes all. 0: none. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} generation SEC(".maps");
+
+enum admission_stage {
+	ADMISSION_OPENING = 1, /* the SYN may go */
+	ADMISSION_ARRIVED = 2, /* it was seen in the destination's namespace: data may go */
+	ADMISSION_ENDED = 3,   /* the client has no socket any more, and its kernel may say so */
+};
+
+struct admission {
+	enum admission_stage stage;
+	__u32 zero;
+	__u64 since; /* CLOCK_MONOTONIC, ns: of the SYN, or of the end */
+};
+
+/*
+ * Live connections between pods of this node that go by the kernel, as the destination sees
+ * them. They alone say what guards and steer let by. No LRU, which would forget live ones.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_ADMITTED);
+	__type(key, struct tuple);
+	__type(value, struct admission);
+} admitted SEC(".maps");
+
+enum direct_stage {
+	DIRECT_CHOSEN = 1,    /* connect() chose the endpoint; there is no source port yet */
+	DIRECT_ADMITTED = 2,  /* in `admitted` */
+	DIRECT_ELSEWHERE = 3, /* through the agent after all */
+};
+
+/* The client's socket of such a connection. */
+struct direct {
+	struct tuple key; /* in `admitted`; until then without the remote end */
+	struct destination asked;
+	__u64 since; /* CLOCK_MONOTONIC, ns */
+	enum direct_stage stage;
+	__u32 zero;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct direct);
+} clients SEC(".maps");
+
+enum event_kind {
+	EVENT_OPENED = 1,
+	EVENT_CLOSED = 2,
+	EVENT_FAILED = 3,     /* it was refused, or nobody answered */
+	EVENT_UNANSWERED = 4, /* the SYN did not arrive: through the agent */
+	/* not of `events`: listed */
+	EVENT_OPENING = 5,
+	EVENT_LIVE = 6,
+};
+
+/* What becomes of them, for the agent. */
+struct event {
+	struct direct what;
+	__u64 now;      /* CLOCK_MONOTONIC, ns */
+	__u64 sent;     /* payload that the destination acknowledged */
+	__u64 received; /* payload that came back */
+	__u32 srtt;     /* microseconds */
+	__u32 retransmits;
+	enum event_kind kind;
+	__u32 error; /* errno of the client's socket, as far as it has one */
+	__u8 clean;  /* both ends finished */
+	__u8 arrived; /* the destination saw the SYN */
+	__u8 zero[6];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, EVENTS_SIZE);
+} events SEC(".maps");
+
 /*
  * One counter for every way out of a program. The agent splits the name at its first
  * underscore into the hook and the reason.
@@ -167,6 +290,7 @@ enum counter {
 	CONNECT_LOOPBACK,
 	CONNECT_LINK_LOCAL,
 	CONNECT_SELF,
+	CONNECT_DIRECT,
 	CONNECT_REDIRECTED,
 	CONNECT_REFUSED_NO_SOCKET,
 	CONNECT_REFUSED_NO_AGENT,
@@ -177,6 +301,7 @@ enum counter {
 	STEER_DROPPED_UNKNOWN_POD,
 	STEER_LEFT,
 	STEER_PROBE,
+	STEER_DIRECT,
 	STEER_OUTBOUND,
 	STEER_INBOUND,
 	STEER_TUNNEL,
@@ -190,6 +315,7 @@ enum counter {
 	INGRESS_LEFT,
 	INGRESS_CONNECTED,
 	INGRESS_PROBE,
+	INGRESS_DIRECT,
 	INGRESS_OUTBOUND,
 	INGRESS_INBOUND,
 	INGRESS_TUNNEL,
@@ -201,6 +327,7 @@ enum counter {
 	GUARD_PASSED_NO_DATA,
 	GUARD_PASSED_OWN,
 	GUARD_PASSED_PROBE,
+	GUARD_PASSED_DIRECT,
 	GUARD_PASSED_ENDED,
 	GUARD_PASSED_ESTABLISHED,
 	GUARD_DROPPED_UNKNOWN_POD,
@@ -219,6 +346,20 @@ enum counter {
 	PROBE_ELSEWHERE,
 	PROBE_REFUSED_FLAGS,
 	PROBE_REFUSED_FULL,
+
+	DIRECT_OPENING,
+	DIRECT_OPENED,
+	DIRECT_CLOSED,
+	DIRECT_FAILED,
+	DIRECT_PROXIED_REVOKED,
+	DIRECT_PROXIED_REWRITTEN,
+	DIRECT_PROXIED_SOURCE,
+	DIRECT_PROXIED_FASTOPEN,
+	DIRECT_PROXIED_FLAGS,
+	DIRECT_PROXIED_FULL,
+	DIRECT_PROXIED_UNANSWERED,
+	DIRECT_DROPPED_MARK,
+	DIRECT_DROPPED_EVENT,
 
 	COUNTERS,
 };

@@ -59,9 +59,13 @@ int steer(struct bpf_sk_lookup *ctx)
 		count(STEER_LEFT);
 		return SK_PASS;
 	}
-	if (key.kind == LISTENER_INBOUND && is_probe(key.netns, &a)) {
-		count(STEER_PROBE);
-		return SK_PASS;
+	if (key.kind == LISTENER_INBOUND) {
+		enum passage p = passage_of(key.netns, &a);
+
+		if (p != PASSAGE_NONE) {
+			count(STEER_PROBE + p - PASSAGE_PROBE);
+			return SK_PASS;
+		}
 	}
 	sk = bpf_map_lookup_elem(&listeners, &key);
 	if (!sk) {

@@ -44,6 +44,7 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 		{"pins", p.d.checkPins, "the next agent cannot take over what runs; " + putBack},
 		{"connect hooks", p.d.checkHooks, detached},
 		{"kubelet", p.d.checkKubelet, "its probes count as plaintext: they fail where STRICT or a policy forbids that, and while the agent is away"},
+		{"same node", p.d.checkDirect, "connections to pods of this node go through tunnels"},
 		{"outbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_OUTBOUND) }, "the pod is being enrolled or released"},
 		{"inbound capture", func() error { return p.checkFlag(bpf.RacewayPodFlagPOD_INBOUND) }, "the pod is being enrolled or released"},
 		{"steering", p.checkInbound, detached},

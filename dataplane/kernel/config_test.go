@@ -4,6 +4,8 @@ import (
 	"log/slog"
 	"net/netip"
 	"testing"
+
+	"github.com/raceway-mesh/raceway/bpf"
 )
 
 func TestConfigValidation(t *testing.T) {
@@ -62,10 +64,10 @@ func TestAddressesSurviveTheTripToTheKernel(t *testing.T) {
 }
 
 func TestConnectionRecordsMustBeWhole(t *testing.T) {
-	if got, err := readConnections(make([]byte, 112)); err != nil || len(got) != 2 {
+	if got, err := records[bpf.RacewayConnection]("iter/tcp", make([]byte, 112)); err != nil || len(got) != 2 {
 		t.Errorf("%d records, %v; want 2", len(got), err)
 	}
-	if _, err := readConnections(make([]byte, 111)); err == nil {
+	if _, err := records[bpf.RacewayConnection]("iter/tcp", make([]byte, 111)); err == nil {
 		t.Error("a part of a record was accepted")
 	}
 }

@@ -41,6 +41,10 @@ type Datapath struct {
 	freed   bool               // the descriptors are closed
 	pods    map[string]*Pod    // open, or on their way, by UID
 	records map[string]*record // of all pods in force, by UID
+
+	// See direct.go.
+	wantsDirect bool
+	generation  uint64 // of allowances; 0 before the first
 }
 
 // Open loads the data plane, or adopts what an earlier agent left in cfg.Dir. Pods that

@@ -43,6 +43,7 @@ func (p *Pod) guard(ctx context.Context) error {
 			return err
 		}
 	}
+	defer p.noteForce()
 	return p.attachGuard()
 }
 
@@ -121,6 +122,7 @@ func (p *Pod) Unguard() error {
 		return fmt.Errorf("unguard pod %s: %w", p.uid, err)
 	}
 	err := errors.Join(p.d.detachGuard(p.rec), p.d.forgetOlder(p.rec.Cookie), p.d.ledger.save(p.rec))
+	p.noteForce()
 	if err != nil {
 		return fmt.Errorf("unguard pod %s: %w", p.uid, err)
 	}

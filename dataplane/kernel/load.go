@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -25,11 +26,11 @@ import (
 
 // The pins of an agent:
 //
-//	<Dir>/layout-<hash>/{pods,homes,established,counters}            maps
-//	<Dir>/shared/{listeners,own,kubelet,probing,probes}-<shape>     maps
-//	<Dir>/layout-<hash>/{connect4,connect6,probe}                   links
-//	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard,guard_<n>}  links
-//	<Dir>/new/                                                      a load that is under way
+//	<Dir>/layout-<hash>/{pods,homes,established,counters,allowed,generation,events}  maps
+//	<Dir>/shared/{listeners,own,kubelet,probing,probes,clients,admitted}-<shape>    maps
+//	<Dir>/layout-<hash>/{connect4,connect6,getpeername4,getpeername6,track}         links
+//	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard,guard_<n>}                  links
+//	<Dir>/new/                                                                      a load that is under way
 const (
 	layoutPrefix = "layout-"
 	newDir       = "new"
@@ -44,7 +45,7 @@ const (
 	progGuard     = "guard"
 	progGuardMore = "guard_more"
 	progDump      = "dump"
-	progProbe     = "probe"
+	progTrack     = "track"
 )
 
 const maxAddrs = len(bpf.RacewayPod{}.Addrs)
@@ -59,9 +60,12 @@ type loaded struct {
 	hooks string // directory with the links of the connect hooks
 	fresh bool   // made by this agent, not adopted
 
-	probe          *ebpf.Program // nil where noProbes says why
-	noProbes       error
-	tellsProcesses bool // and not only their cgroups
+	track          *ebpf.Program // nil where noProbes and noDirect say why
+	noProbes       error         // why the kubelet's probes cannot be told from others
+	noDirect       error         // why pods of this node cannot talk by the kernel alone
+	listDirect     *link.Iter    // nil where noDirect says why
+	tellsProcesses bool          // and not only their cgroups
+	peername       map[string]*ebpf.Program
 }
 
 type hook struct {
@@ -117,13 +121,14 @@ func newLoaded() (*loaded, error) {
 	if setRetval != nil && !errors.Is(setRetval, ebpf.ErrNotSupported) {
 		return nil, fmt.Errorf("probe bpf_set_retval: %w", setRetval)
 	}
-	l := &loaded{spec: spec, noProbes: probeSupport()}
+	l := &loaded{spec: spec, noProbes: probeSupport(), noDirect: directSupport()}
 	l.tellsProcesses = features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetCurrentPidTgid) == nil
 	for name, value := range map[string]any{
 		"redirect_mark":      uint32(markRedirect),
 		"tunnel_port":        uint16(dataplane.PortTunnel),
 		"can_set_retval":     setRetval == nil,
 		"can_probe":          l.noProbes == nil,
+		"can_direct":         l.noDirect == nil,
 		"can_tell_processes": l.tellsProcesses,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
@@ -137,7 +142,7 @@ func newLoaded() (*loaded, error) {
 // that all pods share. Without a path nothing is pinned.
 func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	spec := l.spec.Copy()
-	for _, later := range []string{progSteer, progIngress, progGuard, progGuardMore, progProbe} {
+	for _, later := range []string{progSteer, progIngress, progGuard, progGuardMore, progTrack, progListDirect, progPeername4, progPeername6} {
 		delete(spec.Programs, later)
 	}
 	for name, m := range spec.Maps {
@@ -151,8 +156,13 @@ func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	}
 	l.coll = coll
 	l.maps = bpf.RacewayMaps{
+		Admitted:    coll.Maps["admitted"],
+		Allowed:     coll.Maps["allowed"],
+		Clients:     coll.Maps["clients"],
 		Counters:    coll.Maps["counters"],
 		Established: coll.Maps["established"],
+		Events:      coll.Maps["events"],
+		Generation:  coll.Maps["generation"],
 		Homes:       coll.Maps["homes"],
 		Kubelet:     coll.Maps["kubelet"],
 		Listeners:   coll.Maps["listeners"],
@@ -165,8 +175,20 @@ func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	if err != nil {
 		return fmt.Errorf("attach iter/tcp: %w", err)
 	}
-	if l.noProbes == nil {
-		l.probe, l.noProbes = l.program(l.spec.Programs[progProbe].Copy())
+	return l.buildOptional()
+}
+
+// buildOptional loads what capture does not rest on.
+func (l *loaded) buildOptional() (err error) {
+	// What an earlier agent allowed by policies that it knew does not count.
+	if err := l.maps.Generation.Put(uint32(0), uint64(0)); err != nil {
+		return fmt.Errorf("revoke what was allowed by the kernel: %w", err)
+	}
+	if l.track, err = l.program(l.spec.Programs[progTrack].Copy()); err != nil {
+		l.noProbes, l.noDirect = cmp.Or(l.noProbes, err), cmp.Or(l.noDirect, err)
+	}
+	if l.noDirect == nil {
+		l.noDirect = l.buildDirect()
 	}
 	return nil
 }
@@ -210,7 +232,7 @@ func (l *loaded) install(fresh string, cfg Config, records map[string]*record) (
 			return err
 		}
 	}
-	l.attachProbe(fresh, cfg)
+	l.attachOptional(fresh, cfg)
 	if err := os.Rename(fresh, l.hooks); err != nil {
 		return fmt.Errorf("put the pins in place: %w", err)
 	}
@@ -229,8 +251,11 @@ func (l *loaded) undo(records map[string]*record) error {
 
 // hookProgram is what runs at a hook.
 func (l *loaded) hookProgram(h hook) *ebpf.Program {
-	if h.name == progProbe {
-		return l.probe
+	switch h.name {
+	case progTrack:
+		return l.track
+	case progPeername4, progPeername6:
+		return l.peername[h.name]
 	}
 	return l.coll.Programs[h.name]
 }
@@ -276,7 +301,7 @@ func (l *loaded) adopt(cfg Config) (err error) {
 		}
 		undo = append(undo, u)
 	}
-	l.attachProbe(l.hooks, cfg)
+	l.attachOptional(l.hooks, cfg)
 	return nil
 }
 
@@ -342,7 +367,8 @@ func (l *loaded) removeOtherLayouts() error {
 // removeLayout removes the maps of a layout once its hooks are detached.
 func removeLayout(dir string) error {
 	var errs []error
-	for _, h := range append(connectHooks(), probeHook()) {
+	hooks := slices.Concat(connectHooks(), directHooks(), []hook{{name: "probe"}}) // the last of versions before track
+	for _, h := range hooks {
 		errs = append(errs, removePin(filepath.Join(dir, h.name)))
 	}
 	return errors.Join(append(errs, os.RemoveAll(dir))...)
@@ -385,8 +411,14 @@ func (l *loaded) close() error {
 	if l.dump != nil {
 		err = l.dump.Close()
 	}
-	if l.probe != nil {
-		err = errors.Join(err, l.probe.Close())
+	if l.track != nil {
+		err = errors.Join(err, l.track.Close())
+	}
+	if l.listDirect != nil {
+		err = errors.Join(err, l.listDirect.Close())
+	}
+	for _, prog := range l.peername {
+		err = errors.Join(err, prog.Close())
 	}
 	if l.coll != nil {
 		l.coll.Close()
@@ -426,13 +458,14 @@ func fromAddr(v bpf.RacewayAddr) netip.Addr {
 	return netip.AddrFrom16(b).Unmap()
 }
 
-// readConnections parses what the dump program writes.
-func readConnections(data []byte) ([]bpf.RacewayConnection, error) {
-	size := binary.Size(bpf.RacewayConnection{})
+// records parses what an iterator writes.
+func records[T any](iterator string, data []byte) ([]T, error) {
+	var one T
+	size := binary.Size(one)
 	if len(data)%size != 0 {
-		return nil, fmt.Errorf("iter/tcp wrote %d bytes, which are no whole records of %d", len(data), size)
+		return nil, fmt.Errorf("%s wrote %d bytes, which are no whole records of %d", iterator, len(data), size)
 	}
-	connections := make([]bpf.RacewayConnection, len(data)/size)
-	err := binary.Read(bytes.NewReader(data), binary.NativeEndian, connections)
-	return connections, err
+	list := make([]T, len(data)/size)
+	err := binary.Read(bytes.NewReader(data), binary.NativeEndian, list)
+	return list, err
 }

@@ -271,7 +271,7 @@ func (d *Datapath) connections(ns *netns.Namespace) ([]bpf.RacewayConnection, er
 	if err := errors.Join(err, list.Close()); err != nil {
 		return nil, fmt.Errorf("read iter/tcp: %w", err)
 	}
-	return readConnections(data)
+	return records[bpf.RacewayConnection]("iter/tcp", data)
 }
 
 func (d *Datapath) forgetOlder(cookie uint64) error {

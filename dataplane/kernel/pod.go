@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/raceway-mesh/raceway/bpf"
 	"github.com/raceway-mesh/raceway/dataplane/netns"
@@ -25,6 +26,7 @@ type Pod struct {
 	closed  bool
 	yielded bool // only what is live may go on
 	rec     *record
+	inForce atomic.Bool // captured and guarded
 
 	outbound, inbound, tunnel *net.TCPListener
 
@@ -149,6 +151,7 @@ func (p *Pod) prepare() error {
 	if err := p.renewGuard(); err != nil {
 		return err
 	}
+	p.noteForce()
 	return d.ledger.save(p.rec)
 }
 
@@ -218,6 +221,7 @@ func (p *Pod) setFlags(deed string, change func(*record)) error {
 	}
 	before := *p.rec
 	change(p.rec)
+	defer p.noteForce()
 	if err := p.d.ledger.save(p.rec); err != nil {
 		*p.rec = before
 		return fmt.Errorf("%s of pod %s: %w", deed, p.uid, err)
@@ -242,6 +246,7 @@ func (p *Pod) closeLocked() error {
 		return nil
 	}
 	p.closed = true
+	p.noteForce()
 	errs := []error{p.closeListeners(), p.ns.Close()}
 	p.d.mu.Lock()
 	delete(p.d.pods, p.uid)

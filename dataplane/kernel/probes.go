@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -50,19 +49,8 @@ func probeSupport() error {
 	return nil
 }
 
-func probeHook() hook { return hook{progProbe, ebpf.AttachCGroupSockOps} }
-
-// attachProbe attaches the hook, or puts this agent's program behind its link. Capture does
-// not rest on it, so without it the node is served all the same.
-func (l *loaded) attachProbe(dir string, cfg Config) {
-	if l.noProbes != nil {
-		cfg.Log.Warn("this kernel does not tell the kubelet from others: its probes count as plaintext", "cause", l.noProbes)
-		return
-	}
-	if _, err := l.renewHookAt(probeHook(), filepath.Join(dir, progProbe), cfg); err != nil {
-		cfg.Log.Error("the kubelet's probes count as plaintext", "error", err)
-	}
-}
+// trackHook also serves direct.go.
+func trackHook() hook { return hook{progTrack, ebpf.AttachCGroupSockOps} }
 
 // SetKubelet says who the kubelet is. It stays so when the agent ends.
 func (d *Datapath) SetKubelet(k Kubelet) error {
@@ -131,7 +119,7 @@ func (d *Datapath) checkKubelet() error {
 }
 
 func (d *Datapath) checkProbeHook() error {
-	return d.checkHooksOf([]hook{probeHook()})
+	return d.checkHooksOf([]hook{trackHook()})
 }
 
 // mendProbeHook forgets all connections: the ends of some may have been missed.
@@ -139,7 +127,7 @@ func (d *Datapath) mendProbeHook() error {
 	if err := d.dropProbes(func(bpf.RacewayTuple, time.Duration) bool { return true }); err != nil {
 		return err
 	}
-	_, err := d.loaded.renewHook(probeHook(), d.cfg)
+	_, err := d.loaded.renewHook(trackHook(), d.cfg)
 	return err
 }
 

@@ -576,7 +576,7 @@ func makeOld(t *testing.T, m *ebpf.Map) {
 func TestRepairPutsTheProbeHookBack(t *testing.T) {
 	netnstest.Require(t)
 	p := newProbed(t, modes()[0])
-	hooks, err := filepath.Glob(filepath.Join(pinDir(p.fixture), "layout-*", "probe"))
+	hooks, err := filepath.Glob(filepath.Join(pinDir(p.fixture), "layout-*", "track"))
 	if err != nil || len(hooks) != 1 {
 		t.Fatalf("hooks %v: %v", hooks, err)
 	}
@@ -642,7 +642,7 @@ func BenchmarkConnect(b *testing.B) {
 	if err := f.dp.SetKubelet(kernel.Kubelet{Cgroup: id}); err != nil {
 		b.Fatal(err)
 	}
-	hooks, err := filepath.Glob(filepath.Join(pinDir(f), "layout-*", "probe"))
+	hooks, err := filepath.Glob(filepath.Join(pinDir(f), "layout-*", "track"))
 	if err != nil || len(hooks) != 1 {
 		b.Fatalf("hooks %v: %v", hooks, err)
 	}
@@ -653,7 +653,7 @@ func BenchmarkConnect(b *testing.B) {
 			b.Fatal(err)
 		}
 		defer counting.Close()
-		for _, h := range []string{"connect4", "probe"} {
+		for _, h := range []string{"connect4", "track"} {
 			before := spent(b, filepath.Join(filepath.Dir(hooks[0]), h))
 			defer func() {
 				b.ReportMetric(float64(spent(b, filepath.Join(filepath.Dir(hooks[0]), h))-before)/float64(b.N), h+"-ns/op")

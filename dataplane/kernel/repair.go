@@ -54,8 +54,9 @@ func (d *Datapath) Repair() (mended []string, err error) {
 		{"pins", d.checkPins, d.mendPins},
 		{"connect hooks", d.checkHooks, d.mendHooks},
 	})
-	more, probesErr := d.repairProbes()
-	return append(mended, more...), errors.Join(err, probesErr)
+	probes, probesErr := d.repairProbes()
+	direct, directErr := d.repairDirect()
+	return slices.Concat(mended, probes, direct), errors.Join(err, probesErr, directErr)
 }
 
 // checkPins looks for the maps where the next agent does.

@@ -19,9 +19,13 @@ import (
 //	own        the guard of the new agent must know the sockets that the old one still has
 //	kubelet, probing, probes
 //	           the kubelet's probes go on, whichever of the hooks noted them
+//	clients, admitted
+//	           likewise connections that go by the kernel alone
 const sharedDir = "shared"
 
-func sharedMaps() []string { return []string{"listeners", "own", "kubelet", "probing", "probes"} }
+func sharedMaps() []string {
+	return []string{"listeners", "own", "kubelet", "probing", "probes", "clients", "admitted"}
+}
 
 // shared makes the shared maps in dir, or opens them. The caller closes them.
 func (l *loaded) shared(dir string) (_ map[string]*ebpf.Map, err error) {
