@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -45,6 +46,14 @@ const (
 
 var errCollision = errors.New("the source port belongs to a connection of the client itself")
 
+// Socket is a TCP connection whose ends can be closed one by one.
+type Socket = interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+	SetLinger(sec int) error
+}
+
 // DialApp connects to the application at one of the pod's addresses from the address of
 // the client, which is what the application then sees.
 //
@@ -56,7 +65,7 @@ var errCollision = errors.New("the source port belongs to a connection of the cl
 // (it cannot use it twice); else, when client has port 0 or its port is taken, one from a
 // range that clients do not choose from. What collides even so is found out, and another
 // port is tried.
-func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
+func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (Socket, error) {
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
 	app = netip.AddrPortFrom(app.Addr().Unmap(), app.Port())
 	if !slices.Contains(p.addrs, app.Addr()) {
@@ -74,8 +83,8 @@ func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCP
 		if local.Port() < firstAppPort {
 			local = netip.AddrPortFrom(client.Addr(), uint16(firstAppPort+rand.N(endAppPorts-firstAppPort)))
 		}
-		var conn *net.TCPConn
-		conn, err = p.ns.Dial(ctx, netns.DialConfig{
+		var conn *netns.Conn
+		conn, err = p.ns.Connect(ctx, netns.DialConfig{
 			Remote:      app,
 			Local:       local,
 			Transparent: true,
@@ -84,8 +93,11 @@ func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCP
 			Control:     p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE),
 			Pending:     p.checkCollision(client.Addr(), app),
 		})
-		if !errors.Is(err, errCollision) && !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return conn, err
+		switch {
+		case err == nil:
+			return conn, nil
+		case !errors.Is(err, errCollision) && !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL):
+			return nil, err
 		}
 		local = netip.AddrPort{}
 	}

@@ -267,7 +267,7 @@ func TestDialAppAvoidsTheClientsOwnPorts(t *testing.T) {
 				t.Errorf("connected from %v for %v, want one that clients do not choose", got, client)
 			}
 			for _, c := range []net.Conn{conn, app} {
-				_ = c.(*net.TCPConn).SetLinger(0) // no TIME_WAIT, the port is needed again
+				_ = c.(interface{ SetLinger(sec int) error }).SetLinger(0) // no TIME_WAIT, the port is needed again
 				_ = c.Close()
 			}
 		}

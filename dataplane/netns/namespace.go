@@ -22,6 +22,8 @@ type Namespace struct {
 
 	mu   sync.RWMutex // a Do holds it for reading, so that Close cannot pull the descriptor away
 	file *os.File     // nil once closed
+
+	sockets stock
 }
 
 // Open opens the network namespace that path names, for example /run/netns/web or
@@ -96,7 +98,7 @@ func (n *Namespace) Close() error {
 	if n.file == nil {
 		return nil
 	}
-	err := n.file.Close()
+	err := errors.Join(n.file.Close(), n.sockets.close())
 	n.file = nil
 	return err
 }

@@ -98,12 +98,26 @@ func setListenOptions(fd int, cfg ListenConfig) error {
 	return nil
 }
 
-// Dial connects from inside the namespace. No thread is held while it waits. The error of
-// a refused or unreachable destination is the system call's, inside a *net.OpError.
+// Dial is Connect for who needs a *net.TCPConn.
 func (n *Namespace) Dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, error) {
+	c, err := n.Connect(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close() }() // FileConn has its own copy
+	conn, err := net.FileConn(c.file)
+	if err != nil {
+		return nil, fmt.Errorf("dial %v: %w", cfg.Remote, err)
+	}
+	return conn.(*net.TCPConn), nil
+}
+
+// Connect connects from inside the namespace. No thread is held while it waits. The error of
+// a refused or unreachable destination is the system call's, inside a *net.OpError.
+func (n *Namespace) Connect(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	cfg.Remote = netip.AddrPortFrom(cfg.Remote.Addr().Unmap(), cfg.Remote.Port())
 	cfg.Local = netip.AddrPortFrom(cfg.Local.Addr().Unmap(), cfg.Local.Port())
-	conn, err := n.dial(ctx, cfg)
+	conn, err := n.connect(ctx, cfg)
 	if err != nil {
 		op := &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(cfg.Remote), Err: err}
 		if cfg.Local.Addr().IsValid() {
@@ -114,7 +128,7 @@ func (n *Namespace) Dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, err
 	return conn, nil
 }
 
-func (n *Namespace) dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, error) {
+func (n *Namespace) connect(ctx context.Context, cfg DialConfig) (*Conn, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -131,21 +145,22 @@ func (n *Namespace) dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, err
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
 	}
-	file := os.NewFile(uintptr(fd), "tcp connection")
-	defer func() { _ = file.Close() }() // FileConn has its own copy
-	if !connected {
-		if err := await(ctx, file); err != nil {
-			return nil, err
-		}
-	}
-	conn, err := net.FileConn(file)
+	conn, err := newConn(fd, cfg.Remote)
 	if err != nil {
 		return nil, err
 	}
-	return conn.(*net.TCPConn), nil
+	if !connected {
+		if err := conn.await(ctx); err != nil {
+			return nil, errors.Join(err, conn.Close())
+		}
+	}
+	return conn, nil
 }
 
 func prepareDial(fd int, cfg DialConfig) error {
+	if err := setInt(fd, "TCP_NODELAY", unix.SOL_TCP, unix.TCP_NODELAY, 1); err != nil {
+		return err
+	}
 	if cfg.Transparent {
 		if err := setTransparent(fd, cfg.Remote.Addr()); err != nil {
 			return err
@@ -202,6 +217,9 @@ func startConnect(fd int, cfg DialConfig) (connected bool, err error) {
 
 // finished reports whether a connect that was begun has come to its end, and how.
 func finished(fd int) (bool, error) {
+	if _, err := unix.Getpeername(fd); err == nil {
+		return true, nil
+	}
 	code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
 	if err != nil {
 		return false, os.NewSyscallError("getsockopt SO_ERROR", err)
@@ -209,43 +227,50 @@ func finished(fd int) (bool, error) {
 	if code != 0 {
 		return false, os.NewSyscallError("connect", syscall.Errno(code))
 	}
-	if _, err := unix.Getpeername(fd); err != nil {
-		return false, nil // ENOTCONN: still on its way
-	}
-	return true, nil
+	return false, nil // still on its way
 }
 
 // await waits in Go's poller until the socket is connected or ctx ends.
-func await(ctx context.Context, file *os.File) error {
-	raw, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { _ = file.SetWriteDeadline(time.Unix(1, 0)) })
-	defer stop()
+func (c *Conn) await(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { _ = c.SetWriteDeadline(time.Unix(1, 0)) })
 	var failure error
-	err = raw.Write(func(fd uintptr) bool {
+	err := c.raw.Write(func(fd uintptr) bool {
 		done, err := finished(int(fd))
 		failure = err
 		return done || err != nil
 	})
-	if ctx.Err() != nil && err != nil {
+	if !stop() && (err != nil || failure == nil) {
 		return ctx.Err()
 	}
 	return errors.Join(failure, err)
 }
 
-func (n *Namespace) socket(addr netip.Addr) (fd int, err error) {
+func (n *Namespace) socket(addr netip.Addr) (int, error) {
 	family := unix.AF_INET
 	if addr.Is6() {
 		family = unix.AF_INET6
 	}
-	err = n.Do(func() error {
-		// IPPROTO_TCP and never MPTCP: its subflows would not carry what was set on the socket.
-		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-		return os.NewSyscallError("socket", err)
+	fd, ok, missing := n.sockets.take(family)
+	if ok {
+		return fd, nil
+	}
+	made := make([]int, 0, stockSize)
+	err := n.Do(func() error {
+		for range missing {
+			// IPPROTO_TCP and never MPTCP: its subflows would not carry what was set on the socket.
+			fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+			if err != nil {
+				return os.NewSyscallError("socket", err)
+			}
+			made = append(made, fd)
+		}
+		return nil
 	})
-	return fd, err
+	if len(made) == 0 {
+		return 0, err
+	}
+	n.sockets.put(family, made[1:])
+	return made[0], nil
 }
 
 func setTransparent(fd int, addr netip.Addr) error {

@@ -30,6 +30,7 @@ func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 		Started:     time.Now(),
 	}}
 	_, _, f.attempt.Source.Workload = s.workload()
+	_ = conn.SetKeepAlive(false) // which package net switches on
 	app, err := newTCPLeg(conn, "the application")
 	if err != nil {
 		s.cfg.Telemetry.Refuse(*f.attempt, telemetry.FlagsReset, err)
@@ -183,6 +184,7 @@ func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPo
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", target, err)
 	}
+	_ = conn.SetKeepAliveConfig(keepAlive()) // without it a dead host is found later
 	f.attempt.Socket = conn
 	return newTCPLeg(conn, "the destination")
 }

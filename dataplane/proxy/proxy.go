@@ -23,6 +23,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs/spiffe"
@@ -45,7 +46,16 @@ type Pod interface {
 	DialDirect(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error)
 	// DialApp reaches the application at app from the client's address, and from its port
 	// where that is not 0 and is free.
-	DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error)
+	DialApp(ctx context.Context, client, app netip.AddrPort) (Socket, error)
+}
+
+// Socket is a TCP connection; *net.TCPConn is one. The name is an alias, so that a Pod can return
+// one without knowing this package.
+type Socket = interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+	SetLinger(sec int) error
 }
 
 // Certificates is where TLS configurations come from; *certs.Keeper is one.

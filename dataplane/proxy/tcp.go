@@ -17,7 +17,7 @@ var errAgain = errors.New("would block")
 
 // tcpLeg is the end of a connection that is a TCP socket. One goroutine reads and one writes.
 type tcpLeg struct {
-	conn *net.TCPConn
+	conn Socket
 	raw  syscall.RawConn
 	name string // for errors: "the application" …
 
@@ -37,13 +37,14 @@ type transfer struct {
 	move, wait func(fd uintptr) bool
 }
 
-// keepAlive finds an application or a peer whose host is gone after about two minutes.
+// keepAlive finds a peer whose host is gone after about two minutes. Applications have none: what
+// passes over lo does not lose its host.
 func keepAlive() net.KeepAliveConfig {
 	return net.KeepAliveConfig{Enable: true, Idle: 60 * time.Second, Interval: 15 * time.Second, Count: 4}
 }
 
 // newTCPLeg takes conn over and makes its end a reset until finish or closeWrite.
-func newTCPLeg(conn *net.TCPConn, name string) (*tcpLeg, error) {
+func newTCPLeg(conn Socket, name string) (*tcpLeg, error) {
 	raw, err := conn.SyscallConn()
 	if err == nil {
 		err = conn.SetLinger(0)
@@ -52,7 +53,6 @@ func newTCPLeg(conn *net.TCPConn, name string) (*tcpLeg, error) {
 		_ = conn.Close()
 		return nil, fmt.Errorf("prepare the socket of %s: %w", name, err)
 	}
-	_ = conn.SetKeepAliveConfig(keepAlive()) // without it a dead host is found later
 	l := &tcpLeg{conn: conn, raw: raw, name: name}
 	l.in.move, l.in.wait = l.in.read, func(fd uintptr) bool { return l.in.ready(fd, unix.POLLIN|unix.POLLRDHUP) }
 	l.out.move, l.out.wait = l.out.write, func(fd uintptr) bool { return l.out.ready(fd, unix.POLLOUT) }
@@ -180,7 +180,7 @@ func (l *tcpLeg) abort() {
 }
 
 // reset closes c so that the other end sees a reset and never a clean end.
-func reset(c *net.TCPConn) {
+func reset(c Socket) {
 	_ = c.SetLinger(0)
 	_ = c.Close()
 }

@@ -307,7 +307,7 @@ func (p *fakePod) DialDirect(ctx context.Context, remote netip.AddrPort) (*net.T
 	return dialFrom(ctx, p.addr, remote)
 }
 
-func (p *fakePod) DialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
+func (p *fakePod) DialApp(ctx context.Context, client, app netip.AddrPort) (Socket, error) {
 	p.mu.Lock()
 	p.apps = append(p.apps, client)
 	p.mu.Unlock()
