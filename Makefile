@@ -108,7 +108,8 @@ demo: build ## show it all on this machine (needs root); ARGS=--ipv6, ARGS=--kee
 	$(BIN)/raceway demo $(ARGS)
 
 .PHONY: bench
-bench: ## measure what the mesh costs, into perf/results (needs root); ARGS=--short
+bench: export RACEWAY_ENVOY ?= $(wildcard $(CACHE)/envoy/envoy/_bin/envoy)
+bench: ## measure what the mesh costs beside HAProxy and Envoy where they are, into perf/results (needs root); ARGS=--short
 	$(GO) run ./perf/cmd/bench $(ARGS)
 
 .PHONY: scale

@@ -14,14 +14,15 @@ import (
 )
 
 // usage is CPU time: what the whole machine was busy with, by kind, and the part of it that
-// is the agents' own (their user and system time; softirq is nobody's).
+// is the proxies' own: of agents or of a yardstick (their user and system time; softirq is
+// nobody's).
 type usage struct {
 	user, system, softirq time.Duration
-	agents                time.Duration
+	proxies               time.Duration
 }
 
 func (u usage) minus(o usage) usage {
-	return usage{u.user - o.user, u.system - o.system, u.softirq - o.softirq, u.agents - o.agents}
+	return usage{u.user - o.user, u.system - o.system, u.softirq - o.softirq, u.proxies - o.proxies}
 }
 
 func (u usage) each(yield func(kind string, t time.Duration)) {
@@ -29,8 +30,8 @@ func (u usage) each(yield func(kind string, t time.Duration)) {
 	yield("system", u.system)
 	yield("softirq", u.softirq)
 	yield("total", u.user+u.system+u.softirq)
-	if u.agents > 0 {
-		yield("agents", u.agents)
+	if u.proxies > 0 {
+		yield("proxies", u.proxies)
 	}
 }
 
@@ -77,6 +78,8 @@ type Machine struct {
 	Congestion string    `json:"congestionControl"` // of the machine; labs use their own
 	Load       string    `json:"loadAverage"`       // at the start: on a busy machine the rest means less
 	Go         string    `json:"go"`
+	HAProxy    string    `json:"haproxy,omitempty"` // of the yardsticks that took part
+	Envoy      string    `json:"envoy,omitempty"`
 	Commit     string    `json:"commit"` // with + when the tree had changes
 	Command    string    `json:"command"`
 	Date       time.Time `json:"date"`

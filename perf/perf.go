@@ -11,7 +11,7 @@
 // the rounds, with the least and the greatest.
 //
 // Everything runs on the one machine: the CPU time is that of all of it together (client,
-// server, both nodes' agents, kernel), which is why it is the whole machine's that counts.
+// server, both nodes' proxies, kernel), which is why it is the whole machine's that counts.
 package perf
 
 import (
@@ -27,7 +27,7 @@ import (
 
 // Config says what to measure. The zero value measures everything.
 type Config struct {
-	Scenarios []string      // by name; default all of them
+	Scenarios []string      // by name; default all of them, without yardsticks that are not installed
 	Workloads []string      // by name; default all of them
 	Rounds    int           // default 5
 	Duration  time.Duration // of each workload in each round; default 5 s
@@ -39,6 +39,8 @@ type Config struct {
 	BinDir string
 	// AgentArgs are added to the agents' command lines.
 	AgentArgs []string
+	// HAProxy and Envoy are the paths of these yardsticks' programs; default what PATH has.
+	HAProxy, Envoy string
 	// Worker is the command line of a program that runs Worker with the arguments that
 	// follow it. Required.
 	Worker []string
@@ -47,8 +49,11 @@ type Config struct {
 }
 
 func (c Config) withDefaults() Config {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
 	if len(c.Scenarios) == 0 {
-		c.Scenarios = names(Scenarios())
+		c.Scenarios = c.installed()
 	}
 	if len(c.Workloads) == 0 {
 		c.Workloads = names(Workloads())
@@ -64,9 +69,6 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Rate == 0 {
 		c.Rate = 1000
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
 	}
 	return c
 }
@@ -93,52 +95,18 @@ func (c Config) Validate() error {
 	if len(c.Worker) == 0 {
 		errs = append(errs, errors.New("no worker command"))
 	}
+	for _, name := range c.Scenarios {
+		if _, err := c.pair(name); err != nil {
+			errs = append(errs, fmt.Errorf("scenario %s: %w", name, err))
+		}
+	}
 	return errors.Join(errs...)
 }
 
 // NeedsMesh reports whether some scenario needs raceway-agent and raceway-ca.
 func (c Config) NeedsMesh() bool {
-	c = c.withDefaults()
-	return slices.ContainsFunc(Scenarios(), func(s Scenario) bool { return s.Mesh && slices.Contains(c.Scenarios, s.Name) })
+	return len(c.Scenarios) == 0 || slices.ContainsFunc(Scenarios(), func(s Scenario) bool { return s.Mesh && slices.Contains(c.Scenarios, s.Name) })
 }
-
-// Scenario is a path between two pods.
-type Scenario struct {
-	Name     string
-	Title    string // for people, at most two words on a line
-	Mesh     bool
-	SameNode bool
-}
-
-// Scenarios lists them all, each meshed one after the one that it compares with.
-func Scenarios() []Scenario {
-	return []Scenario{
-		{Name: "plain-cross", Title: "no mesh, across nodes"},
-		{Name: "hbone-cross", Title: "HBONE, across nodes", Mesh: true},
-		{Name: "plain-same", Title: "no mesh, same node", SameNode: true},
-		{Name: "hbone-same", Title: "HBONE, same node", Mesh: true, SameNode: true},
-	}
-}
-
-// Workload is a kind of load.
-type Workload struct {
-	Name  string
-	Title string
-}
-
-// Workloads lists them all.
-func Workloads() []Workload {
-	return []Workload{
-		{"bulk-1", "bulk, 1 stream"},
-		{"bulk-8", "bulk, 8 streams"},
-		{"exchange", "1 KiB request/response, 16 connections, saturated"},
-		{"paced", "1 KiB request/response, 16 connections, fixed rate"},
-		{"connect", "new connections, 16 at a time"},
-	}
-}
-
-func (s Scenario) name() string { return s.Name }
-func (w Workload) name() string { return w.Name }
 
 func names[T interface{ name() string }](all []T) []string {
 	list := make([]string, len(all))
@@ -155,6 +123,7 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	}
 	c = c.withDefaults()
 	report := newReport(c)
+	report.Machine.HAProxy, report.Machine.Envoy = c.versions()
 	if load, err := strconv.ParseFloat(strings.Fields(report.Machine.Load)[0], 64); err == nil && load > float64(report.Machine.Cores)/4 {
 		c.Log.Warn("the machine is busy with something else: the results will be noisy", "load", load)
 	}

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -16,6 +18,7 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
 	"github.com/raceway-mesh/raceway/e2e/lab"
 	"github.com/raceway-mesh/raceway/e2e/lab/labtest"
+	"github.com/raceway-mesh/raceway/perf/yardstick"
 )
 
 // The test's binary is also the worker inside the pods.
@@ -36,7 +39,7 @@ func shortConfig(scenarios ...string) Config {
 
 func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 	netnstest.Require(t)
-	for _, c := range []Config{shortConfig("plain-cross", "plain-same"), {IPv6: true, Scenarios: []string{"plain-cross"}, Rounds: 1}} {
+	for _, c := range []Config{shortConfig("plain-cross", "plain-same", "relay-plain", "relay-tls"), {IPv6: true, Scenarios: []string{"plain-cross"}, Rounds: 1}} {
 		c.Duration, c.Worker = 100*time.Millisecond, []string{os.Args[0], "worker"}
 		report, err := Run(t.Context(), c)
 		if err != nil {
@@ -45,7 +48,7 @@ func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 		for _, scenario := range c.Scenarios {
 			for _, w := range Workloads() {
 				metrics := []string{"rate", "p50", "p99", "p99.9", "CPU total"}
-				if strings.HasPrefix(w.Name, "bulk") {
+				if strings.HasPrefix(w.Name, "bulk") || strings.HasPrefix(w.Name, "download") {
 					metrics = []string{"throughput", "CPU user", "CPU system", "CPU softirq"}
 				}
 				for _, metric := range metrics {
@@ -65,7 +68,7 @@ func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 // A scenario that is not what it says would make every comparison worthless.
 func TestPlainTrafficIsNotTakenForMesh(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
-	st := &site{config: shortConfig("plain-same"), scenario: Scenarios()[2], lab: l}
+	st := &site{config: shortConfig("plain-same"), scenario: Scenario{Name: "plain-same", SameNode: true}, lab: l}
 	if err := st.build(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -93,6 +96,14 @@ func TestConfigComplaintsNameTheChoices(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v does not mention %q", err, want)
 		}
+	}
+	missing := filepath.Join(t.TempDir(), "haproxy")
+	err = Config{Scenarios: []string{"haproxy"}, HAProxy: missing, Worker: []string{"worker"}}.Validate()
+	if err == nil || !strings.Contains(err.Error(), "apt-get install haproxy") || !errors.Is(err, yardstick.ErrNotInstalled) {
+		t.Errorf("%v does not say how to get HAProxy", err)
+	}
+	if c := (Config{HAProxy: missing}).withDefaults(); slices.Contains(c.Scenarios, "haproxy") || !slices.Contains(c.Scenarios, "relay-tls") {
+		t.Errorf("by default, without HAProxy, the scenarios are %v", c.Scenarios)
 	}
 	if (Config{Scenarios: []string{"plain-same"}}).NeedsMesh() || !(Config{}).NeedsMesh() {
 		t.Error("NeedsMesh is wrong")

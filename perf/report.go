@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// memoryWorkload is where the agents' memory is reported: it is of no workload but of all.
-const memoryWorkload = "agent memory"
+// memoryWorkload is where the proxies' memory is reported: it is of no workload but of all.
+const memoryWorkload = "proxy memory"
 
 // Report is what was measured.
 type Report struct {
@@ -78,7 +78,7 @@ func (r *Report) WriteTable(out io.Writer) error {
 		}
 	}
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
-	for _, workload := range append(Workloads(), Workload{Name: memoryWorkload, Title: "memory of an agent"}) {
+	for _, workload := range append(Workloads(), Workload{Name: memoryWorkload, Title: "memory of a proxy"}) {
 		r.writeWorkload(w, workload, scenarios)
 	}
 	return w.Flush()

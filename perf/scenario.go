@@ -7,13 +7,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/e2e/lab"
+	"github.com/raceway-mesh/raceway/perf/yardstick"
 )
 
 const (
@@ -29,6 +33,7 @@ type site struct {
 	lab      *lab.Lab
 	client   *lab.Pod
 	server   *lab.Pod
+	relays   []*lab.Process // of a yardstick
 }
 
 // runScenario builds the scenario, runs every workload on it and adds to the report.
@@ -81,9 +86,17 @@ func (st *site) build(ctx context.Context) (err error) {
 	if err := st.startServer(ctx); err != nil {
 		return err
 	}
-	if !st.scenario.Mesh {
-		return nil
+	switch {
+	case st.scenario.Mesh:
+		return st.enrol(ctx)
+	case st.scenario.Yardstick:
+		return st.startRelays(ctx)
 	}
+	return nil
+}
+
+// enrol starts the mesh and waits until both pods are in it.
+func (st *site) enrol(ctx context.Context) error {
 	if err := st.lab.StartMesh(ctx, st.config.AgentArgs...); err != nil {
 		return err
 	}
@@ -96,6 +109,81 @@ func (st *site) build(ctx context.Context) (err error) {
 		st.lab.WaitCapture(ctx, dataplane.CaptureInForce, st.client, st.server),
 		st.lab.WaitProtocol(ctx, dataplane.ProtocolHBONE, st.client, st.server),
 	)
+}
+
+// Ports of a yardstick: the link's is the mesh's, so that packets are told apart in one way.
+const (
+	entryPort = 15001
+	linkPort  = dataplane.PortTunnel
+)
+
+// startRelays starts the scenario's pair, the server's side first.
+func (st *site) startRelays(ctx context.Context) error {
+	pair, err := st.config.pair(st.scenario.Name)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(st.lab.Dir(), "yardstick")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return fmt.Errorf("make a directory for the relays: %w", err)
+	}
+	if err := yardstick.WriteCredentials(dir); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
+	defer cancel()
+	for _, relay := range []struct {
+		side   yardstick.Side
+		pod    *lab.Pod
+		listen netip.AddrPort
+	}{
+		{yardstick.ServerSide, st.server, st.path().Link},
+		{yardstick.ClientSide, st.client, st.path().Entry},
+	} {
+		cmd, err := pair.Command(dir, relay.side, st.path())
+		if err != nil {
+			return err
+		}
+		p, err := relay.pod.Start(cmd)
+		if err != nil {
+			return err
+		}
+		st.relays = append(st.relays, p)
+		if err := listening(ctx, p, relay.listen); err != nil {
+			return fmt.Errorf("start the %s's relay: %w%s", relay.side, err, p.LogTail())
+		}
+	}
+	return nil
+}
+
+// path is where a yardstick's relays listen.
+func (st *site) path() yardstick.Path {
+	loopback := netip.MustParseAddr("127.0.0.1")
+	if st.config.IPv6 {
+		loopback = netip.IPv6Loopback()
+	}
+	return yardstick.Path{
+		Entry:       netip.AddrPortFrom(loopback, entryPort),
+		Link:        st.server.AddrPort(linkPort),
+		Application: netip.AddrPortFrom(loopback, serverPort),
+	}
+}
+
+// listening waits until p accepts connections.
+func listening(ctx context.Context, p *lab.Process, at netip.AddrPort) error {
+	for {
+		conn, err := p.Host.Dial(ctx, at)
+		if err == nil {
+			return conn.Close()
+		}
+		select {
+		case <-p.Done():
+			return fmt.Errorf("it ended: %w", p.Wait(ctx))
+		case <-ctx.Done():
+			return err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 func (st *site) startServer(ctx context.Context) error {
@@ -128,7 +216,8 @@ func (st *site) verify(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if meshed := tunnel > 0 && plain == 0; meshed != st.scenario.Mesh || tunnel+plain == 0 {
+	tunnelled := st.scenario.Mesh || st.scenario.Yardstick
+	if got := tunnel > 0 && plain == 0; got != tunnelled || tunnel+plain == 0 {
 		return fmt.Errorf("the probe made %d packets in tunnels and %d in clear, which is not %q", tunnel, plain, st.scenario.Title)
 	}
 	return nil
@@ -162,6 +251,9 @@ func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsec
 // load runs one client to its end and returns what the machine used meanwhile.
 func (st *site) load(ctx context.Context, t task) (outcome, usage, error) {
 	t.To = st.server.AddrPort(serverPort)
+	if st.scenario.Yardstick {
+		t.To = st.path().Entry
+	}
 	argument, err := json.Marshal(t)
 	if err != nil {
 		return outcome{}, usage{}, fmt.Errorf("write the task: %w", err)
@@ -197,35 +289,42 @@ func (st *site) load(ctx context.Context, t task) (outcome, usage, error) {
 	return found, after.minus(before), w.process.Wait(ctx)
 }
 
-// usage is the machine's CPU time with the agents' share.
+// proxies are the processes that the path goes through: agents, or a yardstick's relays.
+func (st *site) proxies() []*lab.Process {
+	all := slices.Clone(st.relays)
+	for _, n := range st.lab.Nodes() {
+		if a := st.lab.Agent(n); a != nil {
+			all = append(all, a.Process)
+		}
+	}
+	return all
+}
+
+// usage is the machine's CPU time with the proxies' share.
 func (st *site) usage() (usage, error) {
 	u, err := machineUsage()
 	if err != nil {
 		return u, err
 	}
-	for _, n := range st.lab.Nodes() {
-		if a := st.lab.Agent(n); a != nil {
-			own, err := a.Usage()
-			if err != nil {
-				return u, err
-			}
-			u.agents += own.User + own.System
+	for _, p := range st.proxies() {
+		own, err := p.Usage()
+		if err != nil {
+			return u, err
 		}
+		u.proxies += own.User + own.System
 	}
 	return u, nil
 }
 
-// memory adds what the agents have resident after all the load: the larger of them.
+// memory adds what the proxies have resident after all the load: the larger of them.
 func (st *site) memory(report *Report) error {
 	var rss, peak uint64
-	for _, n := range st.lab.Nodes() {
-		if a := st.lab.Agent(n); a != nil {
-			u, err := a.Usage()
-			if err != nil {
-				return err
-			}
-			rss, peak = max(rss, u.RSS), max(peak, u.PeakRSS)
+	for _, p := range st.proxies() {
+		u, err := p.Usage()
+		if err != nil {
+			return err
 		}
+		rss, peak = max(rss, u.RSS), max(peak, u.PeakRSS)
 	}
 	if rss > 0 {
 		report.add(st.scenario.Name, memoryWorkload, "RSS at the end", "MiB", float64(rss)/(1<<20))

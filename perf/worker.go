@@ -12,13 +12,11 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/e2e/lab/traffic"
+	"github.com/raceway-mesh/raceway/perf/yardstick"
 )
 
 // serverPort is where the server listens in its pod.
 const serverPort = 8080
-
-// workers is how many connections the workloads but the bulk ones use at once.
-const workers = 16
 
 // task is what a client is to do: its only argument, as JSON.
 type task struct {
@@ -37,13 +35,16 @@ type outcome struct {
 	Latency traffic.Latency `json:"latency,omitzero"`
 }
 
-// Worker is the process inside a pod: `serve`, or `load TASK`. A client warms up, writes a
+// Worker is the process inside a pod: `serve`, `load TASK`, or `relay` with the arguments of
+// yardstick.Relay. A client warms up, writes a
 // line, waits for one on in, makes its load and writes the outcome: so its start-up is not
 // in the measurement.
 func Worker(ctx context.Context, args []string, in io.Reader, out io.Writer) error {
 	switch {
 	case len(args) == 1 && args[0] == "serve":
 		return serve(ctx, out)
+	case len(args) > 0 && args[0] == "relay":
+		return yardstick.Relay(ctx, args[1:])
 	case len(args) == 2 && args[0] == "load":
 		var t task
 		if err := json.Unmarshal([]byte(args[1]), &t); err != nil {
@@ -51,7 +52,7 @@ func Worker(ctx context.Context, args []string, in io.Reader, out io.Writer) err
 		}
 		return load(ctx, t, in, out)
 	}
-	return fmt.Errorf("worker %q: want serve, or load and a task", args)
+	return fmt.Errorf("worker %q: want serve, relay, or load and a task", args)
 }
 
 func serve(ctx context.Context, out io.Writer) error {
@@ -85,26 +86,11 @@ func load(ctx context.Context, t task, in io.Reader, out io.Writer) error {
 }
 
 func (t task) run(ctx context.Context, d time.Duration) (outcome, error) {
-	switch t.Workload {
-	case "bulk-1":
-		return bulk(ctx, t.To, 1, d)
-	case "bulk-8":
-		return bulk(ctx, t.To, 8, d)
-	case "exchange":
-		return rated(traffic.Exchange(ctx, t.To, traffic.ExchangeOptions{Conns: workers, Duration: d}))
-	case "paced":
-		return rated(traffic.Exchange(ctx, t.To, traffic.ExchangeOptions{Conns: workers, Duration: d, Rate: t.Rate}))
-	case "connect":
-		return rated(traffic.Connect(ctx, t.To, workers, d))
+	for _, w := range Workloads() {
+		if w.Name == t.Workload {
+			t.Duration = d
+			return w.run(ctx, t)
+		}
 	}
 	return outcome{}, fmt.Errorf("there is no workload %q", t.Workload)
-}
-
-func bulk(ctx context.Context, to netip.AddrPort, streams int, d time.Duration) (outcome, error) {
-	r, err := traffic.Bulk(ctx, to, streams, d)
-	return outcome{Bytes: r.Bytes, Elapsed: r.Elapsed}, err
-}
-
-func rated(r traffic.RateResult, err error) (outcome, error) {
-	return outcome{Elapsed: r.Elapsed, Latency: r.Latency}, err
 }

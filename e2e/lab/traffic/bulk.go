@@ -2,8 +2,8 @@ package traffic
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -22,7 +22,23 @@ type BulkResult struct {
 // Bulk sends on that many connections for a duration. The time until the receiver has
 // confirmed the last byte counts, so that no buffer on the way makes it look faster.
 func Bulk(ctx context.Context, to netip.AddrPort, streams int, d time.Duration) (BulkResult, error) {
-	conns, err := dialAll(ctx, to, bulkMode, streams)
+	return transfer(ctx, to, streams, d, direction{bulkMode, send})
+}
+
+// Download is Bulk in the other direction: the server sends.
+func Download(ctx context.Context, to netip.AddrPort, streams int, d time.Duration) (BulkResult, error) {
+	return transfer(ctx, to, streams, d, direction{downloadMode, receive})
+}
+
+// direction is what tells the server who sends, and one connection's part until a deadline,
+// which returns how much arrived.
+type direction struct {
+	mode byte
+	move func(conn *net.TCPConn, until time.Time) (uint64, error)
+}
+
+func transfer(ctx context.Context, to netip.AddrPort, streams int, d time.Duration, dir direction) (BulkResult, error) {
+	conns, err := dialAll(ctx, to, streams, dir.mode)
 	if err != nil {
 		return BulkResult{}, fmt.Errorf("bulk transfer: %w", err)
 	}
@@ -31,7 +47,7 @@ func Bulk(ctx context.Context, to netip.AddrPort, streams int, d time.Duration) 
 	start := time.Now()
 	for i, conn := range conns {
 		group.Go(func() (err error) {
-			received[i], err = send(conn, start.Add(d))
+			received[i], err = dir.move(conn, start.Add(d))
 			return err
 		})
 	}
@@ -54,8 +70,7 @@ func Bulk(ctx context.Context, to netip.AddrPort, streams int, d time.Duration) 
 
 // send sends random data until the deadline and returns how much the receiver got.
 func send(conn *net.TCPConn, until time.Time) (uint64, error) {
-	chunk := make([]byte, chunkSize)
-	_, _ = rand.Read(chunk) // never fails, see crypto/rand
+	chunk := randomBytes(chunkSize)
 	var sent uint64
 	for time.Now().Before(until) {
 		n, err := conn.Write(chunk)
@@ -80,6 +95,43 @@ func send(conn *net.TCPConn, until time.Time) (uint64, error) {
 	got := binary.BigEndian.Uint64(confirmed)
 	if got != sent {
 		return 0, fmt.Errorf("sent %d bytes, the receiver got %d", sent, got)
+	}
+	return got, nil
+}
+
+// receive has the server send until the deadline and returns how much arrived.
+func receive(conn *net.TCPConn, until time.Time) (uint64, error) {
+	if _, err := conn.Write([]byte{downloadMode}); err != nil { // any byte will do
+		return 0, err
+	}
+	stop := time.AfterFunc(time.Until(until), func() { _ = conn.CloseWrite() }) // when it is broken, Read tells
+	defer stop.Stop()
+	if err := conn.SetReadDeadline(until.Add(answerTimeout)); err != nil {
+		return 0, err
+	}
+	var (
+		buffer = make([]byte, chunkSize)
+		last   []byte // the last eight bytes are no data but their number
+		got    uint64
+	)
+	for {
+		n, err := conn.Read(buffer)
+		got += uint64(n)
+		last = append(last, buffer[max(0, n-8):n]...)
+		last = last[max(0, len(last)-8):]
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	if got < 8 {
+		return 0, fmt.Errorf("the sender ended after %d bytes", got)
+	}
+	got -= 8
+	if sent := binary.BigEndian.Uint64(last); got != sent {
+		return 0, fmt.Errorf("the sender sent %d bytes, %d arrived", sent, got)
 	}
 	return got, nil
 }

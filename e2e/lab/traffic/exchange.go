@@ -3,7 +3,7 @@ package traffic
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -57,9 +57,11 @@ type ExchangeOptions struct {
 	// Rate is of requests per second on all connections together; 0 is as many as go, each
 	// connection with one at a time.
 	Rate float64
+	// Size is of a request and of its response; default MessageSize, at most 1 MiB.
+	Size int
 }
 
-// Exchange sends requests of MessageSize on open connections and waits for each response.
+// Exchange sends requests on open connections and waits for each response.
 //
 // With a rate, requests have fixed times, spread evenly over the connections. One that
 // cannot be sent at its time, because the response before it is late, counts from that time
@@ -67,7 +69,13 @@ type ExchangeOptions struct {
 // waited with it. A request that is late only because this process woke up late counts from
 // when it was sent: that is the client's own fault and not the path's.
 func Exchange(ctx context.Context, to netip.AddrPort, opts ExchangeOptions) (RateResult, error) {
-	conns, err := dialAll(ctx, to, echoMode, opts.Conns)
+	if opts.Size == 0 {
+		opts.Size = MessageSize
+	}
+	if opts.Size < 0 || opts.Size > maxMessageSize {
+		return RateResult{}, fmt.Errorf("exchange messages of %d bytes: want 1 to %d", opts.Size, maxMessageSize)
+	}
+	conns, err := dialAll(ctx, to, opts.Conns, binary.BigEndian.AppendUint32([]byte{echoMode}, uint32(opts.Size))...)
 	if err != nil {
 		return RateResult{}, fmt.Errorf("exchange messages: %w", err)
 	}
@@ -82,7 +90,7 @@ func Exchange(ctx context.Context, to netip.AddrPort, opts ExchangeOptions) (Rat
 			schedule.interval = time.Duration(float64(len(conns)) / opts.Rate * float64(time.Second))
 			schedule.start = start.Add(schedule.interval * time.Duration(i) / time.Duration(len(conns)))
 		}
-		group.Go(func() error { return exchange(conn, schedule, start.Add(opts.Duration), histograms[i]) })
+		group.Go(func() error { return exchange(conn, opts.Size, schedule, start.Add(opts.Duration), histograms[i]) })
 	}
 	if err := group.Wait(); err != nil {
 		return RateResult{}, fmt.Errorf("exchange messages: %w", err)
@@ -121,12 +129,12 @@ func (s *schedule) due() time.Time {
 	return s.start.Add(s.interval * time.Duration(s.made))
 }
 
-func exchange(conn net.Conn, s schedule, until time.Time, h *hdrhistogram.Histogram) error {
-	request, response := make([]byte, MessageSize), make([]byte, MessageSize)
-	_, _ = rand.Read(request) // never fails, see crypto/rand
+func exchange(conn net.Conn, size int, s schedule, until time.Time, h *hdrhistogram.Histogram) error {
+	request, response := randomBytes(size), make([]byte, size)
 	for number := uint64(0); s.due().Before(until); number++ {
 		from := s.wait()
-		request[0], request[1] = byte(number), byte(number>>8) // so that an old response is not taken for this one
+		// So that an old response is not taken for this one.
+		request[0], request[size-1] = byte(number), byte(number>>8)
 		if _, err := conn.Write(request); err != nil {
 			return err
 		}

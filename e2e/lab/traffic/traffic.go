@@ -3,15 +3,18 @@
 //
 // The first byte of a connection says what it is for:
 //
-//	'B' data …… FIN   ──►   ◄── number of bytes (8, big endian) FIN
-//	'E' 1 KiB         ──►   ◄── the same 1 KiB, again and again
-//	'C'               ──►   ◄── 'C' FIN
+//	'B' data …… FIN             ──►   ◄── number of bytes (8, big endian) FIN
+//	'D' any byte …… FIN         ──►   ◄── data …… until the FIN, number of bytes (8, big endian) FIN
+//	'E' size (4, big endian)
+//	    request of that size    ──►   ◄── the same bytes, again and again
+//	'C'                         ──►   ◄── 'C' FIN
 //
 // Each client checks what it gets back, so a path that loses or changes bytes fails.
 package traffic
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -23,12 +26,15 @@ import (
 )
 
 const (
-	bulkMode    = 'B'
-	echoMode    = 'E'
-	connectMode = 'C'
+	bulkMode     = 'B'
+	downloadMode = 'D'
+	echoMode     = 'E'
+	connectMode  = 'C'
 
-	// MessageSize is the size of a request and of its response.
+	// MessageSize is the size of a request and of its response, unless told otherwise.
 	MessageSize = 1 << 10
+	// maxMessageSize bounds what a client can make the server hold.
+	maxMessageSize = 1 << 20
 	// chunkSize is what one write or read moves in bulk.
 	chunkSize = 128 << 10
 	// dialTimeout is for one connection to stand.
@@ -85,6 +91,8 @@ func answer(conn net.Conn) error {
 	switch mode[0] {
 	case bulkMode:
 		return answerBulk(conn)
+	case downloadMode:
+		return answerDownload(conn)
 	case echoMode:
 		return answerEcho(conn)
 	case connectMode:
@@ -115,8 +123,56 @@ func answerBulk(conn net.Conn) error {
 	return err
 }
 
+// answerDownload sends until the client ends its direction.
+func answerDownload(conn net.Conn) error {
+	var word [1]byte
+	if _, err := io.ReadFull(conn, word[:]); err != nil {
+		return err
+	}
+	enough := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(io.Discard, conn) // nothing is to come
+		enough <- err
+	}()
+	chunk := randomBytes(chunkSize)
+	var total uint64
+	for {
+		select {
+		case err := <-enough:
+			if err != nil {
+				return err
+			}
+			_, err = conn.Write(binary.BigEndian.AppendUint64(nil, total))
+			return err
+		default:
+		}
+		n, err := conn.Write(chunk)
+		total += uint64(n)
+		if err != nil {
+			_ = conn.Close() // the reader returns then
+			_ = <-enough              // the write tells what broke
+			return err
+		}
+	}
+}
+
+// randomBytes cannot be compressed on the way.
+func randomBytes(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails, see crypto/rand
+	return b
+}
+
 func answerEcho(conn net.Conn) error {
-	buffer := make([]byte, MessageSize)
+	var header [4]byte
+	if _, err := io.ReadFull(conn, header[:]); err != nil {
+		return err
+	}
+	size := binary.BigEndian.Uint32(header[:])
+	if size == 0 || size > maxMessageSize {
+		return fmt.Errorf("messages of %d bytes: want 1 to %d", size, maxMessageSize)
+	}
+	buffer := make([]byte, size)
 	for {
 		if _, err := io.ReadFull(conn, buffer); err != nil {
 			return err
@@ -127,24 +183,24 @@ func answerEcho(conn net.Conn) error {
 	}
 }
 
-// dial opens a connection for one use.
-func dial(ctx context.Context, to netip.AddrPort, mode byte) (*net.TCPConn, error) {
+// dial opens a connection for one use: header says which.
+func dial(ctx context.Context, to netip.AddrPort, header ...byte) (*net.TCPConn, error) {
 	d := net.Dialer{Timeout: dialTimeout}
 	conn, err := d.DialContext(ctx, "tcp", to.String())
 	if err != nil {
 		return nil, err
 	}
-	if _, err := conn.Write([]byte{mode}); err != nil {
+	if _, err := conn.Write(header); err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
 	return conn.(*net.TCPConn), nil
 }
 
 // dialAll opens n connections, or none.
-func dialAll(ctx context.Context, to netip.AddrPort, mode byte, n int) ([]*net.TCPConn, error) {
+func dialAll(ctx context.Context, to netip.AddrPort, n int, header ...byte) ([]*net.TCPConn, error) {
 	conns := make([]*net.TCPConn, 0, n)
 	for range n {
-		conn, err := dial(ctx, to, mode)
+		conn, err := dial(ctx, to, header...)
 		if err != nil {
 			return nil, errors.Join(err, closeAll(conns))
 		}

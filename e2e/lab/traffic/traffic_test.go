@@ -38,10 +38,29 @@ func serve(t *testing.T, wrap func(net.Listener) net.Listener) netip.AddrPort {
 func plain(l net.Listener) net.Listener { return l }
 
 func TestBulkCountsWhatArrived(t *testing.T) {
-	for _, streams := range []int{1, 8} {
-		r, err := Bulk(t.Context(), serve(t, plain), streams, 50*time.Millisecond)
-		if err != nil || r.Bytes < uint64(streams)*chunkSize || r.Elapsed < 50*time.Millisecond {
-			t.Errorf("%d streams: %+v, %v", streams, r, err)
+	for name, transfer := range map[string]func(context.Context, netip.AddrPort, int, time.Duration) (BulkResult, error){
+		"to the server": Bulk, "from the server": Download,
+	} {
+		for _, streams := range []int{1, 8} {
+			r, err := transfer(t.Context(), serve(t, plain), streams, 50*time.Millisecond)
+			if err != nil || r.Bytes < uint64(streams)*chunkSize || r.Elapsed < 50*time.Millisecond {
+				t.Errorf("%s, %d streams: %+v, %v", name, streams, r, err)
+			}
+		}
+	}
+}
+
+func TestMessagesMayHaveAnySize(t *testing.T) {
+	to := serve(t, plain)
+	for _, size := range []int{1, 2, 64 << 10, maxMessageSize} {
+		r, err := Exchange(t.Context(), to, ExchangeOptions{Conns: 1, Duration: 20 * time.Millisecond, Size: size})
+		if err != nil || r.Count == 0 {
+			t.Errorf("%d bytes: %+v, %v", size, r, err)
+		}
+	}
+	for _, size := range []int{-1, maxMessageSize + 1} {
+		if _, err := Exchange(t.Context(), to, ExchangeOptions{Conns: 1, Size: size}); err == nil {
+			t.Errorf("messages of %d bytes were exchanged", size)
 		}
 	}
 }
@@ -125,7 +144,7 @@ func TestAStallCountsForEveryRequestThatItDelays(t *testing.T) {
 		}()
 		h := newHistogram()
 		start := time.Now()
-		err := exchange(client, schedule{start: start, interval: 10 * time.Millisecond}, start.Add(3*time.Second), h)
+		err := exchange(client, MessageSize, schedule{start: start, interval: 10 * time.Millisecond}, start.Add(3*time.Second), h)
 		if err != nil {
 			t.Fatal(err)
 		}

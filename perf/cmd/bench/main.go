@@ -38,11 +38,13 @@ func run(ctx context.Context, args []string) error {
 	rounds := flags.Int("rounds", 5, "how often each is measured, interleaved")
 	duration := flags.Duration("duration", 5*time.Second, "of one measurement")
 	rate := flags.Float64("rate", 1000, "requests per second of the paced workload")
-	short := flags.Bool("short", false, "2 rounds of 1 s: whether it works, not how fast")
+	short := flags.Bool("short", false, "2 rounds of 300 ms: whether it works, not how fast")
 	ipv6 := flags.Bool("ipv6", false, "pods have IPv6 addresses")
 	binDir := flags.String("bin-dir", "", "directory of raceway-agent and raceway-ca; default builds them")
 	agentArgs := flags.String("agent-args", "", "more arguments for the agents, space separated")
 	out := flags.String("out", "perf/results", "directory for the JSON")
+	haproxy := flags.String("haproxy", "", "HAProxy's program; default what PATH has")
+	envoy := flags.String("envoy", os.Getenv("RACEWAY_ENVOY"), "Envoy's program; default RACEWAY_ENVOY, or what PATH has")
 	verbose := flags.Bool("v", false, "say more")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -51,7 +53,7 @@ func run(ctx context.Context, args []string) error {
 		return fmt.Errorf("unknown argument %q", flags.Arg(0))
 	}
 	if *short {
-		*rounds, *duration = 2, time.Second
+		*rounds, *duration = 2, 300*time.Millisecond
 	}
 	level := slog.LevelInfo
 	if *verbose {
@@ -63,6 +65,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	config := perf.Config{
 		Scenarios: list(*scenarios), Workloads: list(*workloads), Rounds: *rounds, Duration: *duration, Rate: *rate,
+		HAProxy: *haproxy, Envoy: *envoy,
 		IPv6: *ipv6, BinDir: *binDir, AgentArgs: strings.Fields(*agentArgs), Worker: []string{self, "worker"},
 		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
 	}
