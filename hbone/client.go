@@ -106,10 +106,18 @@ func (t *Tunnel) Close() error {
 
 // Open makes a tunnel to r.Authority through a session of key: a pooled one with room, else
 // a new one whose dial is shared with others who wait. ctx bounds the opening alone.
-// A stream that was certainly not processed, or whose session died before the answer, is
-// tried again on a session made since, a few times. Its error is or wraps a *DialError,
-// *TLSError, *StatusError, ErrRefused, ErrClosed, or ctx's error when time ran out.
+// A stream that was certainly not processed, or whose session died before the answer and had
+// got nothing to hand on, is tried again on a session made since, a few times. Its error is or
+// wraps a *DialError, *TLSError, *StatusError, ErrRefused, ErrUncertain, ErrClosed, or ctx's
+// error when time ran out.
 func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error) {
+	return c.OpenWith(ctx, key, r, nil)
+}
+
+// OpenWith is Open, with first bytes of the stream that do not wait for it; they are sent, and
+// ended if they did, when it succeeds. After an error other than ErrUncertain first can be used
+// again. It may be nil.
+func (c *Client) OpenWith(ctx context.Context, key Key, r *Request, first *First) (*Tunnel, error) {
 	if err := r.Validate(); err != nil {
 		return nil, fmt.Errorf("CONNECT: %w", err)
 	}
@@ -121,7 +129,7 @@ func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error)
 			return nil, errors.Join(err, refused)
 		}
 		reused := m.used.Swap(true)
-		stream, response, err := m.session.Open(ctx, r)
+		stream, response, err := open(ctx, m.session, r, first)
 		if err == nil {
 			return &Tunnel{
 				Stream: stream, Response: *response, Conn: m.conn, Reused: reused,
@@ -130,7 +138,7 @@ func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error)
 		}
 		c.release(m)
 		switch {
-		case isRemoteAlert(err):
+		case isRemoteAlert(err) && !errors.Is(err, ErrUncertain):
 			return nil, c.countTLSError(NewTLSError(key.Remote, err))
 		case !errors.Is(err, ErrRefused):
 			return nil, openError(ctx, key, r, err)
@@ -140,6 +148,31 @@ func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error)
 		c.count(func(s *PoolStats) { s.Retries++ })
 	}
 	return nil, fmt.Errorf("gave up after %d sessions: %w", maxAttempts, refused)
+}
+
+// open opens a stream in a place of s that is reserved.
+func open(ctx context.Context, s Session, r *Request, first *First) (Stream, *Response, error) {
+	o, err := s.Start(r)
+	if err != nil {
+		return nil, nil, err
+	}
+	first.begin(o)
+	first.follow(ctx, o)
+	if err := first.failed(); err != nil {
+		o.Close()
+		first.rearm()
+		return nil, nil, err
+	}
+	stream, response, err := o.Answer(ctx)
+	first.rearm()
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := first.finish(ctx, stream); err != nil {
+		_ = stream.Close()
+		return nil, nil, fmt.Errorf("%w: %w", ErrUncertain, err)
+	}
+	return stream, response, nil
 }
 
 // isRemoteAlert knows a TLS alert from the peer: in TLS 1.3 the verdict on our certificate

@@ -72,16 +72,13 @@ type Key struct {
 
 // Session is a client's live transport connection to one peer.
 type Session interface {
-	// Open sends CONNECT and waits for the response: a Stream on 200, a *StatusError on
-	// another status, ErrRefused when the peer certainly did not process it (REFUSED_STREAM,
-	// GOAWAY with a lower last stream), so that it may be tried again elsewhere.
-	//
-	// It uses up a reservation. ctx bounds the opening alone: the stream outlives it.
-	Open(ctx context.Context, r *Request) (Stream, *Response, error)
-	// Reserve sets a place aside for one Open that follows; false when it is full,
+	// Start begins with a CONNECT, which leaves with the first Send. It uses up a
+	// reservation; its error is as Answer's.
+	Start(r *Request) (Opening, error)
+	// Reserve sets a place aside for one Start that follows; false when it is full,
 	// draining or dead.
 	Reserve() bool
-	// Release gives a reservation back that no Open will use.
+	// Release gives a reservation back that no Start will use.
 	Release()
 	// Capacity is how many more streams it can carry now; 0 when full, draining or dead.
 	Capacity() int
@@ -92,6 +89,27 @@ type Session interface {
 	Done() <-chan struct{}
 	// Close ends it at once, and its streams with an error.
 	Close() error
+}
+
+// Opening is a stream that the peer has not answered yet. One goroutine uses it, and ends with
+// Answer or Close.
+type Opening interface {
+	// Send sends CONNECT, if it was not sent yet, and first bytes behind it, as many as the
+	// peer's window takes: it does not wait for more. With end and all of p it ends our
+	// direction as well. It returns how many it sent; why nothing can be sent Answer tells.
+	Send(p []byte, end bool) int
+	// OnSettled has f called, once, when Answer would not wait any more. f must not wait, nor
+	// use the Opening. It may be called before OnSettled returns, and not after Answer has.
+	OnSettled(f func())
+	// Answer waits for the response: a Stream on 200, a *StatusError on another status,
+	// ErrRefused when the peer certainly did not process it (REFUSED_STREAM, GOAWAY with a
+	// lower last stream), or has got no bytes and is gone, so that it may be tried again
+	// elsewhere. Where bytes were sent, any other error is ErrUncertain.
+	//
+	// ctx bounds the opening alone: the stream outlives it.
+	Answer(ctx context.Context) (Stream, *Response, error)
+	// Close gives it up; the peer sees RST_STREAM. After Answer it does nothing.
+	Close()
 }
 
 // Response is what a peer said beside 200.

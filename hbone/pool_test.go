@@ -239,12 +239,12 @@ func (r refusing) NewSession(ctx context.Context, conn *tls.Conn) (hbone.Session
 	return refusingSession{s, r.refusals}, err
 }
 
-func (s refusingSession) Open(ctx context.Context, r *hbone.Request) (hbone.Stream, *hbone.Response, error) {
+func (s refusingSession) Start(r *hbone.Request) (hbone.Opening, error) {
 	if s.refusals.Add(-1) >= 0 {
 		s.Release()
-		return nil, nil, hbone.ErrRefused
+		return nil, hbone.ErrRefused
 	}
-	return s.Session.Open(ctx, r)
+	return s.Session.Start(r)
 }
 
 func TestRefusedOpenIsTriedOnAFreshSessionAFewTimes(t *testing.T) {

@@ -47,7 +47,7 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 		s.refused(ctx, f, err)
 		return
 	}
-	s.relay(ctx, f, source, app)
+	s.relay(ctx, f, source, app, 0)
 }
 
 // inboundFlow is a connection to the pod, before anything is decided.
@@ -180,7 +180,7 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 		s.refused(ctx, f, fmt.Errorf("answer the peer: %w", err))
 		return
 	}
-	s.relay(ctx, f, newStreamLeg(stream, "the peer", r.Context.Done()), app)
+	s.relay(ctx, f, newStreamLeg(stream, "the peer", r.Context.Done()), app, 0)
 }
 
 // errStreamEnded is a tunnel that its peer gave up, or whose connection was lost.

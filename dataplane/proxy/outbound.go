@@ -45,13 +45,13 @@ func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 		return
 	}
 	defer s.end(f)
-	out, err := s.connect(ctx, f, destination, trace)
+	out, early, err := s.connect(ctx, f, conn, trace)
 	if err != nil {
 		app.abort()
 		s.refused(ctx, f, err)
 		return
 	}
-	s.relay(ctx, f, app, out)
+	s.relay(ctx, f, app, out, early)
 }
 
 // traceParentID is the parent ID of a traceparent: what a peer sees of a connection's ID.
@@ -68,10 +68,12 @@ func (s *servedPod) refused(ctx context.Context, f *flow, err error) {
 	s.cfg.Telemetry.Refuse(*f.attempt, flagsOf(err), err)
 }
 
-// relay carries f between its source and its destination until it ends.
-func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg) {
+// relay carries f between its source and its destination until it ends. early is how many bytes
+// the destination has of the source already.
+func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg, early int) {
 	s.settle(f)
 	record := s.cfg.Telemetry.Open(*f.attempt)
+	record.Sent(early)
 	f.attempt = nil // it keeps a snapshot
 	r := &relay{legs: [2]leg{source, destination}, share: s.share, buffers: &s.buffers, count: [2]func(int){record.Sent, record.Received}}
 	err := r.run(ctx)
@@ -82,10 +84,21 @@ func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg)
 	record.Close(flags, err)
 }
 
-// connect reaches destination, through a tunnel or in clear as the route says. Endpoints of
-// a service are tried one after the other. A connection that a tunnel was tried for is
-// never made in clear.
-func (s *servedPod) connect(ctx context.Context, f *flow, destination netip.AddrPort, trace string) (leg, error) {
+// connect reaches what app asked for, and returns how many of its bytes went along.
+func (s *servedPod) connect(ctx context.Context, f *flow, app Socket, trace string) (out leg, early int, err error) {
+	first, give, err := s.firstBytes(app)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer give()
+	out, err = s.reach(ctx, f, trace, first)
+	return out, first.Len(), err
+}
+
+// reach is through a tunnel or in clear as the route says. Endpoints of a service are tried one
+// after the other. A connection that a tunnel was tried for is never made in clear.
+func (s *servedPod) reach(ctx context.Context, f *flow, trace string, first *hbone.First) (leg, error) {
+	destination := f.attempt.Destination.Addr
 	query := route.Flow{Source: f.attempt.Source.Workload, Node: s.cfg.Node, Dst: destination}
 	tunnelled := false
 	var failed error
@@ -102,7 +115,7 @@ func (s *servedPod) connect(ctx context.Context, f *flow, destination netip.Addr
 		var out leg
 		if d.Action == route.Tunnel {
 			tunnelled = true
-			out, err = s.openTunnel(ctx, f, d, trace)
+			out, err = s.openTunnel(ctx, f, d, trace, first)
 		} else {
 			out, err = s.dialDirect(ctx, f, d.Target)
 		}
@@ -110,7 +123,7 @@ func (s *servedPod) connect(ctx context.Context, f *flow, destination netip.Addr
 			return out, nil
 		}
 		failed = then(failed, err)
-		if d.Alternates == 0 || ctx.Err() != nil || isDenied(err) {
+		if d.Alternates == 0 || ctx.Err() != nil || isFinal(err) {
 			break
 		}
 		query.Exclude = append(query.Exclude, d.Target)
@@ -135,13 +148,6 @@ func (f *flow) routed(d route.Decision, destination netip.AddrPort) {
 	if d.Target.IsValid() {
 		f.attempt.Destination.Addr = d.Target
 	}
-}
-
-// isDenied reports whether the peer's policy refused the connection: no other endpoint is
-// asked then.
-func isDenied(err error) bool {
-	var status *hbone.StatusError
-	return errors.As(err, &status) && status.Status == 401
 }
 
 // routeError is a destination that nothing leads to.
@@ -189,8 +195,8 @@ func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPo
 	return newTCPLeg(conn, "the destination")
 }
 
-// openTunnel asks the peer at d.Target for a stream to it.
-func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, trace string) (leg, error) {
+// openTunnel asks the peer at d.Target for a stream to it, which first may begin.
+func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, trace string, first *hbone.First) (leg, error) {
 	remote := netip.AddrPortFrom(d.Target.Addr(), dataplane.PortTunnel)
 	f.attempt.Tunnel = remote
 	f.attempt.Source.Identity, f.attempt.Destination.Identity = s.identity, d.Workload.Identity
@@ -216,7 +222,7 @@ func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, t
 		return nil, &credentialError{err}
 	}
 	s.retireOld()
-	tunnel, err := s.client.Open(ctx, key, request)
+	tunnel, err := s.client.OpenWith(ctx, key, request, first)
 	if err != nil {
 		s.countTLSError(err)
 		return nil, err

@@ -34,7 +34,7 @@ func benchSession(b *testing.B, handler func(*hbone.ServerRequest)) hbone.Sessio
 
 func benchOpen(b *testing.B, s hbone.Session) hbone.Stream {
 	b.Helper()
-	st, _, err := s.Open(context.Background(), &hbone.Request{Authority: "10.0.0.1:80"})
+	st, _, err := openStream(context.Background(), s, &hbone.Request{Authority: "10.0.0.1:80"})
 	if err != nil {
 		b.Fatal(err)
 	}

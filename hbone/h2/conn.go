@@ -150,6 +150,7 @@ type control struct {
 	reply  bool // the peer caused it
 	ping   [8]byte
 	fields []hpack.HeaderField
+	data   []byte
 }
 
 type controlKind uint8
@@ -157,6 +158,7 @@ type controlKind uint8
 const (
 	controlHeaders controlKind = iota
 	controlEnd                 // an empty DATA frame with END_STREAM
+	controlData                // first bytes of a stream
 	controlReset
 	controlWindow
 	controlPing

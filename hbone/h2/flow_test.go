@@ -151,7 +151,7 @@ func TestDrainLetsStreamsRunAndRefusesNewOnes(t *testing.T) {
 			t.Fatal("session still takes streams")
 		}
 	}
-	if _, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
+	if _, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
 		t.Errorf("Open = %v, want ErrRefused", err)
 	}
 	write(t, c, "going on")
@@ -205,7 +205,7 @@ func TestLostConnectionIsNoCleanEnd(t *testing.T) {
 		}
 	}
 	<-p.session.Done()
-	if _, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
+	if _, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
 		t.Errorf("Open on a dead session = %v, want ErrRefused", err)
 	}
 }

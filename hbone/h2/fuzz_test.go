@@ -124,7 +124,7 @@ func FuzzClientFrames(f *testing.F) {
 		opened := make(chan struct{})
 		go func() {
 			defer close(opened)
-			s, _, err := session.Open(context.Background(), &hbone.Request{Authority: "10.0.0.1:80"})
+			s, _, err := openStream(context.Background(), session, &hbone.Request{Authority: "10.0.0.1:80"})
 			if err != nil {
 				return
 			}

@@ -57,9 +57,19 @@ func newPairOn(t *testing.T, a, b net.Conn, client h2.Client, server h2.Server, 
 	return p
 }
 
+// openStream sends CONNECT and waits for the answer.
+func openStream(ctx context.Context, s hbone.Session, r *hbone.Request) (hbone.Stream, *hbone.Response, error) {
+	o, err := s.Start(r)
+	if err != nil {
+		return nil, nil, err
+	}
+	o.Send(nil, false)
+	return o.Answer(ctx)
+}
+
 func (p *pair) open(t *testing.T) hbone.Stream {
 	t.Helper()
-	s, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"})
+	s, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +147,7 @@ func TestRequestAndResponseCarryTheirContent(t *testing.T) {
 		Baggage:     hbone.Baggage{Namespace: "demo", WorkloadKind: "deployment", WorkloadName: "web"},
 		TraceParent: hbone.NewTraceParent(),
 	}
-	s, resp, err := p.session.Open(t.Context(), req)
+	s, resp, err := openStream(t.Context(), p.session, req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -304,7 +314,7 @@ func TestRejectAnswersWithStatus(t *testing.T) {
 				t.Error("Accept after Reject succeeded")
 			}
 		})
-		_, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"})
+		_, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
 		var se *hbone.StatusError
 		if !errors.As(err, &se) || se.Status != status {
 			t.Errorf("Open = %v, want status %d", err, status)
@@ -315,7 +325,7 @@ func TestRejectAnswersWithStatus(t *testing.T) {
 
 func TestUnansweredRequestIsReset(t *testing.T) {
 	p := newPair(t, h2.Client{}, h2.Server{}, func(*hbone.ServerRequest) {})
-	_, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"})
+	_, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
 	var reset *hbone.ResetError
 	if !errors.As(err, &reset) || errors.Is(err, hbone.ErrRefused) {
 		t.Errorf("Open = %v, want a reset that is no refusal", err)
@@ -325,7 +335,7 @@ func TestUnansweredRequestIsReset(t *testing.T) {
 func TestOpenContextBoundsOnlyTheOpening(t *testing.T) {
 	p := newPair(t, h2.Client{}, h2.Server{}, echo)
 	ctx, cancel := context.WithCancel(t.Context())
-	s, _, err := p.session.Open(ctx, &hbone.Request{Authority: "10.0.0.1:80"})
+	s, _, err := openStream(ctx, p.session, &hbone.Request{Authority: "10.0.0.1:80"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -344,7 +354,7 @@ func TestOpenGivesUpWithItsContext(t *testing.T) {
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if _, _, err := p.session.Open(ctx, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, context.DeadlineExceeded) {
+	if _, _, err := openStream(ctx, p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Open = %v", err)
 	}
 	<-ended // the server saw the reset

@@ -1,7 +1,6 @@
 package h2
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -47,36 +46,8 @@ func errGoAway(f *http2.GoAwayFrame) error {
 	return fmt.Errorf("peer sent GOAWAY %s %s", f.ErrCode, strconv.QuoteToASCII(string(f.DebugData()[:min(len(f.DebugData()), 128)])))
 }
 
-// Open sends CONNECT. A stream is refused when the session cannot take it, when the peer
-// says that it did not process it, and when the connection dies before the answer: CONNECT
-// has no body until then, so nothing is lost by another try.
-func (s *session) Open(ctx context.Context, r *hbone.Request) (hbone.Stream, *hbone.Response, error) {
-	st, err := s.request(ctx, r)
-	if err != nil {
-		return nil, nil, err
-	}
-	select {
-	case <-st.settled:
-	case <-ctx.Done():
-		_ = st.Close() // never fails
-		return nil, nil, ctx.Err()
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case st.response != nil: // an end that came behind it is for the stream's user
-		return st, st.response, nil
-	case st.status != 0:
-		return nil, nil, &hbone.StatusError{Status: st.status}
-	case s.err != nil && errors.Is(st.err, s.err):
-		return nil, nil, refused(fmt.Errorf("%w: %w", errNoAnswer, s.err))
-	default:
-		return nil, nil, st.err
-	}
-}
-
-// request uses up the reservation and queues CONNECT.
-func (s *session) request(ctx context.Context, r *hbone.Request) (*stream, error) {
+// Start uses up the reservation and queues CONNECT.
+func (s *session) Start(r *hbone.Request) (hbone.Opening, error) {
 	// RFC 9113 section 8.5: no :scheme and no :path.
 	fields := []hpack.HeaderField{{Name: ":method", Value: "CONNECT"}, {Name: ":authority", Value: r.Authority}}
 	r.Fields(func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
@@ -85,8 +56,6 @@ func (s *session) request(ctx context.Context, r *hbone.Request) (*stream, error
 	defer s.mu.Unlock()
 	s.client.reserved = max(0, s.client.reserved-1)
 	switch {
-	case ctx.Err() != nil:
-		return nil, ctx.Err()
 	case s.conn.err != nil:
 		return nil, refused(s.conn.err)
 	case s.draining:
@@ -112,7 +81,7 @@ func (s *session) request(ctx context.Context, r *hbone.Request) (*stream, error
 	st.settled = make(chan struct{})
 	s.pushLocked(control{kind: controlHeaders, stream: st.id, fields: fields})
 	st.startLocked()
-	return st, nil
+	return opening{st}, nil
 }
 
 // listSize is a header list's size as RFC 9113 section 6.5.2 counts.

@@ -41,8 +41,10 @@ type stream struct {
 	err              error
 	reset            chan struct{} // closed with err or closed set; nil until asked for
 
-	// A client's: settled is closed when response or err is there.
+	// A client's: settled is closed when response or err is there, and tell called.
 	settled  chan struct{}
+	tell     func() // nil when nobody asked
+	early    bool   // DATA was sent before
 	response *hbone.Response
 	status   int
 
@@ -274,6 +276,9 @@ func (s *stream) settleLocked() {
 	case <-s.settled:
 	default:
 		close(s.settled)
+		if s.tell != nil {
+			s.tell()
+		}
 	}
 }
 

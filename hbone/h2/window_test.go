@@ -129,7 +129,7 @@ func TestStreamsBeyondTheBudgetAreRefused(t *testing.T) {
 			var open []hbone.Stream
 			for err == nil && len(open) < 100 {
 				var s hbone.Stream
-				if s, _, err = p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"}); err == nil {
+				if s, _, err = openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); err == nil {
 					open = append(open, s)
 				}
 			}
@@ -313,7 +313,7 @@ func TestBudgetReturnsToZeroWhateverHappens(t *testing.T) {
 		for range 40 {
 			mine := rand.New(rand.NewPCG(random.Uint64(), 3))
 			users.Go(func() {
-				s, _, err := p.session.Open(t.Context(), &hbone.Request{Authority: "10.0.0.1:80"})
+				s, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
 				if err != nil {
 					return
 				}

@@ -147,6 +147,8 @@ func (c *conn) writeControl() {
 			c.writeHeaders(f, maxFrame)
 		case controlEnd:
 			_ = c.framer.WriteData(f.stream, true, nil)
+		case controlData:
+			_ = c.framer.WriteData(f.stream, f.end, f.data)
 		case controlReset:
 			_ = c.framer.WriteRSTStream(f.stream, f.code)
 		case controlWindow:
