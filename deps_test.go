@@ -96,6 +96,13 @@ func rules() []rule {
 			},
 		},
 		{
+			name: "the agent has no clientset", all: true,
+			reason: "there is one on every node: every kind of every API group, with its scheme and its OpenAPI, would double its program",
+			forbids: func(from, to string, _ bool) bool {
+				return from == module+"/cmd/raceway-agent" && (within(to, "k8s.io/client-go/kubernetes") || within(to, "k8s.io/client-go/applyconfigurations") || within(to, "k8s.io/client-go/informers"))
+			},
+		},
+		{
 			name: "the CNI plugin stays small", all: true,
 			reason: "it is started for each pod of the node, and a kubelet waits for it",
 			forbids: func(from, to string, _ bool) bool {

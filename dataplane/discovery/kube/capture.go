@@ -154,7 +154,7 @@ func (s *Source) patchPod(ctx context.Context, pod dataplane.Name, uid, key stri
 	}
 	ctx, cancel := context.WithTimeout(ctx, patchTimeout)
 	defer cancel()
-	pods := s.config.Client.CoreV1().Pods(pod.Namespace)
+	pods := s.config.Client.Pods(pod.Namespace)
 	_, err = pods.Patch(ctx, pod.Name, types.MergePatchType, patch, metav1.PatchOptions{})
 	if apierrors.IsInvalid(err) && uid != "" { // no patch changes the UID
 		now, other := pods.Get(ctx, pod.Name, metav1.GetOptions{})

@@ -8,7 +8,6 @@ import (
 
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -28,7 +27,7 @@ type Config struct {
 	// Kubeconfig is a path; "" takes the pod's own service account.
 	Kubeconfig string
 	// Client and Dynamic stand in for what Kubeconfig leads to; both or neither.
-	Client  kubernetes.Interface
+	Client  Client
 	Dynamic dynamic.Interface
 
 	Node          string // the agent's own; required
@@ -116,9 +115,11 @@ func (c *Config) connect() error {
 	}
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	if c.Client, err = kubernetes.NewForConfig(config); err != nil {
-		return fmt.Errorf("client: %w", err)
+	client, err := newServer(config)
+	if err != nil {
+		return err
 	}
+	c.Client = client
 	return nil
 }
 

@@ -54,7 +54,7 @@ func (s *Source) RemoveTaint(ctx context.Context) error {
 	if s.config.StartupTaint == "" {
 		return nil
 	}
-	nodes := s.config.Client.CoreV1().Nodes()
+	nodes := s.config.Client.Nodes()
 	for {
 		node, err := nodes.Get(ctx, s.config.Node, metav1.GetOptions{})
 		if err != nil {

@@ -9,16 +9,14 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/tools/leaderelection"
-	"k8s.io/client-go/tools/leaderelection/resourcelock"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/discovery/object"
@@ -72,6 +70,7 @@ func (s *Source) Report(ctx context.Context) error {
 	}
 	ctx = s.quietly(ctx)
 	pause := s.pace.campaign
+	l := &lease{leases: s.config.Client.Leases(s.config.Pod.Namespace), name: statusLease, holder: s.config.Pod.Name, term: s.pace.term}
 	for {
 		select {
 		case <-ctx.Done():
@@ -88,7 +87,7 @@ func (s *Source) Report(ctx context.Context) error {
 		if before == 0 {
 			continue
 		}
-		s.campaign(ctx)
+		s.campaign(ctx, l)
 		s.reports.give() // whoever held the lease may have left something
 		if len(s.verdicts()) < before {
 			pause = s.pace.campaign
@@ -100,40 +99,36 @@ func (s *Source) Report(ctx context.Context) error {
 
 // campaign writes what there is to write while it holds the lease. It ends when there is
 // nothing left, or when another agent holds it for longer than it should take.
-func (s *Source) campaign(ctx context.Context) {
+func (s *Source) campaign(ctx context.Context, l *lease) {
 	ctx, cancel := context.WithTimeout(ctx, s.pace.term)
 	defer cancel()
-	elected, ended := make(chan context.Context, 1), make(chan struct{})
-	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Lock: &resourcelock.LeaseLock{
-			LeaseMeta:  metav1.ObjectMeta{Namespace: s.config.Pod.Namespace, Name: statusLease},
-			Client:     s.config.Client.CoordinationV1(),
-			LockConfig: resourcelock.ResourceLockConfig{Identity: s.config.Pod.Name},
-		},
-		LeaseDuration: s.pace.term, RenewDeadline: s.pace.term * 2 / 3, RetryPeriod: s.pace.term / 6,
-		ReleaseOnCancel: true, Name: statusLease,
-		Callbacks: leaderelection.LeaderCallbacks{
-			// It is called on a goroutine that nobody waits for.
-			OnStartedLeading: func(ctx context.Context) { elected <- ctx },
-			OnStoppedLeading: func() {},
-		},
-	})
-	if err != nil {
-		s.config.Log.Error("the status of policies is not written", "error", err)
-		return
-	}
-	var writer sync.WaitGroup
-	writer.Go(func() {
-		select {
-		case <-ended:
-		case ctx := <-elected:
-			s.writeVerdicts(ctx)
-			cancel()
+	var told error
+	for {
+		held, err := l.take(ctx)
+		switch {
+		case held != nil:
+			s.writeUnder(ctx, l, held)
+			return
+		case err != nil && told == nil && ctx.Err() == nil:
+			s.config.Log.Warn("the status of policies waits to be written", "error", err)
+			told = err
 		}
-	})
-	elector.Run(ctx)
-	close(ended)
-	writer.Wait()
+		if !sleep(ctx, s.pace.term/6) {
+			return
+		}
+	}
+}
+
+// writeUnder gives others time to see that the term is over before they may begin.
+func (s *Source) writeUnder(ctx context.Context, l *lease, held *coordinationv1.Lease) {
+	writing, cancel := context.WithTimeout(ctx, s.pace.term*2/3)
+	defer cancel()
+	s.writeVerdicts(writing)
+	giving, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
+	defer cancel()
+	if err := l.give(giving, held); err != nil {
+		s.config.Log.Debug("others wait for the end of the term", "error", err)
+	}
 }
 
 func (s *Source) writeVerdicts(ctx context.Context) {
@@ -250,7 +245,7 @@ func (s *Source) tell(ctx context.Context, v *verdict, condition metav1.Conditio
 			UID: types.UID(v.policy.uid), ResourceVersion: v.policy.resourceVersion,
 		},
 	}
-	_, err := s.config.Client.EventsV1().Events(v.key.Name.Namespace).Create(ctx, event, metav1.CreateOptions{})
+	_, err := s.config.Client.Events(v.key.Name.Namespace).Create(ctx, event, metav1.CreateOptions{})
 	// A namespace on its way out takes no more.
 	if err != nil && !apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("event: %w", err)

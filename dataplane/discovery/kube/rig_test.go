@@ -13,7 +13,10 @@ import (
 	"testing"
 	"time"
 
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	eventsv1 "k8s.io/api/events/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -21,7 +24,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/discovery"
 	fakediscovery "k8s.io/client-go/discovery/fake"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
@@ -223,7 +225,39 @@ type withKinds struct {
 	kinds *kinds
 }
 
-func (c withKinds) Discovery() discovery.DiscoveryInterfaces { return c.kinds }
+var _ Client = withKinds{}
+
+func (c withKinds) Kinds() Kinds { return c.kinds }
+
+func (c withKinds) Namespaces() Objects[*corev1.Namespace, *corev1.NamespaceList] {
+	return c.CoreV1().Namespaces()
+}
+
+func (c withKinds) Nodes() Objects[*corev1.Node, *corev1.NodeList] { return c.CoreV1().Nodes() }
+
+func (c withKinds) Pods(namespace string) Objects[*corev1.Pod, *corev1.PodList] {
+	return c.CoreV1().Pods(namespace)
+}
+
+func (c withKinds) Services(namespace string) Objects[*corev1.Service, *corev1.ServiceList] {
+	return c.CoreV1().Services(namespace)
+}
+
+func (c withKinds) ConfigMaps(namespace string) Objects[*corev1.ConfigMap, *corev1.ConfigMapList] {
+	return c.CoreV1().ConfigMaps(namespace)
+}
+
+func (c withKinds) EndpointSlices(namespace string) Objects[*discoveryv1.EndpointSlice, *discoveryv1.EndpointSliceList] {
+	return c.DiscoveryV1().EndpointSlices(namespace)
+}
+
+func (c withKinds) Leases(namespace string) Objects[*coordinationv1.Lease, *coordinationv1.LeaseList] {
+	return c.CoordinationV1().Leases(namespace)
+}
+
+func (c withKinds) Events(namespace string) Objects[*eventsv1.Event, *eventsv1.EventList] {
+	return c.EventsV1().Events(namespace)
+}
 
 func (r *rig) install() {
 	r.kinds.set(&metav1.APIResourceList{

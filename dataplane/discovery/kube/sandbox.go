@@ -77,7 +77,7 @@ func (s *Source) fetch(ctx context.Context, pod dataplane.Name, uid string) erro
 	_, nsKnown := s.set.Get(nsKey)
 	s.mu.Unlock()
 	if !nsKnown {
-		ns, err := s.config.Client.CoreV1().Namespaces().Get(ctx, pod.Namespace, metav1.GetOptions{})
+		ns, err := s.config.Client.Namespaces().Get(ctx, pod.Namespace, metav1.GetOptions{})
 		if err != nil {
 			return fmt.Errorf("ask for namespace %s: %w", pod.Namespace, err)
 		}
@@ -88,7 +88,7 @@ func (s *Source) fetch(ctx context.Context, pod dataplane.Name, uid string) erro
 	if podKnown && (uid == "" || w.UID == uid) {
 		return nil
 	}
-	in, err := s.config.Client.CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
+	in, err := s.config.Client.Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
 	if err != nil {
 		return fmt.Errorf("ask for pod %s: %w", pod, err)
 	}

@@ -234,7 +234,7 @@ func TestStartupTaint(t *testing.T) {
 
 func TestConfigNamesEveryComplaint(t *testing.T) {
 	r := newRig(t)
-	err := Config{Client: r.client, Pod: dataplane.Name{Name: "p"}}.Validate()
+	err := Config{Client: r.config.Client, Pod: dataplane.Name{Name: "p"}}.Validate()
 	for _, want := range []string{"the node is not set", "one of the two clients", "/p", "no logger"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v does not say %q", err, want)

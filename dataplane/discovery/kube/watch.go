@@ -73,11 +73,11 @@ func typed[L runtime.Object](kind object.Kind, client lister[L], among any) reso
 func (s *Source) resources() []resource {
 	c := s.config.Client
 	list := []resource{
-		typed(object.KindNamespace, c.CoreV1().Namespaces(), c),
-		typed(object.KindNode, c.CoreV1().Nodes(), c),
-		typed(object.KindPod, c.CoreV1().Pods(metav1.NamespaceAll), c),
-		typed(object.KindService, c.CoreV1().Services(metav1.NamespaceAll), c),
-		typed(object.KindEndpointSlice, c.DiscoveryV1().EndpointSlices(metav1.NamespaceAll), c),
+		typed(object.KindNamespace, c.Namespaces(), c),
+		typed(object.KindNode, c.Nodes(), c),
+		typed(object.KindPod, c.Pods(metav1.NamespaceAll), c),
+		typed(object.KindService, c.Services(metav1.NamespaceAll), c),
+		typed(object.KindEndpointSlice, c.EndpointSlices(metav1.NamespaceAll), c),
 		s.policies(object.KindAuthorizationPolicy),
 		s.policies(object.KindPeerAuthentication),
 	}
@@ -89,7 +89,7 @@ func (s *Source) resources() []resource {
 
 // meshConfig watches that one object: the agent may read no other.
 func (s *Source) meshConfig() resource {
-	r := typed(kindMeshConfig, s.config.Client.CoreV1().ConfigMaps(s.config.MeshConfig.Namespace), s.config.Client)
+	r := typed(kindMeshConfig, s.config.Client.ConfigMaps(s.config.MeshConfig.Namespace), s.config.Client)
 	only := fields.OneTermEqualSelector(metav1.ObjectNameField, s.config.MeshConfig.Name).String()
 	list, watches := r.list, r.watch
 	r.list = func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
@@ -166,7 +166,7 @@ func (a anyPolicy) Watch(ctx context.Context, options metav1.ListOptions) (watch
 // proveAbsent asks a second witness before the policies of a kind are held for gone: an
 // answer of 404 alone may come from whatever stands before the API server.
 func (s *Source) proveAbsent(ctx context.Context, kind object.Kind, answer error) error {
-	groups, err := s.config.Client.Discovery().ServerGroupsWithContext(ctx)
+	groups, err := s.config.Client.Kinds().ServerGroupsWithContext(ctx)
 	if err != nil {
 		return fmt.Errorf("%w; and the API server does not say which kinds it has: %w", answer, err)
 	}
@@ -191,7 +191,7 @@ func (s *Source) proveAbsent(ctx context.Context, kind object.Kind, answer error
 // proveWithout looks for a kind of policies in one version of their group. Of policies that
 // are there in another version than v1 alone, nothing would be known.
 func (s *Source) proveWithout(ctx context.Context, kind object.Kind, version string) error {
-	list, err := s.config.Client.Discovery().ServerResourcesForGroupVersionWithContext(ctx, version)
+	list, err := s.config.Client.Kinds().ServerResourcesForGroupVersionWithContext(ctx, version)
 	switch {
 	case apierrors.IsNotFound(err):
 		return nil
