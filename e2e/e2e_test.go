@@ -9,7 +9,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -50,15 +49,7 @@ func run(m *testing.M) int {
 }
 
 func build(dir string) error {
-	args := []string{"build", "-o", dir}
-	if raceEnabled {
-		args = append(args, "-race")
-	}
-	out, err := exec.Command("go", append(args, "../cmd/raceway-agent", "../cmd/raceway-ca", "../cmd/raceway")...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("build the programs under test: %w\n%s", err, out)
-	}
-	return nil
+	return lab.Build(context.Background(), lab.BuildOptions{Dir: dir, Race: raceEnabled}, "raceway-agent", "raceway-ca", "raceway")
 }
 
 // cluster is a lab and what most tests need of it.

@@ -22,14 +22,17 @@ func Build(ctx context.Context, opts BuildOptions, commands ...string) error {
 	if opts.Dir == "" {
 		return errors.New("build: no directory to build into")
 	}
-	args := []string{"build", "-o", opts.Dir + "/"}
+	args := []string{"build", "-tags", "grpcnotrace", "-o", opts.Dir + "/"} // as `make build` does
+	cgo := "CGO_ENABLED=0"
 	if opts.Race {
-		args = append(args, "-race")
+		args, cgo = append(args, "-race"), "CGO_ENABLED=1"
 	}
 	for _, c := range commands {
 		args = append(args, module+"/cmd/"+c)
 	}
-	output, err := exec.CommandContext(ctx, "go", args...).CombinedOutput()
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Env = append(cmd.Environ(), cgo)
+	output, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("build %s: %w\n%s", strings.Join(commands, ", "), err, output)
 	}

@@ -181,6 +181,8 @@ type Usage struct {
 	System  time.Duration
 	FDs     int // open file descriptors
 	Threads int
+	// Wakeups is how often a thread slept and went on, those that have ended aside.
+	Wakeups uint64
 }
 
 // Usage reads the process's use of memory, CPU and descriptors from /proc.
@@ -206,6 +208,9 @@ func (p *Process) Usage() (Usage, error) {
 			u.Threads = int(number)
 		}
 	}
+	if u.Wakeups, err = wakeups(dir); err != nil {
+		return Usage{}, fmt.Errorf("read the use of %s: %w", p.command, err)
+	}
 	fields, err := statFields(p.pid)
 	if err != nil {
 		return Usage{}, err
@@ -222,6 +227,32 @@ func (p *Process) Usage() (Usage, error) {
 	}
 	u.FDs = len(fds)
 	return u, nil
+}
+
+func wakeups(dir string) (sum uint64, err error) {
+	threads, err := filepath.Glob(filepath.Join(dir, "task", "*", "status"))
+	if err != nil {
+		return 0, err
+	}
+	for _, thread := range threads {
+		status, err := os.ReadFile(thread)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
+			continue // it has ended
+		}
+		if err != nil {
+			return 0, err
+		}
+		for line := range strings.Lines(string(status)) {
+			if value, ok := strings.CutPrefix(line, "voluntary_ctxt_switches:"); ok {
+				n, err := strconv.ParseUint(strings.TrimSpace(value), 10, 64)
+				if err != nil {
+					return 0, fmt.Errorf("read %s: %w", thread, err)
+				}
+				sum += n
+			}
+		}
+	}
+	return sum, nil
 }
 
 // tick is the unit of times in /proc/<pid>/stat: USER_HZ is 100 on every Linux that Go runs on.
