@@ -39,6 +39,9 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 	defer s.end(f)
 	var app *tcpLeg
 	if err = checkPort(destination); err == nil {
+		err = s.openFiles(f, 2)
+	}
+	if err == nil {
 		// Not from the client's port: that connection's own socket is in the pod too.
 		app, err = s.admit(ctx, f, netip.AddrPortFrom(client.Addr(), 0))
 	}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"log/slog"
+	"math"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -16,6 +17,9 @@ type Limits struct {
 	// PodConnections and NodeConnections bound the connections carried at one time; more
 	// are reset. 10,000 and 50,000.
 	PodConnections, NodeConnections int
+	// PodFiles and NodeFiles bound the open files of connections: one for each in a tunnel,
+	// which shares the tunnel's, and two for each in clear; more are reset. No bound.
+	PodFiles, NodeFiles int64
 	// PodPending bounds a pod's connections that are still being routed, authorized or
 	// dialed; more are reset. 1,024.
 	PodPending int
@@ -41,18 +45,26 @@ type Limits struct {
 	lease time.Duration
 }
 
-// Within sets PodConnections and NodeConnections, where they are not set, to what a process
-// can carry that may have so many open files: two for each connection, and a quarter of them
-// for listeners and tunnels. One pod gets half of the node's at most, so that it cannot use
-// up the files of all.
+// Within sets what is not set of files, connections and tunnels to what a process can carry
+// that may have so many open files: a quarter of them are for listeners, tunnels and all else.
+// One pod gets half of the others unless its connections are set to more, so that it cannot
+// use up the files of all.
 func (l Limits) Within(files uint64) Limits {
-	const filesPerConnection = 2
-	usable := int(min(files, 1<<20) / 4 * 3)
+	usable := int64(max(2, min(files, 1<<20)/4*3))
+	if l.NodeFiles == 0 {
+		l.NodeFiles = usable
+	}
 	if l.NodeConnections == 0 {
-		l.NodeConnections = min(50_000, max(1, usable/filesPerConnection))
+		l.NodeConnections = int(min(50_000, l.NodeFiles))
+	}
+	if l.PodFiles == 0 {
+		l.PodFiles = min(l.NodeFiles, max(2, l.NodeFiles/2, int64(l.PodConnections)))
 	}
 	if l.PodConnections == 0 {
 		l.PodConnections = min(10_000, max(1, l.NodeConnections/2))
+	}
+	if l.PodTunnels == 0 {
+		l.PodTunnels = min(4096, max(1, int(usable/12))) // a quarter of what is not usable
 	}
 	return l
 }
@@ -65,6 +77,12 @@ func (l Limits) withDefaults() Limits {
 	}
 	set(&l.PodConnections, 10_000)
 	set(&l.NodeConnections, 50_000)
+	if l.PodFiles <= 0 {
+		l.PodFiles = math.MaxInt64
+	}
+	if l.NodeFiles <= 0 {
+		l.NodeFiles = math.MaxInt64
+	}
 	set(&l.PodPending, 1024)
 	set(&l.PodHandshakes, 64)
 	set(&l.PodTunnels, 4096)
@@ -87,6 +105,8 @@ func (l Limits) withDefaults() Limits {
 const (
 	limitPodConnections  = "pod_connections"
 	limitNodeConnections = "node_connections"
+	limitPodFiles        = "pod_files"
+	limitNodeFiles       = "node_files"
 	limitPodPending      = "pod_pending"
 	limitPodTunnels      = "pod_tunnels"
 	limitPodHandshakes   = "pod_handshakes"

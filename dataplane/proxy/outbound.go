@@ -184,6 +184,9 @@ func (s *servedPod) route(ctx context.Context, query route.Flow) (route.Decision
 }
 
 func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPort) (leg, error) {
+	if err := s.openFiles(f, 2); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
 	defer cancel()
 	conn, err := s.pod.DialDirect(ctx, target)

@@ -32,6 +32,7 @@ type servedPod struct {
 	buffers  buffers
 	large    budget
 	pending  budget
+	files    budget
 	work     sync.WaitGroup // connections accepted as plain TCP; tunnels are the server's
 	tlsError atomic.Pointer[hbone.TLSError]
 	retire   retirement
@@ -82,6 +83,7 @@ func (p *Proxy) newServedPod(pod Pod, w *dataplane.Workload) *servedPod {
 		share:   p.gate.share(limits.PodActive),
 		large:   budget{limit: limits.PodBuffers},
 		pending: budget{limit: int64(limits.PodPending)},
+		files:   budget{limit: limits.PodFiles},
 		flows:   make(map[*flow]struct{}),
 	}
 	s.buffers = buffers{pod: &s.large, node: &p.bulk, exhausted: func() { p.warn.bit(limitBuffers, s.uid, limits.PodBuffers) }}
@@ -136,7 +138,8 @@ type flow struct {
 	attempt *telemetry.Attempt      // until it is open or refused
 	guarded *guarded                // what policy looks at again when it changes; nil for outbound ones
 	tunnel  *hbone.Conn
-	settled bool // it no longer counts as pending
+	settled bool  // it no longer counts as pending
+	files   int64 // taken of the budgets
 }
 
 // begin admits a connection or says which limit it exceeds. end must be called after nil.
@@ -161,6 +164,26 @@ func (s *servedPod) begin(f *flow) error {
 		s.conns.Add(-1)
 		return s.exceeded(limitPodConnections, int64(limits.PodConnections))
 	}
+	if err := s.openFiles(f, 1); err != nil {
+		s.leave(f)
+		return err
+	}
+	return nil
+}
+
+// openFiles takes of the budgets what f lacks of so many open files; end gives them back.
+func (s *servedPod) openFiles(f *flow, n int64) error {
+	more := n - f.files
+	switch {
+	case more <= 0:
+		return nil
+	case !s.files.take(more):
+		return s.exceeded(limitPodFiles, s.files.limit)
+	case !s.Proxy.files.take(more):
+		s.files.give(more)
+		return s.exceeded(limitNodeFiles, s.Proxy.files.limit)
+	}
+	f.files = n
 	return nil
 }
 
@@ -173,12 +196,19 @@ func (s *servedPod) settle(f *flow) {
 }
 
 func (s *servedPod) end(f *flow) {
+	s.leave(f)
+	f.cancel(nil)
+}
+
+// leave gives back what f has of all that is bounded.
+func (s *servedPod) leave(f *flow) {
 	s.settle(f)
 	s.mu.Lock()
 	delete(s.flows, f)
 	s.mu.Unlock()
 	s.conns.Add(-1)
-	f.cancel(nil)
+	s.files.give(f.files)
+	s.Proxy.files.give(f.files)
 }
 
 // limitError is a connection refused because of a limit.

@@ -133,6 +133,7 @@ type Proxy struct {
 	gate  *gate
 	conns atomic.Int64 // of all pods
 	bulk  budget       // bytes of large buffers, of all pods
+	files budget       // open files of connections, of all pods
 	warn  limitLog
 
 	// addresses tells where an accepted connection was going and who opened it.
@@ -156,6 +157,7 @@ func New(cfg Config) (*Proxy, error) {
 		cfg:       cfg,
 		gate:      newGate(cfg.Limits.NodeActive, cfg.Limits.lease),
 		bulk:      budget{limit: cfg.Limits.NodeBuffers},
+		files:     budget{limit: cfg.Limits.NodeFiles},
 		warn:      limitLog{log: cfg.Log, telemetry: cfg.Telemetry},
 		addresses: socketAddresses,
 		pods:      make(map[string][]*servedPod),

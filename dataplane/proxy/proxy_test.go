@@ -222,6 +222,9 @@ func TestConnectionsBeyondALimitAreReset(t *testing.T) {
 		"pod":     {Limits{PodConnections: 2}, limitPodConnections},
 		"node":    {Limits{NodeConnections: 2}, limitNodeConnections},
 		"pending": {Limits{PodPending: 2}, limitPodPending},
+		// In clear each takes two.
+		"files":             {Limits{PodFiles: 5}, limitPodFiles},
+		"files of the node": {Limits{NodeFiles: 5}, limitNodeFiles},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, func(cfg *Config) { cfg.Limits = c.limits; cfg.DiscoveryWait = 10 * time.Second })
@@ -246,7 +249,7 @@ func TestConnectionsBeyondALimitAreReset(t *testing.T) {
 				t.Errorf("%d live, want 2", n)
 			}
 			// Another pod of the node has its own bound.
-			if c.limit == limitNodeConnections {
+			if c.limit == limitNodeConnections || c.limit == limitNodeFiles {
 				return
 			}
 			other := newFakePod(t, "db", netip.MustParseAddr(w.web.addr.String()).Next().Next().Next().String())
@@ -255,6 +258,32 @@ func TestConnectionsBeyondALimitAreReset(t *testing.T) {
 			sendText(t, conn, "x")
 			receive(t, conn, "x")
 		})
+	}
+}
+
+func TestTunnelledConnectionTakesOneFileAtEachEnd(t *testing.T) {
+	w := newWorld(t, func(cfg *Config) { cfg.Limits = Limits{PodFiles: 3} })
+	app := w.listen(w.db.addr, echo)
+	for round := range 2 { // what they took is given back
+		var conns []*net.TCPConn
+		for range 3 {
+			c := w.dial(w.nodes[0], w.web, app)
+			sendText(t, c, "x")
+			receive(t, c, "x")
+			conns = append(conns, c)
+		}
+		wantReset(t, w.dial(w.nodes[0], w.web, app))
+		for _, c := range conns {
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		eventually(t, "nothing is live", func() bool { return w.nodes[0].Live("web")+w.nodes[1].Live("db") == 0 })
+		for i, n := range w.nodes {
+			if used := n.files.used.Load(); used != 0 {
+				t.Errorf("round %d: node %d has %d files left", round, i, used)
+			}
+		}
 	}
 }
 
