@@ -110,8 +110,8 @@ demo: build ## show it all on this machine (needs root); ARGS=--ipv6, ARGS=--kee
 
 .PHONY: bench
 bench: export RACEWAY_ENVOY ?= $(wildcard $(CACHE)/envoy/envoy/_bin/envoy)
-bench: ## measure what the mesh costs beside HAProxy and Envoy where they are, into perf/results (needs root); ARGS=--short
-	$(GO) run ./perf/cmd/bench $(ARGS)
+bench: build ## measure what the mesh costs beside HAProxy and Envoy where they are, into perf/results (needs root); ARGS=--short
+	$(BIN)/raceway perf run $(ARGS)
 
 .PHONY: scale
 scale: kubernetes ## measure discovery with 50,000 pods, into perf/results (needs root, half an hour); ARGS="-pods 5000"

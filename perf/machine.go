@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/perf/report"
 )
 
 // usage is CPU time: what the whole machine was busy with, by kind, and the part of it that
@@ -69,25 +71,9 @@ func parseUsage(stat string) (usage, error) {
 	}, nil
 }
 
-// Machine is what the measurement ran on and with.
-type Machine struct {
-	CPU        string    `json:"cpu"`
-	Cores      int       `json:"cores"`
-	MemoryMiB  uint64    `json:"memoryMiB"`
-	Kernel     string    `json:"kernel"`
-	Congestion string    `json:"congestionControl"` // of the machine; labs use their own
-	Load       string    `json:"loadAverage"`       // at the start: on a busy machine the rest means less
-	Go         string    `json:"go"`
-	HAProxy    string    `json:"haproxy,omitempty"` // of the yardsticks that took part
-	Envoy      string    `json:"envoy,omitempty"`
-	Commit     string    `json:"commit"` // with + when the tree had changes
-	Command    string    `json:"command"`
-	Date       time.Time `json:"date"`
-}
-
 // ThisMachine describes it; what cannot be found out is "unknown" and no error.
-func ThisMachine() Machine {
-	m := Machine{
+func ThisMachine() report.Machine {
+	m := report.Machine{
 		CPU: "unknown", Kernel: "unknown", Commit: commit(),
 		Cores: runtime.NumCPU(), Go: runtime.Version(),
 		Congestion: firstLine("/proc/sys/net/ipv4/tcp_congestion_control"),

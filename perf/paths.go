@@ -32,6 +32,9 @@ func Scenarios() []Scenario {
 	}
 }
 
+// ScenarioNames are what Config.Scenarios may name.
+func ScenarioNames() []string { return names(Scenarios()) }
+
 // pair is the yardstick of a scenario; nil of one that is none.
 func (c Config) pair(scenario string) (yardstick.Pair, error) {
 	relay := append(slices.Clone(c.Worker), "relay")

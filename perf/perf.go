@@ -23,6 +23,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/raceway-mesh/raceway/perf/report"
 )
 
 // Config says what to measure. The zero value measures everything.
@@ -30,7 +32,7 @@ type Config struct {
 	Scenarios []string      // by name; default all of them, without yardsticks that are not installed
 	Workloads []string      // by name; default all of them
 	Rounds    int           // default 5
-	Duration  time.Duration // of each workload in each round; default 5 s
+	Duration  time.Duration // of each workload in each round; default 2 s
 	Warmup    time.Duration // before it, not measured; default a fifth of Duration
 	IPv6      bool
 	// Rate is the fixed request rate of the paced workload; default 1000 per second.
@@ -62,7 +64,7 @@ func (c Config) withDefaults() Config {
 		c.Rounds = 5
 	}
 	if c.Duration == 0 {
-		c.Duration = 5 * time.Second
+		c.Duration = 2 * time.Second
 	}
 	if c.Warmup == 0 {
 		c.Warmup = c.Duration / 5
@@ -116,15 +118,27 @@ func names[T interface{ name() string }](all []T) []string {
 	return list
 }
 
+func newReport(c Config) *report.Report {
+	r := &report.Report{Machine: ThisMachine(), Rounds: c.Rounds, Duration: c.Duration, Rate: c.Rate, IPv6: c.IPv6}
+	for _, s := range Scenarios() {
+		r.Scenarios = append(r.Scenarios, report.Entry{Name: s.Name, Title: s.Title})
+	}
+	for _, w := range Workloads() {
+		r.Workloads = append(r.Workloads, report.Entry{Name: w.Name, Title: w.Title})
+	}
+	r.Workloads = append(r.Workloads, report.Entry{Name: report.MemoryWorkload, Title: "memory of a proxy, the larger of both"})
+	return r
+}
+
 // Run measures. It needs root.
-func Run(ctx context.Context, c Config) (*Report, error) {
+func Run(ctx context.Context, c Config) (*report.Report, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
 	c = c.withDefaults()
-	report := newReport(c)
-	report.Machine.HAProxy, report.Machine.Envoy = c.versions()
-	if load, err := strconv.ParseFloat(strings.Fields(report.Machine.Load)[0], 64); err == nil && load > float64(report.Machine.Cores)/4 {
+	found := newReport(c)
+	found.Machine.HAProxy, found.Machine.Envoy = c.versions()
+	if load, err := strconv.ParseFloat(strings.Fields(found.Machine.Load)[0], 64); err == nil && load > float64(found.Machine.Cores)/4 {
 		c.Log.Warn("the machine is busy with something else: the results will be noisy", "load", load)
 	}
 	for round := range c.Rounds {
@@ -133,10 +147,10 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 				continue
 			}
 			c.Log.Info("measure", "round", round+1, "of", c.Rounds, "scenario", s.Name)
-			if err := runScenario(ctx, c, s, report); err != nil {
+			if err := runScenario(ctx, c, s, found); err != nil {
 				return nil, fmt.Errorf("scenario %s, round %d: %w", s.Name, round+1, err)
 			}
 		}
 	}
-	return report, nil
+	return found, nil
 }

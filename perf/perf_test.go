@@ -1,9 +1,7 @@
 package perf
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -41,7 +39,7 @@ func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 	netnstest.Require(t)
 	for _, c := range []Config{shortConfig("plain-cross", "plain-same", "relay-plain", "relay-tls"), {IPv6: true, Scenarios: []string{"plain-cross"}, Rounds: 1}} {
 		c.Duration, c.Worker = 100*time.Millisecond, []string{os.Args[0], "worker"}
-		report, err := Run(t.Context(), c)
+		found, err := Run(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -52,15 +50,15 @@ func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 					metrics = []string{"throughput", "CPU user", "CPU system", "CPU softirq"}
 				}
 				for _, metric := range metrics {
-					r := report.find(scenario, w.Name, metric)
+					r := found.Find(scenario, w.Name, metric)
 					if r == nil || len(r.Rounds) != c.Rounds || r.Min > r.Median || r.Median > r.Max {
 						t.Errorf("%s, %s, %s: %+v", scenario, w.Name, metric, r)
 					}
 				}
 			}
 		}
-		if report.Machine.Kernel == "unknown" || report.Machine.Cores == 0 {
-			t.Errorf("machine is %+v", report.Machine)
+		if found.Machine.Kernel == "unknown" || found.Machine.Cores == 0 {
+			t.Errorf("machine is %+v", found.Machine)
 		}
 	}
 }
@@ -130,42 +128,6 @@ func TestUsageIsTheWholeMachines(t *testing.T) {
 		if got != test.want || (err != nil) != test.wantErr {
 			t.Errorf("%s: %+v, %v, want %+v", test.name, got, err, test.want)
 		}
-	}
-}
-
-func TestReportKeepsEachRoundAndItsMedian(t *testing.T) {
-	report := &Report{Rounds: 4}
-	for _, v := range []float64{4, 1, 100, 2} {
-		report.add("plain-same", "bulk-1", "throughput", "Gbit/s", v)
-	}
-	report.add("hbone-same", "bulk-1", "throughput", "Gbit/s", 1234.5)
-	r := report.find("plain-same", "bulk-1", "throughput")
-	if r.Median != 3 || r.Min != 1 || r.Max != 100 || !slices.Equal(r.Rounds, []float64{4, 1, 100, 2}) {
-		t.Errorf("%+v", r)
-	}
-	var table bytes.Buffer
-	if err := report.WriteTable(&table); err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{"BULK, 1 STREAM", "3.00 (1.00 to 100)", "HBONE, same node"} {
-		if !strings.Contains(table.String(), want) {
-			t.Errorf("the table has no %q:\n%s", want, table.String())
-		}
-	}
-	if strings.Contains(table.String(), "across nodes") {
-		t.Errorf("the table shows a scenario that was not measured:\n%s", table.String())
-	}
-	path, err := report.WriteJSON(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	content, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var again Report
-	if err := json.Unmarshal(content, &again); err != nil || len(again.Results) != 2 || !slices.Equal(again.Results[0].Rounds, r.Rounds) {
-		t.Errorf("read again: %+v, %v", again, err)
 	}
 }
 

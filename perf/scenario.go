@@ -1,23 +1,18 @@
 package perf
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/e2e/lab"
-	"github.com/raceway-mesh/raceway/perf/yardstick"
+	"github.com/raceway-mesh/raceway/perf/report"
 )
 
 const (
@@ -37,7 +32,7 @@ type site struct {
 }
 
 // runScenario builds the scenario, runs every workload on it and adds to the report.
-func runScenario(ctx context.Context, c Config, s Scenario, report *Report) (err error) {
+func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report) (err error) {
 	l, err := lab.New(ctx, lab.Options{IPv6: c.IPv6, BinDir: c.BinDir, Log: c.Log})
 	if err != nil {
 		return err
@@ -52,6 +47,9 @@ func runScenario(ctx context.Context, c Config, s Scenario, report *Report) (err
 	if err := st.build(ctx); err != nil {
 		return err
 	}
+	if err := st.rest(found); err != nil {
+		return err
+	}
 	if err := st.verify(ctx); err != nil {
 		return err
 	}
@@ -59,11 +57,11 @@ func runScenario(ctx context.Context, c Config, s Scenario, report *Report) (err
 		if !slices.Contains(c.Workloads, w.Name) {
 			continue
 		}
-		if err := st.measure(ctx, w, report); err != nil {
+		if err := st.measure(ctx, w, found); err != nil {
 			return fmt.Errorf("workload %s: %w", w.Name, err)
 		}
 	}
-	return st.memory(report)
+	return st.memory(found)
 }
 
 func (st *site) build(ctx context.Context) (err error) {
@@ -111,81 +109,6 @@ func (st *site) enrol(ctx context.Context) error {
 	)
 }
 
-// Ports of a yardstick: the link's is the mesh's, so that packets are told apart in one way.
-const (
-	entryPort = 15001
-	linkPort  = dataplane.PortTunnel
-)
-
-// startRelays starts the scenario's pair, the server's side first.
-func (st *site) startRelays(ctx context.Context) error {
-	pair, err := st.config.pair(st.scenario.Name)
-	if err != nil {
-		return err
-	}
-	dir := filepath.Join(st.lab.Dir(), "yardstick")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return fmt.Errorf("make a directory for the relays: %w", err)
-	}
-	if err := yardstick.WriteCredentials(dir); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
-	defer cancel()
-	for _, relay := range []struct {
-		side   yardstick.Side
-		pod    *lab.Pod
-		listen netip.AddrPort
-	}{
-		{yardstick.ServerSide, st.server, st.path().Link},
-		{yardstick.ClientSide, st.client, st.path().Entry},
-	} {
-		cmd, err := pair.Command(dir, relay.side, st.path())
-		if err != nil {
-			return err
-		}
-		p, err := relay.pod.Start(cmd)
-		if err != nil {
-			return err
-		}
-		st.relays = append(st.relays, p)
-		if err := listening(ctx, p, relay.listen); err != nil {
-			return fmt.Errorf("start the %s's relay: %w%s", relay.side, err, p.LogTail())
-		}
-	}
-	return nil
-}
-
-// path is where a yardstick's relays listen.
-func (st *site) path() yardstick.Path {
-	loopback := netip.MustParseAddr("127.0.0.1")
-	if st.config.IPv6 {
-		loopback = netip.IPv6Loopback()
-	}
-	return yardstick.Path{
-		Entry:       netip.AddrPortFrom(loopback, entryPort),
-		Link:        st.server.AddrPort(linkPort),
-		Application: netip.AddrPortFrom(loopback, serverPort),
-	}
-}
-
-// listening waits until p accepts connections.
-func listening(ctx context.Context, p *lab.Process, at netip.AddrPort) error {
-	for {
-		conn, err := p.Host.Dial(ctx, at)
-		if err == nil {
-			return conn.Close()
-		}
-		select {
-		case <-p.Done():
-			return fmt.Errorf("it ended: %w", p.Wait(ctx))
-		case <-ctx.Done():
-			return err
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
 func (st *site) startServer(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()
@@ -223,25 +146,25 @@ func (st *site) verify(ctx context.Context) (err error) {
 	return nil
 }
 
-func (st *site) measure(ctx context.Context, w Workload, report *Report) error {
-	found, used, err := st.load(ctx, task{
+func (st *site) measure(ctx context.Context, w Workload, found *report.Report) error {
+	got, used, err := st.load(ctx, task{
 		Workload: w.Name, Duration: st.config.Duration, Warmup: st.config.Warmup, Rate: st.config.Rate,
 	})
 	if err != nil {
 		return err
 	}
-	add := func(metric, unit string, value float64) { report.add(st.scenario.Name, w.Name, metric, unit, value) }
-	if found.Bytes > 0 {
-		gb := float64(found.Bytes) / 1e9
-		add("throughput", "Gbit/s", gb*8/found.Elapsed.Seconds())
+	add := func(metric, unit string, value float64) { found.Add(st.scenario.Name, w.Name, metric, unit, value) }
+	if got.Bytes > 0 {
+		gb := float64(got.Bytes) / 1e9
+		add("throughput", "Gbit/s", gb*8/got.Elapsed.Seconds())
 		used.each(func(kind string, t time.Duration) { add("CPU "+kind, "s/GB", t.Seconds()/gb) })
 		return nil
 	}
-	count := float64(found.Latency.Count)
-	add("rate", "1/s", count/found.Elapsed.Seconds())
-	add("p50", "µs", micros(found.Latency.P50))
-	add("p99", "µs", micros(found.Latency.P99))
-	add("p99.9", "µs", micros(found.Latency.P999))
+	count := float64(got.Latency.Count)
+	add("rate", "1/s", count/got.Elapsed.Seconds())
+	add("p50", "µs", micros(got.Latency.P50))
+	add("p99", "µs", micros(got.Latency.P99))
+	add("p99.9", "µs", micros(got.Latency.P999))
 	used.each(func(kind string, t time.Duration) { add("CPU "+kind, "µs each", micros(t)/count) })
 	return nil
 }
@@ -316,75 +239,35 @@ func (st *site) usage() (usage, error) {
 	return u, nil
 }
 
-// memory adds what the proxies have resident after all the load: the larger of them.
-func (st *site) memory(report *Report) error {
-	var rss, peak uint64
+// rest adds what the proxies have resident before any load.
+func (st *site) rest(found *report.Report) error {
+	rss, _, err := st.resident()
+	if err == nil && rss > 0 {
+		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at rest", "MiB", mebibytes(rss))
+	}
+	return err
+}
+
+// memory adds what the proxies have resident after all the load.
+func (st *site) memory(found *report.Report) error {
+	rss, peak, err := st.resident()
+	if err == nil && rss > 0 {
+		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at the end", "MiB", mebibytes(rss))
+		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at most", "MiB", mebibytes(peak))
+	}
+	return err
+}
+
+func mebibytes(n uint64) float64 { return float64(n) / (1 << 20) }
+
+// resident is what the larger of the proxies has in memory, and had at most.
+func (st *site) resident() (rss, peak uint64, err error) {
 	for _, p := range st.proxies() {
 		u, err := p.Usage()
 		if err != nil {
-			return err
+			return 0, 0, err
 		}
 		rss, peak = max(rss, u.RSS), max(peak, u.PeakRSS)
 	}
-	if rss > 0 {
-		report.add(st.scenario.Name, memoryWorkload, "RSS at the end", "MiB", float64(rss)/(1<<20))
-		report.add(st.scenario.Name, memoryWorkload, "RSS at most", "MiB", float64(peak)/(1<<20))
-	}
-	return nil
-}
-
-// worker is a process in a pod that we talk to by lines.
-type worker struct {
-	process *lab.Process
-	in      io.Writer
-	lines   chan string // closed at the end of the process's output
-}
-
-func (st *site) startWorker(p *lab.Pod, args ...string) (*worker, error) {
-	command := append(slices.Clone(st.config.Worker), args...)
-	cmd := exec.Command(command[0], command[1:]...)
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, fmt.Errorf("connect to a worker: %w", err)
-	}
-	// The other end is closed when the process has been waited for, and so its output been
-	// copied: by exec.Cmd, because this is no file.
-	out, feed := io.Pipe()
-	cmd.Stdout = feed
-	w := &worker{in: in, lines: make(chan string, 4)}
-	if w.process, err = p.Start(cmd); err != nil {
-		return nil, errors.Join(err, in.Close())
-	}
-	go func() {
-		<-w.process.Done()
-		_ = feed.Close() // never fails
-	}()
-	go func() {
-		defer close(w.lines)
-		for scanner := bufio.NewScanner(out); scanner.Scan(); {
-			w.lines <- scanner.Text() // a worker writes at most three
-		}
-	}()
-	return w, nil
-}
-
-// line is the next line of the worker's output.
-func (w *worker) line(ctx context.Context) (string, error) {
-	select {
-	case line, ok := <-w.lines:
-		if !ok {
-			return "", fmt.Errorf("the worker ended: %w%s", w.process.Wait(ctx), w.process.LogTail())
-		}
-		return line, nil
-	case <-ctx.Done():
-		return "", errors.Join(fmt.Errorf("wait for the worker: %w", ctx.Err()), w.process.Kill())
-	}
-}
-
-func (w *worker) expect(ctx context.Context, want string) error {
-	line, err := w.line(ctx)
-	if err == nil && line != want {
-		err = fmt.Errorf("the worker says %q, not %q", line, want)
-	}
-	return err
+	return rss, peak, nil
 }

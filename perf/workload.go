@@ -16,6 +16,14 @@ type Workload struct {
 
 func (w Workload) name() string { return w.Name }
 
+// WorkloadNames are what Config.Workloads may name.
+func WorkloadNames() []string { return names(Workloads()) }
+
+// ShortWorkloads are those that show in little time whether everything works.
+func ShortWorkloads() []string {
+	return []string{"bulk-1", "bulk-8", "download-8", "exchange-1", "exchange-32", "paced", "connect"}
+}
+
 // Workloads lists them all.
 func Workloads() []Workload {
 	return []Workload{

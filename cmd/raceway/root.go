@@ -55,7 +55,7 @@ it, cannot be used; 3 no agent could be asked, or it could not answer.`,
 	root.AddCommand(
 		newWorkloads(c), newServices(c), newPolicies(c), newCertificates(c), newConnections(c),
 		newFlows(c), newWhy(c), newCheck(c), newLogLevel(c), newDemo(c), newVersion(c),
-		newBugReport(c), newUninstall(c), newNode(c), newAdminPipe(c),
+		newPerf(c), newBugReport(c), newUninstall(c), newNode(c), newAdminPipe(c),
 	)
 	return root
 }

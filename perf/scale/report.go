@@ -10,22 +10,22 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/raceway-mesh/raceway/perf"
+	"github.com/raceway-mesh/raceway/perf/report"
 )
 
 // Report is what was measured. Times are of this machine and of whatever else it did; CPU
 // times are not.
 type Report struct {
-	Machine        perf.Machine  `json:"machine"`
-	Nodes          int           `json:"nodes"`
-	Pods           int           `json:"pods"`
-	Services       int           `json:"services"`
-	Policies       int           `json:"policies"`
-	Rate           float64       `json:"rate"` // changes of pods per second, as asked for
-	Duration       time.Duration `json:"durationNanos"`
-	APIServerBytes uint64        `json:"apiServerBytes"` // resident, with the cluster and without watchers
-	Starts         []Start       `json:"starts"`
-	Loads          []Load        `json:"loads"`
+	Machine        report.Machine `json:"machine"`
+	Nodes          int            `json:"nodes"`
+	Pods           int            `json:"pods"`
+	Services       int            `json:"services"`
+	Policies       int            `json:"policies"`
+	Rate           float64        `json:"rate"` // changes of pods per second, as asked for
+	Duration       time.Duration  `json:"durationNanos"`
+	APIServerBytes uint64         `json:"apiServerBytes"` // resident, with the cluster and without watchers
+	Starts         []Start        `json:"starts"`
+	Loads          []Load         `json:"loads"`
 }
 
 // Start is how one source got to know the cluster. Memory is that of some seconds later.

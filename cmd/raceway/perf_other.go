@@ -1,0 +1,20 @@
+//go:build !linux
+
+package main
+
+import (
+	"errors"
+
+	"github.com/spf13/cobra"
+)
+
+func newPerfRun(*cli) *cobra.Command {
+	return &cobra.Command{
+		Use:     "run",
+		Short:   "Measure on this machine",
+		Example: "  raceway perf run",
+		RunE:    func(*cobra.Command, []string) error { return errors.New("the benchmark needs Linux") },
+	}
+}
+
+func addPerfWorkers(*cobra.Command) {}
