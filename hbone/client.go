@@ -27,6 +27,13 @@ type ClientConfig struct {
 	// MaxStreamsPerConn bounds the streams of one session beside the peer's own bound.
 	// 0 means 100.
 	MaxStreamsPerConn int
+	// Stripes bounds the sessions of one key while they are busy: more are made only when
+	// those have no room. 0 means 1.
+	Stripes int
+	// MaxHandshakes bounds the handshakes that go on at once; more wait. 0 means 32.
+	MaxHandshakes int
+	// Handshakes, if set, bounds by its capacity those of all clients that share it.
+	Handshakes chan struct{}
 	// IdleTimeout is how long a session without streams is kept. 0 means 5 minutes.
 	IdleTimeout time.Duration
 	// ConnectTimeout bounds a dial, HandshakeTimeout what follows until the session is
@@ -40,6 +47,12 @@ type ClientConfig struct {
 func (c ClientConfig) withDefaults() ClientConfig {
 	if c.MaxStreamsPerConn <= 0 {
 		c.MaxStreamsPerConn = 100
+	}
+	if c.Stripes <= 0 {
+		c.Stripes = 1
+	}
+	if c.MaxHandshakes <= 0 {
+		c.MaxHandshakes = 32
 	}
 	if c.IdleTimeout <= 0 {
 		c.IdleTimeout = 5 * time.Minute
@@ -61,7 +74,8 @@ const maxAttempts = 3
 
 // Client opens tunnels over pooled sessions. It is safe for concurrent use.
 type Client struct {
-	cfg ClientConfig
+	cfg        ClientConfig
+	handshakes chan struct{} // one for each that goes on
 	// work counts dials and session watchers; Close waits for them.
 	work sync.WaitGroup
 
@@ -74,7 +88,8 @@ type Client struct {
 
 // NewClient starts nothing: sessions are made when they are needed. Close ends them.
 func NewClient(cfg ClientConfig) *Client {
-	return &Client{cfg: cfg.withDefaults(), pools: make(map[Key]*pool)}
+	cfg = cfg.withDefaults()
+	return &Client{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes), pools: make(map[Key]*pool)}
 }
 
 // Tunnel is an open stream and what is known of the way that it takes. Close must be called.
@@ -209,20 +224,40 @@ func (c *Client) connect(ctx context.Context, key Key) (Session, *Conn, error) {
 	}
 	handshake, cancel = context.WithTimeout(ctx, c.cfg.HandshakeTimeout)
 	defer cancel()
-	conn := tls.Client(raw, cfg)
-	if err := conn.HandshakeContext(handshake); err != nil {
+	conn, err := c.handshake(handshake, raw, cfg)
+	if err != nil {
 		_ = raw.Close() // the handshake's error is the one to report
 		return nil, nil, c.countTLSError(NewTLSError(key.Remote, err))
-	}
-	if conn.ConnectionState().NegotiatedProtocol != alpn {
-		_ = conn.Close()
-		return nil, nil, c.countTLSError(NewTLSError(key.Remote, errALPN))
 	}
 	session, err := c.cfg.Transport.NewSession(handshake, conn)
 	if err != nil {
 		return nil, nil, fmt.Errorf("start a session with %s: %w", key.Remote, err)
 	}
 	return session, NewConn(conn), nil
+}
+
+// handshake waits for its turn: when a node loses its connections to many, their handshakes would
+// slow down everything that it still has.
+func (c *Client) handshake(ctx context.Context, raw net.Conn, cfg *tls.Config) (*tls.Conn, error) {
+	for _, turns := range []chan struct{}{c.handshakes, c.cfg.Handshakes} {
+		if turns == nil {
+			continue
+		}
+		select {
+		case turns <- struct{}{}:
+			defer func() { <-turns }()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for other handshakes: %w", ctx.Err())
+		}
+	}
+	conn := tls.Client(raw, cfg)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return nil, err
+	}
+	if conn.ConnectionState().NegotiatedProtocol != alpn {
+		return nil, errALPN
+	}
+	return conn, nil
 }
 
 func (c *Client) dialTCP(ctx context.Context, key Key) (net.Conn, error) {
@@ -279,7 +314,7 @@ func (c *Client) closeKeys(match func(Key) bool, cause error) {
 			sessions = append(sessions, m.session)
 		}
 		p.failLocked(len(p.waiters), fmt.Errorf("tunnel to %s: %w", key.Remote, cause))
-		p.cancelDialsLocked()
+		p.cancelDialsLocked(true)
 	}
 	c.mu.Unlock()
 	for _, s := range sessions {

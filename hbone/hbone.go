@@ -84,6 +84,8 @@ type Session interface {
 	Capacity() int
 	// Streams is how many it carries now.
 	Streams() int
+	// Busy reports whether it moved so much lately that what is sent waits behind it.
+	Busy() bool
 	// Done is closed when its connection has ended. (A draining one still carries the
 	// streams that it has: its Capacity is 0, and it ends with the last of them.)
 	Done() <-chan struct{}

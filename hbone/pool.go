@@ -19,6 +19,8 @@ type pool struct {
 	members []*member
 	dials   []*dial
 	waiters []*waiter
+
+	nextStripe time.Time // before it no session is dialed for others to be less busy
 }
 
 // member is a session in the pool.
@@ -39,6 +41,7 @@ type member struct {
 type dial struct {
 	cancel  context.CancelFunc
 	retired bool
+	spare   bool // a stripe: nobody waits for it
 }
 
 // waiter is an Open without a session.
@@ -67,8 +70,9 @@ func (c *Client) acquire(ctx context.Context, key Key, newerThan uint64) (*membe
 		p = &pool{key: key}
 		c.pools[key] = p
 	}
-	if m := p.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn); m != nil {
+	if m, load := p.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn); m != nil {
 		seq := c.seq
+		c.stripeLocked(context.WithoutCancel(ctx), p, load)
 		c.mu.Unlock()
 		return m, seq, nil
 	}
@@ -100,53 +104,60 @@ func waitError(ctx context.Context, key Key) error {
 	return &DialError{Remote: key.Remote, Err: ctx.Err()}
 }
 
-// reserveLocked takes a place in the fullest session that has one, so that others can
-// become idle and go.
-func (p *pool) reserveLocked(newerThan uint64, limit int) *member {
-	var best *member
+// reserveLocked takes a place in the least loaded session that has one, and returns the load
+// that it had.
+func (p *pool) reserveLocked(newerThan uint64, limit int) (best *member, least int) {
 	for _, m := range p.members {
 		if m.retired || m.seq <= newerThan || m.streams >= limit || m.session.Capacity() == 0 {
 			continue
 		}
-		if best == nil || m.streams > best.streams {
-			best = m
+		if load := m.load(); best == nil || load < least {
+			best, least = m, load
 		}
 	}
 	if best == nil || !best.session.Reserve() {
-		return nil
+		return nil, 0
 	}
 	best.streams++
 	if best.idle != nil {
 		best.idle.Stop()
 		best.idle = nil
 	}
-	return best
+	return best, least
 }
 
 // dialLocked starts as many dials as the waiters need; base lends them its values.
 func (c *Client) dialLocked(base context.Context, p *pool) {
 	for len(p.waiters) > len(p.dials)*c.cfg.MaxStreamsPerConn {
-		ctx, cancel := context.WithCancel(base)
-		d := &dial{cancel: cancel}
-		p.dials = append(p.dials, d)
-		c.stats.Dials++
-		c.work.Go(func() {
-			defer cancel()
-			session, conn, err := c.connect(ctx, p.key)
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			p.dials = remove(p.dials, d)
-			switch {
-			case err == nil:
-				d.retired = d.retired || ctx.Err() != nil
-				c.joinLocked(base, p, d, session, conn)
-			case ctx.Err() == nil:
-				p.failLocked(c.cfg.MaxStreamsPerConn, err)
-			default: // cancelled: who waits now came later, and gets a dial of their own
-			}
-			c.tidyLocked(base, p)
-		})
+		c.startDialLocked(base, p, false)
 	}
+}
+
+// startDialLocked starts one; what becomes of a spare one is told to nobody.
+func (c *Client) startDialLocked(base context.Context, p *pool, spare bool) {
+	ctx, cancel := context.WithCancel(base)
+	d := &dial{cancel: cancel, spare: spare}
+	p.dials = append(p.dials, d)
+	c.stats.Dials++
+	c.work.Go(func() {
+		defer cancel()
+		session, conn, err := c.connect(ctx, p.key)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		p.dials = remove(p.dials, d)
+		switch {
+		case err == nil:
+			d.retired = d.retired || ctx.Err() != nil
+			c.joinLocked(base, p, d, session, conn)
+		case spare && ctx.Err() == nil:
+			p.nextStripe = time.Now().Add(stripeRetry)
+			c.cfg.Log.Debug("connect once more to a busy peer", "remote", p.key.Remote, "error", err)
+		case ctx.Err() == nil:
+			p.failLocked(c.cfg.MaxStreamsPerConn, err)
+		default: // cancelled: who waits now came later, and gets a dial of their own
+		}
+		c.tidyLocked(base, p)
+	})
 }
 
 // joinLocked puts the session that a dial made into the pool, until it ends.
@@ -189,7 +200,7 @@ func (p *pool) handLocked(m *member, n int) {
 func (p *pool) grantLocked(limit int) {
 	left := p.waiters[:0]
 	for _, w := range p.waiters {
-		if w.member = p.reserveLocked(w.newerThan, limit); w.member == nil {
+		if w.member, _ = p.reserveLocked(w.newerThan, limit); w.member == nil {
 			left = append(left, w)
 			continue
 		}
@@ -209,9 +220,11 @@ func (p *pool) failLocked(n int, err error) {
 	p.waiters = slices.Delete(p.waiters, 0, n)
 }
 
-func (p *pool) cancelDialsLocked() {
+func (p *pool) cancelDialsLocked(stripes bool) {
 	for _, d := range p.dials {
-		d.cancel()
+		if stripes || !d.spare {
+			d.cancel()
+		}
 	}
 }
 
@@ -239,7 +252,7 @@ func (c *Client) abandon(p *pool, w *waiter) {
 	w.err = errNobodyWaits
 	close(w.done)
 	if len(p.waiters) == 0 {
-		p.cancelDialsLocked()
+		p.cancelDialsLocked(false)
 	}
 }
 

@@ -115,6 +115,7 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.DurationVar(&cfg.DrainTimeout, "drain-timeout", 0, "time for live connections to end after SIGTERM (default 10s)")
 	f.DurationVar(&cfg.FlowInterval, "flow-interval", 0, "how often live connections report (default 10s)")
 	f.IntVar(&cfg.Limits.PodConnections, "pod-connections", 0, "bound on one pod's connections (default 10000, or fewer where the limit of open files is low)")
+	f.IntVar(&cfg.Limits.PairTunnels, "pair-tunnels", 0, "bound on a pod's tunnel connections to one peer while they are busy (default as many as there are CPUs, from 2 to 8)")
 	f.IntVar(&cfg.Limits.NodeConnections, "node-connections", 0, "bound on all pods' connections (default 50000, or fewer where the limit of open files is low)")
 	f.TextVar(cfg.Level, "log-level", new(slog.LevelVar), "`level` of the log: debug, info, warn or error; raceway log-level changes it later")
 	f.BoolVar(&cfg.DisableGuard, "disable-guard", false, "leave pods' interfaces unguarded")

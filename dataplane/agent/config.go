@@ -129,6 +129,7 @@ func (c Config) Validate() error {
 	}{
 		{"pod's connections", c.Limits.PodConnections},
 		{"node's connections", c.Limits.NodeConnections},
+		{"peer's tunnel connections", c.Limits.PairTunnels},
 	} {
 		if bound.value < 0 {
 			errs = append(errs, fmt.Errorf("bound of %d on a %s is negative", bound.value, bound.name))

@@ -28,6 +28,13 @@ type Limits struct {
 	PodHandshakes int
 	// PodTunnels bounds the tunnel connections to a pod; more are closed. 4,096.
 	PodTunnels int
+	// PairTunnels bounds the tunnel connections of a pod to one peer, of one identity, while
+	// they are busy: beyond, only streams that have no room make more. As many as there are
+	// CPUs, 2 at least and 8 at most.
+	PairTunnels int
+	// NodeHandshakes bounds the TLS handshakes of tunnels from all pods that go on at one time,
+	// and one pod has half of them; more wait. 64.
+	NodeHandshakes int
 	// PodBuffers and NodeBuffers bound the bytes of large copy buffers and of what tunnels
 	// have received and nobody has read. Without the former a direction copies through a
 	// small buffer; without the latter a stream has a small window, or is refused with 503.
@@ -87,6 +94,8 @@ func (l Limits) withDefaults() Limits {
 	set(&l.PodHandshakes, 64)
 	set(&l.PodTunnels, 4096)
 	cpus := min(runtime.NumCPU(), runtime.GOMAXPROCS(0)) // the latter knows of a cgroup's quota
+	set(&l.PairTunnels, min(max(2, cpus), 8))
+	set(&l.NodeHandshakes, 64)
 	set(&l.PodActive, max(1, cpus/2))
 	set(&l.NodeActive, max(2, cpus))
 	if l.PodBuffers <= 0 {

@@ -135,6 +135,8 @@ type Proxy struct {
 	bulk  budget       // bytes of large buffers, of all pods
 	files budget       // open files of connections, of all pods
 	warn  limitLog
+	// handshakes has one for each of a tunnel that some pod opens.
+	handshakes chan struct{}
 
 	// addresses tells where an accepted connection was going and who opened it.
 	addresses func(c *net.TCPConn) (destination, client netip.AddrPort)
@@ -154,13 +156,14 @@ func New(cfg Config) (*Proxy, error) {
 		return nil, err
 	}
 	return &Proxy{
-		cfg:       cfg,
-		gate:      newGate(cfg.Limits.NodeActive, cfg.Limits.lease),
-		bulk:      budget{limit: cfg.Limits.NodeBuffers},
-		files:     budget{limit: cfg.Limits.NodeFiles},
-		warn:      limitLog{log: cfg.Log, telemetry: cfg.Telemetry},
-		addresses: socketAddresses,
-		pods:      make(map[string][]*servedPod),
+		cfg:        cfg,
+		gate:       newGate(cfg.Limits.NodeActive, cfg.Limits.lease),
+		bulk:       budget{limit: cfg.Limits.NodeBuffers},
+		files:      budget{limit: cfg.Limits.NodeFiles},
+		warn:       limitLog{log: cfg.Log, telemetry: cfg.Telemetry},
+		handshakes: make(chan struct{}, cfg.Limits.NodeHandshakes),
+		addresses:  socketAddresses,
+		pods:       make(map[string][]*servedPod),
 	}, nil
 }
 

@@ -112,11 +112,12 @@ type conn struct {
 	pinged   bool // a PING was sent at ping, after start, and nothing was read since
 	timer    *time.Timer
 
-	sendWindow int64 // what we may send
-	recvWindow int64 // what the peer may send
-	credit     int64 // what arrived and was not yet told to the peer
-	promised   int   // the windows of all streams
-	probing    bool  // the PING of a probe is on its way
+	sendWindow int64  // what we may send
+	recvWindow int64  // what the peer may send
+	credit     int64  // what arrived and was not yet told to the peer
+	promised   int    // the windows of all streams
+	moved      uint64 // bytes of DATA, both ways
+	probing    bool   // the PING of a probe is on its way
 	probe      uint32
 	acked      bool // the peer has seen our SETTINGS
 
@@ -353,6 +354,7 @@ func (c *conn) settleLocked() {
 // arrivedLocked gives the peer the connection's window back for n bytes, read or not: what
 // they take is the budget's matter.
 func (c *conn) arrivedLocked(n int) {
+	c.moved += uint64(n)
 	if c.credit += int64(n); c.credit >= int64(c.values.connWindow)/4 {
 		c.recvWindow += c.credit
 		c.pushLocked(control{kind: controlWindow, n: uint32(c.credit)})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -15,6 +16,11 @@ import (
 // clientState is what only a client's connection has, guarded by conn.mu.
 type clientState struct {
 	reserved int
+	load     struct {
+		at    time.Duration // when it was looked at, after start
+		moved uint64        // then
+		busy  bool
+	}
 }
 
 // session is a hbone.Session.
@@ -174,4 +180,24 @@ func (s *session) Done() <-chan struct{} { return s.done }
 func (s *session) Close() error {
 	s.shut(errConnClosed, http2.ErrCodeNo)
 	return nil
+}
+
+// A session that moved busyRate bytes a second, in either direction, is busy: at that rate some
+// of what is sent waits behind the rest. It is looked at once in busyPause, when somebody asks.
+const (
+	busyRate  = 1 << 20
+	busyPause = 50 * time.Millisecond
+)
+
+// Busy tells of the time since it was asked last.
+func (s *session) Busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := &s.client.load
+	now := time.Since(s.start)
+	if pause := now - l.at; pause >= busyPause {
+		l.busy = float64(s.moved-l.moved) > busyRate*pause.Seconds()
+		l.at, l.moved = now, s.moved
+	}
+	return l.busy
 }

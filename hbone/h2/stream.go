@@ -146,6 +146,7 @@ func (s *stream) takeWindow(n int) (int, error) {
 		case m > 0:
 			s.sendWindow -= m
 			c.sendWindow -= m
+			c.moved += uint64(m)
 			return int(m), nil
 		case s.sendWindow > 0 && !s.blocked:
 			s.blocked = true
