@@ -14,6 +14,9 @@ type Scenario struct {
 	Mesh      bool
 	SameNode  bool
 	Yardstick bool // a pair of relays that is none of ours
+	Rules     bool // of many policies, of which the last one allows
+	// PassThrough has the client alone in the mesh: its traffic is captured, and leaves plain.
+	PassThrough bool
 }
 
 func (s Scenario) name() string { return s.Name }
@@ -27,6 +30,8 @@ func Scenarios() []Scenario {
 		{Name: "haproxy", Title: "HAProxy pair, TLS", Yardstick: true},
 		{Name: "envoy", Title: "Envoy pair, HBONE", Yardstick: true},
 		{Name: "hbone-cross", Title: "HBONE, across nodes", Mesh: true},
+		{Name: "hbone-rules", Title: "HBONE, many policies", Mesh: true, Rules: true},
+		{Name: "pass-through", Title: "pass-through, across nodes", Mesh: true, PassThrough: true},
 		{Name: "plain-same", Title: "no mesh, same node", SameNode: true},
 		{Name: "hbone-same", Title: "HBONE, same node", Mesh: true, SameNode: true},
 	}
@@ -53,7 +58,7 @@ func (c Config) pair(scenario string) (yardstick.Pair, error) {
 
 // installed are the scenarios that can run here. The log says which cannot, and why.
 func (c Config) installed() []string {
-	return slices.DeleteFunc(names(Scenarios()), func(name string) bool {
+	return slices.DeleteFunc(ScenarioNames(), func(name string) bool {
 		_, err := c.pair(name)
 		if err != nil {
 			c.Log.Warn("a yardstick is left out", "scenario", name, "err", err)

@@ -37,6 +37,11 @@ type Config struct {
 	IPv6      bool
 	// Rate is the fixed request rate of the paced workload; default 1000 per second.
 	Rate float64
+	// IdleConns is how many connections the idle workload holds; default 10,000. Where
+	// each takes several descriptors of a proxy, the limit of those bounds it.
+	IdleConns int
+	// Rules is how many rules the policies of the rules scenario have; default 10,000.
+	Rules int
 	// BinDir holds raceway-agent and raceway-ca; needed by all scenarios but those without mesh.
 	BinDir string
 	// AgentArgs are added to the agents' command lines.
@@ -69,6 +74,12 @@ func (c Config) withDefaults() Config {
 	if c.Warmup == 0 {
 		c.Warmup = c.Duration / 5
 	}
+	if c.IdleConns == 0 {
+		c.IdleConns = 10000
+	}
+	if c.Rules == 0 {
+		c.Rules = 10000
+	}
 	if c.Rate == 0 {
 		c.Rate = 1000
 	}
@@ -91,8 +102,8 @@ func (c Config) Validate() error {
 			}
 		}
 	}
-	if c.Rounds < 0 || c.Duration < 0 || c.Warmup < 0 || c.Rate < 0 {
-		errs = append(errs, errors.New("rounds, duration, warm-up and rate cannot be negative"))
+	if c.Rounds < 0 || c.Duration < 0 || c.Warmup < 0 || c.Rate < 0 || c.IdleConns < 0 || c.Rules < 0 {
+		errs = append(errs, errors.New("rounds, duration, warm-up, rate, idle connections and rules cannot be negative"))
 	}
 	if len(c.Worker) == 0 {
 		errs = append(errs, errors.New("no worker command"))

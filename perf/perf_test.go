@@ -16,6 +16,7 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
 	"github.com/raceway-mesh/raceway/e2e/lab"
 	"github.com/raceway-mesh/raceway/e2e/lab/labtest"
+	"github.com/raceway-mesh/raceway/perf/report"
 	"github.com/raceway-mesh/raceway/perf/yardstick"
 )
 
@@ -38,13 +39,17 @@ func shortConfig(scenarios ...string) Config {
 func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 	netnstest.Require(t)
 	for _, c := range []Config{shortConfig("plain-cross", "plain-same", "relay-plain", "relay-tls"), {IPv6: true, Scenarios: []string{"plain-cross"}, Rounds: 1}} {
-		c.Duration, c.Worker = 100*time.Millisecond, []string{os.Args[0], "worker"}
+		c.Duration, c.Worker, c.IdleConns = 100*time.Millisecond, []string{os.Args[0], "worker"}, 20
+		c.Warmup = c.Duration
 		found, err := Run(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, scenario := range c.Scenarios {
 			for _, w := range Workloads() {
+				if w.alone != nil {
+					continue
+				}
 				metrics := []string{"rate", "p50", "p99", "p99.9", "CPU total"}
 				if strings.HasPrefix(w.Name, "bulk") || strings.HasPrefix(w.Name, "download") {
 					metrics = []string{"throughput", "CPU user", "CPU system", "CPU softirq"}
@@ -60,6 +65,41 @@ func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 		if found.Machine.Kernel == "unknown" || found.Machine.Cores == 0 {
 			t.Errorf("machine is %+v", found.Machine)
 		}
+	}
+}
+
+func TestIdleConnectionsAreHeldThroughRelays(t *testing.T) {
+	netnstest.Require(t)
+	c := shortConfig("relay-plain", "plain-cross")
+	c.Workloads, c.IdleConns, c.Rounds = []string{report.IdleWorkload}, 50, 1
+	found, err := Run(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, metric := range []string{"connections", "RSS client", "RSS server"} {
+		if found.Find("relay-plain", report.IdleWorkload, metric) == nil {
+			t.Errorf("no %s was measured", metric)
+		}
+	}
+	if found.Find("plain-cross", report.IdleWorkload, "connections") != nil {
+		t.Error("without a proxy there is nothing to measure")
+	}
+}
+
+func TestPoliciesHaveTheirNumberOfRules(t *testing.T) {
+	text := manyPolicies(250)
+	if rules, policies := strings.Count(text, "principals:"), strings.Count(text, "kind:"); rules != 251 || policies != 4 {
+		t.Errorf("%d rules in %d policies, want 251 in 4", rules, policies)
+	}
+}
+
+func TestGaugeFindsTheMetricByItsWholeName(t *testing.T) {
+	metrics := "# HELP a b\na_total 3\na 1.5e+06\n"
+	if got := gauge(metrics, "a"); got != 1.5e6 {
+		t.Errorf("got %v", got)
+	}
+	if got := gauge(metrics, "b"); got != 0 {
+		t.Errorf("a metric that is not there is %v", got)
 	}
 }
 

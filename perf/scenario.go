@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -31,8 +32,43 @@ type site struct {
 	relays   []*lab.Process // of a yardstick
 }
 
-// runScenario builds the scenario, runs every workload on it and adds to the report.
-func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report) (err error) {
+// runScenario measures every workload on the scenario and adds to the report: those that go
+// alone in labs of their own.
+func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report) error {
+	var together []Workload
+	for _, w := range Workloads() {
+		switch {
+		case !slices.Contains(c.Workloads, w.Name):
+		case w.alone == nil:
+			together = append(together, w)
+		case s.Mesh || s.Yardstick: // without a proxy there is nothing to measure
+			measure := func(st *site) error { return w.alone(st, ctx, found) }
+			if err := onSite(ctx, c, s, measure); err != nil {
+				return fmt.Errorf("workload %s: %w", w.Name, err)
+			}
+		}
+	}
+	if len(together) == 0 {
+		return nil
+	}
+	return onSite(ctx, c, s, func(st *site) error {
+		if err := st.rest(found); err != nil {
+			return err
+		}
+		if err := st.verify(ctx); err != nil {
+			return err
+		}
+		for _, w := range together {
+			if err := st.measure(ctx, w, found); err != nil {
+				return fmt.Errorf("workload %s: %w", w.Name, err)
+			}
+		}
+		return st.memory(found)
+	})
+}
+
+// onSite builds the scenario, and takes it down after measure.
+func onSite(ctx context.Context, c Config, s Scenario, measure func(*site) error) (err error) {
 	l, err := lab.New(ctx, lab.Options{IPv6: c.IPv6, BinDir: c.BinDir, Log: c.Log})
 	if err != nil {
 		return err
@@ -47,21 +83,7 @@ func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report
 	if err := st.build(ctx); err != nil {
 		return err
 	}
-	if err := st.rest(found); err != nil {
-		return err
-	}
-	if err := st.verify(ctx); err != nil {
-		return err
-	}
-	for _, w := range Workloads() {
-		if !slices.Contains(c.Workloads, w.Name) {
-			continue
-		}
-		if err := st.measure(ctx, w, found); err != nil {
-			return fmt.Errorf("workload %s: %w", w.Name, err)
-		}
-	}
-	return st.memory(found)
+	return measure(st)
 }
 
 func (st *site) build(ctx context.Context) (err error) {
@@ -98,11 +120,22 @@ func (st *site) enrol(ctx context.Context) error {
 	if err := st.lab.StartMesh(ctx, st.config.AgentArgs...); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
+	defer cancel()
+	if st.scenario.PassThrough {
+		if err := st.lab.LabelPod(st.client, dataplane.ModeAmbient); err != nil {
+			return err
+		}
+		return st.lab.WaitCapture(ctx, dataplane.CaptureInForce, st.client)
+	}
+	if st.scenario.Rules {
+		if err := st.lab.ApplyFile("rules.yaml", manyPolicies(st.config.Rules)); err != nil {
+			return err
+		}
+	}
 	if err := st.lab.LabelNamespace(namespace, dataplane.ModeAmbient); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
-	defer cancel()
 	return errors.Join(
 		st.lab.WaitCapture(ctx, dataplane.CaptureInForce, st.client, st.server),
 		st.lab.WaitProtocol(ctx, dataplane.ProtocolHBONE, st.client, st.server),
@@ -139,7 +172,7 @@ func (st *site) verify(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	tunnelled := st.scenario.Mesh || st.scenario.Yardstick
+	tunnelled := st.scenario.Mesh && !st.scenario.PassThrough || st.scenario.Yardstick
 	if got := tunnel > 0 && plain == 0; got != tunnelled || tunnel+plain == 0 {
 		return fmt.Errorf("the probe made %d packets in tunnels and %d in clear, which is not %q", tunnel, plain, st.scenario.Title)
 	}
@@ -171,12 +204,17 @@ func (st *site) measure(ctx context.Context, w Workload, found *report.Report) e
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 
+// target is where clients connect.
+func (st *site) target() netip.AddrPort {
+	if st.scenario.Yardstick {
+		return st.path().Entry
+	}
+	return st.server.AddrPort(serverPort)
+}
+
 // load runs one client to its end and returns what the machine used meanwhile.
 func (st *site) load(ctx context.Context, t task) (outcome, usage, error) {
-	t.To = st.server.AddrPort(serverPort)
-	if st.scenario.Yardstick {
-		t.To = st.path().Entry
-	}
+	t.To = st.target()
 	argument, err := json.Marshal(t)
 	if err != nil {
 		return outcome{}, usage{}, fmt.Errorf("write the task: %w", err)

@@ -25,6 +25,7 @@ type task struct {
 	Duration time.Duration  `json:"duration"`
 	Warmup   time.Duration  `json:"warmup"`
 	Rate     float64        `json:"rate"`
+	Conns    int            `json:"conns,omitempty"` // to hold
 }
 
 // outcome is what a client found, as one line of JSON on its output. Bytes is of bulk
@@ -35,7 +36,7 @@ type outcome struct {
 	Latency traffic.Latency `json:"latency,omitzero"`
 }
 
-// Worker is the process inside a pod: `serve`, `load TASK`, or `relay` with the arguments of
+// Worker is the process inside a pod: `serve`, `load TASK`, `hold TASK`, or `relay` with the arguments of
 // yardstick.Relay. A client warms up, writes a
 // line, waits for one on in, makes its load and writes the outcome: so its start-up is not
 // in the measurement.
@@ -45,14 +46,17 @@ func Worker(ctx context.Context, args []string, in io.Reader, out io.Writer) err
 		return serve(ctx, out)
 	case len(args) > 0 && args[0] == "relay":
 		return yardstick.Relay(ctx, args[1:])
-	case len(args) == 2 && args[0] == "load":
+	case len(args) == 2 && (args[0] == "load" || args[0] == "hold"):
 		var t task
 		if err := json.Unmarshal([]byte(args[1]), &t); err != nil {
 			return fmt.Errorf("read the task: %w", err)
 		}
+		if args[0] == "hold" {
+			return hold(ctx, t, in, out)
+		}
 		return load(ctx, t, in, out)
 	}
-	return fmt.Errorf("worker %q: want serve, relay, or load and a task", args)
+	return fmt.Errorf("worker %q: want serve, relay, or load or hold and a task", args)
 }
 
 func serve(ctx context.Context, out io.Writer) error {
@@ -72,11 +76,8 @@ func load(ctx context.Context, t task, in io.Reader, out io.Writer) error {
 			return fmt.Errorf("warm up: %w", err)
 		}
 	}
-	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+	if err := awaitWord(in, out); err != nil {
 		return err
-	}
-	if _, err := bufio.NewReader(in).ReadString('\n'); err != nil {
-		return fmt.Errorf("wait for the word to start: %w", err)
 	}
 	found, err := t.run(ctx, t.Duration)
 	if err != nil {
@@ -85,9 +86,36 @@ func load(ctx context.Context, t task, in io.Reader, out io.Writer) error {
 	return json.NewEncoder(out).Encode(found)
 }
 
+// hold opens the task's connections, has them idle until it is told, and asks each of them.
+func hold(ctx context.Context, t task, in io.Reader, out io.Writer) (err error) {
+	held, err := traffic.Hold(ctx, t.To, t.Conns)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, held.Close()) }()
+	if err := awaitWord(in, out); err != nil {
+		return err
+	}
+	if err := held.Check(); err != nil {
+		return err
+	}
+	return json.NewEncoder(out).Encode(outcome{Latency: traffic.Latency{Count: int64(t.Conns)}})
+}
+
+// awaitWord says that all is ready, and waits for the word to go on.
+func awaitWord(in io.Reader, out io.Writer) error {
+	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+		return err
+	}
+	if _, err := bufio.NewReader(in).ReadString('\n'); err != nil {
+		return fmt.Errorf("wait for the word to go on: %w", err)
+	}
+	return nil
+}
+
 func (t task) run(ctx context.Context, d time.Duration) (outcome, error) {
 	for _, w := range Workloads() {
-		if w.Name == t.Workload {
+		if w.Name == t.Workload && w.run != nil {
 			t.Duration = d
 			return w.run(ctx, t)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/raceway-mesh/raceway/e2e/lab/traffic"
+	"github.com/raceway-mesh/raceway/perf/report"
 )
 
 // Workload is a kind of load.
@@ -12,6 +13,8 @@ type Workload struct {
 	Title string
 	// run makes the load for the task's duration.
 	run func(context.Context, task) (outcome, error)
+	// alone measures it, instead of run, in a lab in which nothing else ran.
+	alone func(*site, context.Context, *report.Report) error
 }
 
 func (w Workload) name() string { return w.Name }
@@ -27,17 +30,20 @@ func ShortWorkloads() []string {
 // Workloads lists them all.
 func Workloads() []Workload {
 	return []Workload{
-		{"bulk-1", "bulk, 1 stream", upload(1)},
-		{"bulk-8", "bulk, 8 streams", upload(8)},
-		{"bulk-64", "bulk, 64 streams", upload(64)},
-		{"download-1", "bulk from the server, 1 stream", download(1)},
-		{"download-8", "bulk from the server, 8 streams", download(8)},
-		{"download-64", "bulk from the server, 64 streams", download(64)},
-		{"exchange-1", "1 KiB request/response, 1 connection, saturated", exchange(1)},
-		{"exchange", "1 KiB request/response, 16 connections, saturated", exchange(16)},
-		{"exchange-32", "1 KiB request/response, 32 connections, saturated", exchange(32)},
-		{"paced", "1 KiB request/response, 16 connections, fixed rate", paced(16)},
-		{"connect", "new connections, 16 at a time", connect(16)},
+		{Name: "bulk-1", Title: "bulk, 1 stream", run: upload(1)},
+		{Name: "bulk-8", Title: "bulk, 8 streams", run: upload(8)},
+		{Name: "bulk-64", Title: "bulk, 64 streams", run: upload(64)},
+		{Name: "download-1", Title: "bulk from the server, 1 stream", run: download(1)},
+		{Name: "download-8", Title: "bulk from the server, 8 streams", run: download(8)},
+		{Name: "download-64", Title: "bulk from the server, 64 streams", run: download(64)},
+		{Name: "exchange-1", Title: "1 KiB request/response, 1 connection, saturated", run: exchange(1)},
+		{Name: "exchange", Title: "1 KiB request/response, 16 connections, saturated", run: exchange(16)},
+		{Name: "exchange-32", Title: "1 KiB request/response, 32 connections, saturated", run: exchange(32)},
+		{Name: "exchange-1b", Title: "1 B request/response, 16 connections, saturated", run: messages(1, 16)},
+		{Name: "exchange-64k", Title: "64 KiB request/response, 16 connections, saturated", run: messages(64<<10, 16)},
+		{Name: "paced", Title: "1 KiB request/response, 16 connections, fixed rate", run: paced(16)},
+		{Name: "connect", Title: "new connections, 16 at a time", run: connect(16)},
+		{Name: report.IdleWorkload, Title: "idle connections", alone: (*site).idle},
 	}
 }
 
@@ -58,8 +64,12 @@ func bulk(r traffic.BulkResult, err error) (outcome, error) {
 }
 
 func exchange(conns int) func(context.Context, task) (outcome, error) {
+	return messages(traffic.MessageSize, conns)
+}
+
+func messages(size, conns int) func(context.Context, task) (outcome, error) {
 	return func(ctx context.Context, t task) (outcome, error) {
-		return rated(traffic.Exchange(ctx, t.To, traffic.ExchangeOptions{Conns: conns, Duration: t.Duration}))
+		return rated(traffic.Exchange(ctx, t.To, traffic.ExchangeOptions{Conns: conns, Size: size, Duration: t.Duration}))
 	}
 }
 

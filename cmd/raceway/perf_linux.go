@@ -67,6 +67,8 @@ that the run covers. It needs root, and raceway-agent and raceway-ca beside this
 	f.IntVar(&r.Rounds, "rounds", 5, "how often each is measured, interleaved")
 	f.DurationVar(&r.Duration, "duration", 2*time.Second, "of one measurement")
 	f.Float64Var(&r.Rate, "rate", 1000, "requests per second of the paced workloads")
+	f.IntVar(&r.IdleConns, "idle", 10000, "connections of the idle workload")
+	f.IntVar(&r.Rules, "rules", 10000, "rules of the scenario with many policies")
 	f.BoolVar(&r.short, "short", false, "2 rounds of 300 ms of the main workloads: whether it works, not how fast")
 	f.BoolVar(&r.IPv6, "ipv6", false, "pods have IPv6 addresses")
 	f.StringVar(&r.BinDir, "bin-dir", "", "directory of raceway-agent and raceway-ca; default that of this program")

@@ -36,6 +36,15 @@ func newHistogram() *hdrhistogram.Histogram {
 	return hdrhistogram.New(int64(time.Microsecond), int64(time.Minute), 3)
 }
 
+// newHistograms makes one for each that measures, before the time runs: they are large.
+func newHistograms(n int) []*hdrhistogram.Histogram {
+	all := make([]*hdrhistogram.Histogram, n)
+	for i := range all {
+		all[i] = newHistogram()
+	}
+	return all
+}
+
 func summarize(histograms []*hdrhistogram.Histogram) (Latency, error) {
 	all := newHistogram()
 	for _, h := range histograms {
@@ -81,10 +90,9 @@ func Exchange(ctx context.Context, to netip.AddrPort, opts ExchangeOptions) (Rat
 	}
 	defer func() { _ = closeAll(conns) }() // they idle; an error would tell nothing
 	var group errgroup.Group
-	histograms := make([]*hdrhistogram.Histogram, len(conns))
+	histograms := newHistograms(len(conns))
 	start := time.Now()
 	for i, conn := range conns {
-		histograms[i] = newHistogram()
 		schedule := schedule{start: start}
 		if opts.Rate > 0 {
 			schedule.interval = time.Duration(float64(len(conns)) / opts.Rate * float64(time.Second))
@@ -158,10 +166,9 @@ func exchange(conn net.Conn, size int, s schedule, until time.Time, h *hdrhistog
 // each. The latency is from the start of the dial until that byte is back.
 func Connect(ctx context.Context, to netip.AddrPort, workers int, d time.Duration) (RateResult, error) {
 	var group errgroup.Group
-	histograms := make([]*hdrhistogram.Histogram, workers)
+	histograms := newHistograms(workers)
 	start := time.Now()
 	for i := range workers {
-		histograms[i] = newHistogram()
 		group.Go(func() error {
 			for time.Since(start) < d {
 				begin := time.Now()

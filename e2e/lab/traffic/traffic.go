@@ -150,8 +150,7 @@ func answerDownload(conn net.Conn) error {
 		total += uint64(n)
 		if err != nil {
 			_ = conn.Close() // the reader returns then
-			_ = <-enough     // the write tells what broke
-			return err
+			return errors.Join(err, <-enough)
 		}
 	}
 }

@@ -163,6 +163,33 @@ func TestAStallCountsForEveryRequestThatItDelays(t *testing.T) {
 	})
 }
 
+func TestHeldConnectionsAreAskedEachTime(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- Serve(ctx, l) }()
+	held, err := Hold(t.Context(), l.Addr().(*net.TCPAddr).AddrPort(), 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := held.Check(); err != nil || len(held.conns) != 100 {
+		t.Errorf("%d connections: %v", len(held.conns), err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if held.Check() == nil {
+		t.Error("connections that the server closed are taken for alive")
+	}
+	if err := held.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestServerThatIsNotThereIsAnError(t *testing.T) {
 	nobody := netip.MustParseAddrPort("127.0.0.1:1")
 	if _, err := Bulk(t.Context(), nobody, 2, time.Second); err == nil {

@@ -1,0 +1,154 @@
+package perf
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/e2e/lab"
+	"github.com/raceway-mesh/raceway/perf/report"
+)
+
+// settleTime is for proxies to give back what they needed only for setting connections up.
+const settleTime = 5 * time.Second
+
+// memory is what a proxy holds.
+type memory struct {
+	rss  uint64
+	heap uint64 // in use by Go's heap and stacks; 0 of a proxy that does not say
+}
+
+// sides are the proxies by the end of the link at which they are. On one node the client's
+// serves both ends.
+func (st *site) sides() map[string]*lab.Process {
+	if st.scenario.Yardstick {
+		return map[string]*lab.Process{"server": st.relays[0], "client": st.relays[1]}
+	}
+	all := make(map[string]*lab.Process)
+	for side, pod := range map[string]*lab.Pod{"server": st.server, "client": st.client} {
+		if a := st.lab.Agent(pod.Node); a != nil {
+			all[side] = a.Process
+		}
+	}
+	if st.scenario.SameNode {
+		delete(all, "server")
+	}
+	return all
+}
+
+// idle measures what an open connection on which nothing moves costs the proxies beyond the
+// kernel's memory, and that each of them still works afterwards.
+func (st *site) idle(ctx context.Context, found *report.Report) error {
+	limit, err := descriptors()
+	if err != nil {
+		return err
+	}
+	conns := min(st.config.IdleConns, (limit-512)/st.scenario.descriptors())
+	before, err := st.held(ctx)
+	if err != nil {
+		return err
+	}
+	argument, err := json.Marshal(task{To: st.target(), Conns: conns})
+	if err != nil {
+		return fmt.Errorf("write the task: %w", err)
+	}
+	w, err := st.startWorker(st.client, "hold", string(argument))
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*setupTimeout+time.Duration(conns)*10*time.Millisecond)
+	defer cancel()
+	if err := w.expect(ctx, "ready"); err != nil {
+		return err
+	}
+	select {
+	case <-time.After(settleTime):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	after, err := st.held(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := io.WriteString(w.in, "\n"); err != nil {
+		return fmt.Errorf("have the connections asked: %w", err)
+	}
+	if _, err := w.line(ctx); err != nil {
+		return err
+	}
+	found.Add(st.scenario.Name, report.IdleWorkload, "connections", "held", float64(conns))
+	for _, side := range []string{"client", "server"} {
+		if _, there := after[side]; !there {
+			continue
+		}
+		each := func(after, before uint64) float64 { return (float64(after) - float64(before)) / float64(conns) / 1000 }
+		found.Add(st.scenario.Name, report.IdleWorkload, "RSS "+side, "kB each", each(after[side].rss, before[side].rss))
+		if after[side].heap > 0 {
+			found.Add(st.scenario.Name, report.IdleWorkload, "Go memory "+side, "kB each", each(after[side].heap, before[side].heap))
+		}
+	}
+	return w.process.Wait(ctx)
+}
+
+// held is what the proxy at each side holds now.
+func (st *site) held(ctx context.Context) (map[string]memory, error) {
+	all := make(map[string]memory)
+	for side, p := range st.sides() {
+		u, err := p.Usage()
+		if err != nil {
+			return nil, err
+		}
+		m := memory{rss: u.RSS}
+		for _, n := range st.lab.Nodes() {
+			a := st.lab.Agent(n)
+			if a == nil || a.Process != p {
+				continue
+			}
+			metrics, err := a.Metrics(ctx)
+			if err != nil {
+				return nil, err
+			}
+			m.heap = uint64(gauge(metrics, "go_memstats_heap_inuse_bytes") + gauge(metrics, "go_memstats_stack_inuse_bytes"))
+		}
+		all[side] = m
+	}
+	return all, nil
+}
+
+// gauge is the value of a metric without labels in Prometheus' text format; 0 when there is none.
+func gauge(metrics, name string) float64 {
+	for line := range strings.Lines(metrics) {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			v, _ := strconv.ParseFloat(strings.TrimSpace(value), 64) // then it is 0
+			return v
+		}
+	}
+	return 0
+}
+
+// descriptors is how many a connection takes in one process: of one end where connections
+// share a tunnel, of both where they do not, and two pipes more where bytes are spliced.
+func (s Scenario) descriptors() int {
+	switch {
+	case s.Name == "relay-plain", s.PassThrough, s.SameNode:
+		return 6
+	case s.Yardstick:
+		return 2
+	}
+	return 1
+}
+
+// descriptors is how many a process can have open.
+func descriptors() (int, error) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, fmt.Errorf("read the limit of open files: %w", err)
+	}
+	return int(min(limit.Max, 1<<20)), nil
+}
