@@ -13,7 +13,7 @@ const (
 	// restingCPU is what it may take of a core: its look at whether the capture is whole.
 	restingCPU = 0.01
 	// rest is how long an agent is given to settle, and how long it is looked at.
-	rest = 20 * time.Second
+	rest = 25 * time.Second
 )
 
 // A node whose pods say nothing costs next to nothing.

@@ -60,6 +60,8 @@ Every flag can also be set by a variable: --node by ` + envPrefix + `NODE.`,
 			if cfg.CNI.TokenFile != "" {
 				cfg.CNI.APIServer = cmp.Or(cfg.CNI.APIServer, apiServer(os.LookupEnv))
 			}
+			// What the operator says of Go's memory stays.
+			cfg.PaceCollector, cfg.BoundMemory = os.Getenv("GOGC") == "", os.Getenv("GOMEMLIMIT") == ""
 			cfg.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: cfg.Level}))
 			return run(cmd.Context(), cfg, accessLog, cmd.OutOrStdout())
 		},

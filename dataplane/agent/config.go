@@ -71,6 +71,10 @@ type Config struct {
 	FlowInterval time.Duration // how often live connections report; default 10 s
 	Limits       proxy.Limits
 
+	// PaceCollector and BoundMemory let the agent set the process's GOGC by how busy it is, and
+	// its GOMEMLIMIT by its cgroup's bound.
+	PaceCollector, BoundMemory bool
+
 	AccessLog io.Writer // nil writes none
 	Log       *slog.Logger
 	Level     *slog.LevelVar // what `raceway log-level` sets; nil makes one that nothing reads

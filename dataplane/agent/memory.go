@@ -6,29 +6,46 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime/debug"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// settleAfter is how long after its start an agent gives back what only the start needed.
-const settleAfter = 15 * time.Second
+const (
+	// startingFor is how long an agent's garbage is that of its start.
+	startingFor = 3 * time.Second
+	// settleAfter is how long after its start an agent gives back what only the start needed,
+	// or later if it is busy.
+	settleAfter = 15 * time.Second
+)
 
-// settle gives the node back what starting took and serving does not: the heap of a first
-// look at the cluster, and the pages of the program that hold what runs once.
-func (a *Agent) settle(ctx context.Context) error {
-	select {
-	case <-ctx.Done():
-		return nil
-	case <-time.After(settleAfter):
+// manageHeap keeps memory to what the agent does, until ctx ends. Once it gives the node back
+// what starting took and serving does not: the heap of a first look at the cluster, and the
+// pages of the program that hold what runs once.
+func (a *Agent) manageHeap(ctx context.Context) error {
+	c := newCollector(a.cfg.PaceCollector)
+	defer c.restore()
+	started, settle := time.After(startingFor), time.After(settleAfter)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-started:
+			c.watch(ctx)
+		case now := <-settle:
+			if !c.quiet(now) { // it would be in the way of connections
+				settle = time.After(busyCycle)
+				continue
+			}
+			c.rest()
+			if err := forgetProgram("/proc/self/smaps"); err != nil {
+				a.cfg.Log.Debug("give the program's pages back", "error", err)
+			}
+		case <-c.cycles:
+			c.cycled(time.Now())
+		}
 	}
-	debug.FreeOSMemory()
-	if err := forgetProgram("/proc/self/smaps"); err != nil {
-		a.cfg.Log.Debug("give the program's pages back", "error", err)
-	}
-	return nil
 }
 
 // forgetProgram takes the program's code and constants out of this process's memory; the
