@@ -8,7 +8,7 @@
  *           packets    guard: the socket's tuple, and in `admitted`, passes
  *   server  SYN        steer, ingress: in `admitted`, left to the application; it has arrived
  *           packets    guard: in `admitted`, passes
- *   client  close      ended: out of `admitted`
+ *   client  close      out of `admitted`
  *
  * Data passes only when the SYN was seen in the namespace that it was meant for, so an address
  * that is another's by now gets none.
@@ -134,27 +134,31 @@ static __always_inline void admit(struct bpf_sock_ops *ctx, struct bpf_sock *sk,
 	count(DIRECT_OPENING);
 }
 
+static __always_inline bool peer_finished(const struct tcp_sock *tp)
+{
+	return BPF_CORE_READ((const struct sock_common *)tp, skc_flags) & (1 << SOCK_DONE);
+}
+
 /*
  * state is that before the end, for a socket that has ended. bytes_acked and bytes_received
  * count SYN and FIN as bytes. Not inlined, so that struct event is in the object's BTF for bpf2go.
  */
 static __noinline void read_traffic(const struct tcp_sock *tp, __u32 state, struct event *e)
 {
-	bool finished, peer_finished;
+	bool finished, theirs = peer_finished(tp);
 	__u64 acked = BPF_CORE_READ(tp, bytes_acked);
 
-	peer_finished = BPF_CORE_READ((const struct sock_common *)tp, skc_flags) & (1 << SOCK_DONE);
 	finished = state == BPF_TCP_FIN_WAIT2 ||
 		   ((state == BPF_TCP_CLOSING || state == BPF_TCP_LAST_ACK) &&
 		    BPF_CORE_READ(tp, snd_una) == BPF_CORE_READ(tp, write_seq));
 	acked -= acked > 0;
 	e->sent = acked - (finished && acked);
 	e->received = BPF_CORE_READ(tp, bytes_received);
-	e->received -= peer_finished && e->received;
+	e->received -= theirs && e->received;
 	e->srtt = BPF_CORE_READ(tp, srtt_us) >> 3;
 	e->retransmits = BPF_CORE_READ(tp, total_retrans);
 	e->error = BPF_CORE_READ((const struct sock *)tp, sk_err);
-	e->clean = finished && peer_finished && !e->error;
+	e->clean = finished && theirs && !e->error;
 }
 
 static __always_inline void tell(struct bpf_sock *sk, const struct direct *d, enum event_kind kind, __u32 state, bool arrived)
@@ -184,6 +188,14 @@ static __always_inline void direct_opened(struct bpf_sock_ops *ctx, struct bpf_s
 	tell(sk, d, EVENT_OPENED, BPF_TCP_ESTABLISHED, true);
 }
 
+/* A client that has gone after its FIN, while the server has not sent its own. */
+static __always_inline bool half_open(struct bpf_sock *sk, __u32 before)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+
+	return (before == BPF_TCP_FIN_WAIT1 || before == BPF_TCP_FIN_WAIT2) && tp && !peer_finished(tp);
+}
+
 static __always_inline void direct_ended(struct bpf_sock *sk, struct direct *d, __u32 before)
 {
 	struct admission *a = bpf_map_lookup_elem(&admitted, &d->key);
@@ -192,11 +204,11 @@ static __always_inline void direct_ended(struct bpf_sock *sk, struct direct *d, 
 
 	count(opened ? DIRECT_CLOSED : DIRECT_FAILED);
 	tell(sk, d, opened ? EVENT_CLOSED : EVENT_FAILED, before, arrived);
-	if (!opened) {
-		bpf_map_delete_elem(&admitted, &d->key);
-	} else if (a) {
+	if (a && half_open(sk, before)) {
 		a->since = bpf_ktime_get_ns();
 		a->stage = ADMISSION_ENDED;
+	} else {
+		bpf_map_delete_elem(&admitted, &d->key);
 	}
 	d->stage = DIRECT_ELSEWHERE;
 }

@@ -190,6 +190,22 @@ func (d *Datapath) Allow(uid string, destination netip.AddrPort, a Allowance) er
 	}, v)
 }
 
+// Disallow takes one allowance back.
+func (d *Datapath) Disallow(uid string, destination netip.AddrPort) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.leads(); err != nil {
+		return err
+	}
+	source := d.pods[uid]
+	if source == nil {
+		return nil // nobody asks for it any more
+	}
+	return ignoreMissing(d.loaded.maps.Allowed.Delete(bpf.RacewayDestination{
+		Netns: source.ns.Cookie(), Addr: toAddr(destination.Addr()), Port: destination.Port(),
+	}))
+}
+
 // InForce reports whether everything that the pod says and hears is captured and guarded.
 func (d *Datapath) InForce(uid string) bool {
 	d.mu.Lock()

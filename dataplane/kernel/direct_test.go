@@ -468,6 +468,14 @@ func TestCutConnectionIsReset(t *testing.T) {
 			if err := f.dp.Cut(c.ID); err != nil {
 				t.Errorf("cut again: %v", err)
 			}
+			// What the kernel finds in the place of a connection that is gone is a listener.
+			for name, pod := range map[string]*kernel.Pod{"web": f.pod, "db": f.server} {
+				if err := pod.Listening(); err != nil {
+					t.Errorf("%s, after a cut: %v", name, err)
+				}
+			}
+			again := dial(t, f.web.Namespace, to)
+			send(t, again, accept(t, l), "the application listens")
 		})
 	}
 }

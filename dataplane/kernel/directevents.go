@@ -183,8 +183,8 @@ func age(since uint64) time.Duration { return monotonic() - time.Duration(since)
 // Monotonic is the present by the clock of DirectConnection.
 func Monotonic() time.Duration { return monotonic() }
 
-// Cut ends a connection: from then on no data of it passes the guards, and both ends see a
-// reset. It may have ended already.
+// Cut ends a connection: from then on no data of it passes the guards, and the client sees a
+// reset, the server that it was aborted. It may have ended already.
 func (d *Datapath) Cut(id DirectID) error {
 	d.mu.Lock()
 	freed := d.freed
@@ -202,7 +202,7 @@ func (d *Datapath) Cut(id DirectID) error {
 	for _, end := range []struct {
 		cookie        uint64
 		local, remote netip.AddrPort
-	}{{id.client, remote, local}, {key.Netns, local, remote}} {
+	}{{key.Netns, local, remote}, {id.client, remote, local}} {
 		// The other end hears of it where one pod is not open any more.
 		if p := d.openPod(end.cookie); p != nil {
 			errs = append(errs, p.ns.Do(func() error { return destroy(end.local, end.remote) }))
