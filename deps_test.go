@@ -62,7 +62,7 @@ type rule struct {
 // other. explain answers in the words of admin, which is not pure but stands on the
 // standard library alone.
 func purePackages() []string {
-	return []string{"certs/spiffe", "dataplane/route", "dataplane/authz", "dataplane/enroll", "dataplane/explain"}
+	return []string{"certs/spiffe", "dataplane/route", "dataplane/authz", "dataplane/enroll", "dataplane/samenode", "dataplane/explain"}
 }
 
 func mayBeUsedByPure(path string, standard bool) bool {

@@ -22,6 +22,10 @@ const (
 	RedirectionAnnotation = "raceway.dev/redirection"
 	RedirectionEnabled    = "enabled"
 
+	// SameNodeLabel on a namespace says how its pods talk to others of their node: a
+	// SameNodeMode.
+	SameNodeLabel = "raceway.dev/same-node"
+
 	// NetNSAnnotation names the network namespace of a pod on this machine,
 	// for clusters that are a directory of YAML.
 	NetNSAnnotation = "raceway.dev/netns"
@@ -95,4 +99,27 @@ const (
 	ProtocolTCP Protocol = "TCP"
 	// ProtocolHBONE reaches the workload through a tunnel to its port 15008.
 	ProtocolHBONE Protocol = "HBONE"
+	// ProtocolKernel is a connection between two captured pods of a node that goes by the
+	// kernel alone, authorized but not encrypted.
+	ProtocolKernel Protocol = "KERNEL"
 )
+
+// SameNodeMode is how pods of one node talk to each other.
+type SameNodeMode string
+
+// Modes of talking on one node. The zero value is the kernel's, except to what PeerAuthentication
+// makes STRICT.
+const (
+	SameNodeDefault SameNodeMode = ""
+	SameNodeKernel  SameNodeMode = "kernel" // unencrypted, by the kernel alone
+	SameNodeTunnel  SameNodeMode = "tunnel" // as between nodes
+)
+
+// Validate complains of anything that is no mode.
+func (m SameNodeMode) Validate() error {
+	switch m {
+	case SameNodeDefault, SameNodeKernel, SameNodeTunnel:
+		return nil
+	}
+	return fmt.Errorf("same-node mode %q is neither %s nor %s", string(m), SameNodeKernel, SameNodeTunnel)
+}

@@ -61,3 +61,25 @@ func TestStoreReadersReachTheLastSnapshot(t *testing.T) {
 	s.Publish(last)
 	readers.Wait()
 }
+
+func TestBeforeComesBeforeAnybodyCanLoad(t *testing.T) {
+	var s Store
+	first, second := NewSnapshot(Contents{}), NewSnapshot(Contents{})
+	s.Publish(first)
+	var seen []*Snapshot
+	_, changed := s.Load()
+	s.Before(func(next *Snapshot) {
+		seen = append(seen, next)
+		select {
+		case <-changed:
+			t.Error("others were told first")
+		default:
+		}
+	})
+	s.Publish(second)
+	s.Before(nil)
+	s.Publish(first)
+	if len(seen) != 2 || seen[0] != first || seen[1] != second {
+		t.Errorf("called with %v, want the current one and the next", seen)
+	}
+}

@@ -122,6 +122,16 @@ type Rules struct {
 	dryRun     []*policy
 }
 
+// Strict names the PeerAuthentication that demands mutual TLS of connections to the port, if
+// one does.
+func (rules *Rules) Strict(port uint16) (by dataplane.Name, strict bool) {
+	p := rules.strict.at(port)
+	if p == nil {
+		return dataplane.Name{}, false
+	}
+	return p.Name, true
+}
+
 // Evaluate decides r. It allocates only for a denial's reason and for dry-run policies.
 func (rules *Rules) Evaluate(r Request) Verdict {
 	r.Source = r.Source.Unmap().WithZone("")

@@ -118,6 +118,35 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 	return decideAddress(s, f.Dst)
 }
 
+// Options are the decisions that Decide picks from for f, when they are all alike to it: one
+// for a pod's address, one for each endpoint of a cluster IP. There is none for a service whose
+// clients keep to an endpoint, and for addresses that are not the cluster's own.
+func Options(s *dataplane.Snapshot, f Flow) []Decision {
+	f.Dst = netip.AddrPortFrom(f.Dst.Addr().Unmap(), f.Dst.Port())
+	if f.Node == "" && f.Source != nil {
+		f.Node = f.Source.Node
+	}
+	svc := s.ServiceAt(f.Dst.Addr())
+	if svc == nil {
+		w := s.WorkloadAt(f.Dst.Addr())
+		if w == nil || s.NodeAt(f.Dst.Addr()) != nil || s.ServiceAtExternal(f.Dst) != nil {
+			return nil
+		}
+		return []Decision{decideWorkload(s, f, w, f.Dst)}
+	}
+	port, ok := svc.Port(f.Dst.Port())
+	if !ok || svc.SessionAffinity {
+		return nil
+	}
+	choices, _ := candidates(s, f, svc, port, svc.InternalTraffic)
+	options := make([]Decision, len(choices))
+	for i, c := range choices {
+		options[i] = c.decide(s, f)
+		options[i].Service = svc
+	}
+	return options
+}
+
 func decideService(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port dataplane.ServicePort, policy dataplane.TrafficPolicy, pick func(int) int) Decision {
 	choices, why := candidates(s, f, svc, port, policy)
 	if len(choices) == 0 {
