@@ -31,7 +31,7 @@ func variants() map[string][]string {
 		"defaults": nil,
 		"everything": {
 			"--set", "imagePullSecrets[0].name=registry,enrollLabels[0]=istio.io/dataplane-mode",
-			"--set", "agent.certTTL=1h,agent.kubeletCgroup=none,agent.seLinuxOptions.type=spc_t,agent.extraArgs[0]=--tc=clsact",
+			"--set", "agent.certTTL=1h,agent.kubeletCgroup=none,agent.sameNode=tunnel,agent.seLinuxOptions.type=spc_t,agent.extraArgs[0]=--tc=clsact",
 			"--set", "agent.extraEnv[0].name=GOMEMLIMIT,agent.extraEnv[0].value=1GiB,agent.podLabels.a=b,agent.podAnnotations.a=b",
 			"--set", "cni.apiServer=https://10.0.0.1:6443,ca.maxTTL=2h,ca.networkPolicy.enabled=true,ca.extraArgs[0]=--ttl=1h",
 			"--set", "admission.protectRedirection=true,admission.forbidOptOut=true",

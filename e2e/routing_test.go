@@ -18,7 +18,7 @@ import (
 // pods without the mesh, and addresses outside the cluster.
 func TestConnectionsGoWhereTheyShould(t *testing.T) {
 	eachFamily(t, func(t *testing.T, opts lab.Options) {
-		s := newShop(t, opts)
+		s := newShop(t, opts, "--same-node", "tunnel") // one of the ways is a tunnel within a node
 		for _, pod := range []*lab.Pod{s.web, s.near, s.db, s.plain} {
 			serve(t, pod, portEcho, echo)
 		}

@@ -113,7 +113,7 @@ func (c *cli) writeWhy(why admin.Why) error {
 
 func outcomeTone(outcome string) tone {
 	switch outcome {
-	case admin.OutcomeTunnel:
+	case admin.OutcomeTunnel, admin.OutcomeKernel:
 		return toneGood
 	case admin.OutcomeDenied, admin.OutcomeRefused:
 		return toneBad

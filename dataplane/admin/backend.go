@@ -66,6 +66,7 @@ func NotReady(message string) *Error {
 // Outcomes of a Why.
 const (
 	OutcomeTunnel  = "tunnel"  // through mutually authenticated HBONE
+	OutcomeKernel  = "kernel"  // between two pods of a node: authorized, and not encrypted
 	OutcomePlain   = "plain"   // in clear, past the data plane or through it
 	OutcomeRefused = "refused" // the source's side ends it: nowhere to go, or no way to go safely
 	OutcomeDenied  = "denied"  // a policy at the destination ends it

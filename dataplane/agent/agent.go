@@ -21,6 +21,7 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/discovery"
 	"github.com/raceway-mesh/raceway/dataplane/enroll"
 	"github.com/raceway-mesh/raceway/dataplane/kernel"
+	"github.com/raceway-mesh/raceway/dataplane/kernelpath"
 	"github.com/raceway-mesh/raceway/dataplane/proxy"
 	"github.com/raceway-mesh/raceway/dataplane/sandbox"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
@@ -45,6 +46,7 @@ type Agent struct {
 	proxy      *proxy.Proxy
 	datapath   *kernel.Datapath
 	pods       *pods
+	paths      *kernelpath.Paths // of connections within the node; nil while another agent has it
 	reconciler *enroll.Reconciler
 	plugin     *plugin // nil when none is installed
 	ready      readiness
@@ -108,7 +110,7 @@ func inOrder(steps []func() error) error {
 
 // takeSteps acquire what one agent of a node at a time can have, beside the admin socket.
 func (a *Agent) takeSteps() []func() error {
-	return []func() error{a.newMetrics, a.newCapture, a.newPlugin, a.newListener}
+	return []func() error{a.newMetrics, a.newCapture, a.newKernelPath, a.newPlugin, a.newListener}
 }
 
 func (a *Agent) newAdmin() error {
@@ -201,7 +203,7 @@ func (a *Agent) newTelemetry() (err error) {
 func (a *Agent) newProxy() (err error) {
 	a.proxy, err = proxy.New(proxy.Config{
 		Node: a.cfg.Node, Store: &a.store, Certs: a.keeper, Telemetry: a.telemetry,
-		Limits: a.cfg.Limits, Cluster: a.cfg.ClusterID, Log: a.cfg.Log.With("part", "proxy"),
+		Limits: a.cfg.Limits, Cluster: a.cfg.ClusterID, KernelPath: offers{a}, Log: a.cfg.Log.With("part", "proxy"),
 	})
 	if err != nil {
 		return err

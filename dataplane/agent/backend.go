@@ -15,6 +15,7 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 	"github.com/raceway-mesh/raceway/dataplane/authz"
 	"github.com/raceway-mesh/raceway/dataplane/explain"
+	"github.com/raceway-mesh/raceway/dataplane/samenode"
 )
 
 // backend answers the admin API from the agent's parts.
@@ -175,6 +176,7 @@ func (b backend) Why(_ context.Context, q admin.WhyQuery) (admin.Why, error) {
 			_, err := b.keeper.ClientTLS(id, nil)
 			return err
 		},
+		SameNode:    b.sameNodeJudge(s),
 		Source:      q.Source,
 		Destination: q.Destination,
 		From:        q.From,
@@ -245,6 +247,11 @@ func (b backend) checkAgent() []admin.Finding {
 	}
 	if b.cluster != nil {
 		findings = append(findings, finding("API server", stale(b.cluster.Staleness())))
+	}
+	if s != nil {
+		for _, issue := range samenode.Issues(s) {
+			findings = append(findings, admin.Finding{Subject: agentSubject, Check: "same node", Detail: issue})
+		}
 	}
 	if b.plugin != nil && !b.released.Load() {
 		findings = append(findings, finding("CNI plugin", b.plugin.check()))

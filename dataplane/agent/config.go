@@ -60,6 +60,7 @@ type Config struct {
 	MetricsAddress string // "" serves none
 	Inbound        kernel.InboundMode
 	TC             kernel.TCMode
+	SameNode       dataplane.SameNodeMode // how pods of the node talk to each other; "" is the kernel's way, except where STRICT
 	// DisableGuard leaves the host's end of the pods' interfaces unguarded. It exists to
 	// prove that the guard is what holds.
 	DisableGuard bool
@@ -103,7 +104,7 @@ func (c Config) Validate() error {
 	if filepath.Base(c.Node) != c.Node && c.Node != "" {
 		errs = append(errs, fmt.Errorf("node %q is not a name", c.Node))
 	}
-	errs = append(errs, c.validateSource(), c.CNI.validate())
+	errs = append(errs, c.validateSource(), c.CNI.validate(), c.SameNode.Validate())
 	if k := c.KubeletCgroup; k != "" && k != KubeletAuto && k != KubeletNone && !filepath.IsAbs(k) {
 		errs = append(errs, fmt.Errorf("kubelet's cgroup %q is none of %s, %s and a directory", k, KubeletAuto, KubeletNone))
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
+	"github.com/raceway-mesh/raceway/dataplane/samenode"
 )
 
 // Question is what Explain is asked, and by whom.
@@ -24,6 +25,9 @@ type Question struct {
 	// Certificate reports why a pod of Node has no valid certificate, nil when it has one.
 	// A nil func leaves the question out.
 	Certificate func(spiffe.ID) error
+	// SameNode judges whether connections between pods of Node go by the kernel alone. nil
+	// when none do.
+	SameNode *samenode.Judge
 
 	// Source is a pod: its name, namespace/name, deploy/name (or another kind of owner, or
 	// pod), namespace/deploy/name, or its IP address.
@@ -60,6 +64,7 @@ func Explain(q Question) (admin.Why, error) {
 	paths := e.paths()
 	first := &paths[0]
 	e.explainRoute(first)
+	e.explainSameNode(first)
 	e.explainIdentity(first)
 	e.explainPolicy(first)
 	e.explainOthers(paths)

@@ -18,7 +18,7 @@ func (e *explanation) conclude(p *path) {
 func (e *explanation) next(p *path) string {
 	strict := p.verdict != nil && !p.verdict.Allowed && p.verdict.Kind == authz.KindAuthentication
 	switch p.outcome {
-	case admin.OutcomeTunnel:
+	case admin.OutcomeTunnel, admin.OutcomeKernel:
 		return "raceway connections -n " + e.src.Name.Namespace + e.agent(e.src)
 	case admin.OutcomeUnknown:
 		return e.nextCapture(e.src)

@@ -25,6 +25,8 @@ type path struct {
 	target   netip.AddrPort
 	workload *dataplane.Workload // nil when the target is not a pod's
 	verdict  *authz.Verdict      // nil when no policy is enforced there
+	// encrypted says why it is a tunnel although both ends are on this node.
+	encrypted string
 }
 
 func (p *path) tunnel() bool { return p.result == admin.OutcomeTunnel }
@@ -78,6 +80,11 @@ func (e *explanation) path(pick func(int) int) path {
 		p.result = admin.OutcomeRefused
 	}
 	p.outcome = e.outcome(&p)
+	if p.outcome == admin.OutcomeTunnel && e.onOneNode(&p) {
+		if p.encrypted = e.whyEncrypted(&p); p.encrypted == "" {
+			p.outcome = admin.OutcomeKernel
+		}
+	}
 	return p
 }
 
@@ -163,6 +170,8 @@ func (e *explanation) explainIdentity(p *path) {
 	switch {
 	case p.tunnel() && e.via == viaAgent && e.certificateError() != nil:
 		e.step("identity", "no certificate", fmt.Sprintf("%s: %v", e.src.Identity, e.certificateError()))
+	case p.outcome == admin.OutcomeKernel:
+		e.step("identity", "by the node", e.src.Identity.String()+" to "+p.workload.Identity.String()+", as the agent knows both pods' network namespaces")
 	case p.tunnel():
 		e.step("identity", "mutual TLS", e.src.Identity.String()+" to "+p.workload.Identity.String())
 	case p.result == admin.OutcomePlain:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs/spiffe"
@@ -100,6 +101,8 @@ func (s *servedPod) connect(ctx context.Context, f *flow, app Socket, trace stri
 func (s *servedPod) reach(ctx context.Context, f *flow, trace string, first *hbone.First) (leg, error) {
 	destination := f.attempt.Destination.Addr
 	query := route.Flow{Source: f.attempt.Source.Workload, Node: s.cfg.Node, Dst: destination}
+	left := s.leftToKernel(query)
+	query.Exclude = slices.Clone(left)
 	tunnelled := false
 	var failed error
 	for range maxEndpoints {
@@ -123,10 +126,11 @@ func (s *servedPod) reach(ctx context.Context, f *flow, trace string, first *hbo
 			return out, nil
 		}
 		failed = then(failed, err)
-		if d.Alternates == 0 || ctx.Err() != nil || isFinal(err) {
+		if d.Alternates == 0 && left == nil || ctx.Err() != nil || isFinal(err) {
 			break
 		}
-		query.Exclude = append(query.Exclude, d.Target)
+		query.Exclude = append(query.Exclude[len(left):], d.Target)
+		left = nil
 	}
 	return nil, failed
 }

@@ -94,6 +94,9 @@ type Config struct {
 	ClientTransport hbone.ClientTransport
 	ServerTransport hbone.ServerTransport
 
+	// KernelPath takes connections between pods of this node off the proxy. nil takes none.
+	KernelPath KernelPath
+
 	// Log receives what no connection's record tells. nil discards it.
 	Log *slog.Logger
 }

@@ -84,6 +84,8 @@ type Attempt struct {
 	Service *dataplane.Service
 	// Tunnel is the peer's HBONE address, zero for plain TCP.
 	Tunnel netip.AddrPort
+	// Kernel says that it goes by the kernel alone, between two pods of this node.
+	Kernel bool
 	// Policy is what allowed or denied it, "" for none.
 	Policy string
 	// Started is when it was accepted; zero means now.
@@ -155,6 +157,44 @@ func (t *Telemetry) Refuse(a Attempt, flags Flags, err error) {
 // Sent and Received count bytes that were handed on: source to destination, and back.
 func (c *Conn) Sent(n int)     { c.sent.Add(uint64(n)) }
 func (c *Conn) Received(n int) { c.received.Add(uint64(n)) }
+
+// Total says what was sent and received so far, for connections whose bytes others count.
+func (c *Conn) Total(sent, received uint64) {
+	c.sent.Store(sent)
+	c.received.Store(received)
+}
+
+// Network says how the connection's packets fare, for one without Attempt.Socket.
+func (c *Conn) Network(rtt time.Duration, retransmits uint32) {
+	facts := tcpFacts{rttMicros: uint32(rtt.Microseconds()), retransmits: retransmits}
+	before := c.retransmits.Swap(retransmits)
+	c.rtt.Store(facts.rttMicros)
+	c.t.metrics.socket(c.parties.direction, facts, retransmits-min(before, retransmits))
+}
+
+// Resume is Open for a connection that an earlier agent told of, with what went over it then.
+func (t *Telemetry) Resume(a Attempt, sent, received uint64) *Conn {
+	c := t.Open(a)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.Total(sent, received)
+	c.counted = [2]uint64{sent, received}
+	return c
+}
+
+// HandOver is Close for a connection that lives on, for the next agent to tell of.
+func (c *Conn) HandOver() {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return
+	}
+	c.closed = true
+	c.countLocked()
+	c.mu.Unlock()
+	c.t.leave(c)
+	c.parties.series.handOver(time.Now())
+}
 
 // Close tells that the connection has ended and why; a nil err is a clean end. Calling it
 // again changes nothing.

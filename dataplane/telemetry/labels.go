@@ -60,8 +60,11 @@ func (m *metrics) labels(a *Attempt) labels {
 	if a.Direction == Inbound {
 		l.reporter = "destination"
 	}
-	if a.Tunnel.IsValid() {
+	switch {
+	case a.Tunnel.IsValid():
 		l.security = "mutual_tls"
+	case a.Kernel:
+		l.security = "none"
 	}
 	if a.Service != nil {
 		l.service, l.serviceName, l.serviceNamespace = a.Service.Host, a.Service.Name.Name, a.Service.Name.Namespace

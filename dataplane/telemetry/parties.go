@@ -15,6 +15,7 @@ type parties struct {
 	source, destination party
 	service             string // host name
 	policy              string
+	kernel              bool
 	series              *series
 }
 
@@ -32,19 +33,19 @@ type partiesKey struct {
 	sourceIdentity, destinationID spiffe.ID
 	service                       *dataplane.Service
 	policy                        string
-	tunnelled                     bool
+	tunnelled, kernel             bool
 }
 
 func (a *Attempt) key() partiesKey {
 	return partiesKey{
 		direction: a.Direction, source: a.Source.Workload, destination: a.Destination.Workload,
 		sourceIdentity: a.Source.Identity, destinationID: a.Destination.Identity,
-		service: a.Service, policy: a.Policy, tunnelled: a.Tunnel.IsValid(),
+		service: a.Service, policy: a.Policy, tunnelled: a.Tunnel.IsValid(), kernel: a.Kernel,
 	}
 }
 
 func newParties(a *Attempt, s *series) *parties {
-	p := &parties{direction: a.Direction, source: a.Source.party(), destination: a.Destination.party(), policy: a.Policy, series: s}
+	p := &parties{direction: a.Direction, source: a.Source.party(), destination: a.Destination.party(), policy: a.Policy, kernel: a.Kernel, series: s}
 	if a.Service != nil {
 		p.service = a.Service.Host
 	}

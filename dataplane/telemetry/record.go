@@ -37,8 +37,11 @@ func (r *record) connection() admin.Connection {
 		Service: p.service, Tunnel: r.tunnel, Policy: p.policy, Opened: r.opened(),
 		Sent: r.sent, Received: r.received, RTTMicros: r.rtt, Retransmits: r.retransmits,
 	}
-	if r.tunnel.IsValid() {
+	switch {
+	case r.tunnel.IsValid():
 		c.Protocol = dataplane.ProtocolHBONE
+	case p.kernel:
+		c.Protocol = dataplane.ProtocolKernel
 	}
 	return c
 }

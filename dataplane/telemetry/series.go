@@ -45,6 +45,11 @@ func (s *series) close(flags Flags, now time.Time) {
 	s.live.Add(-1) // last: until then it is not removed
 }
 
+func (s *series) handOver(now time.Time) {
+	s.used.Store(now.UnixNano())
+	s.live.Add(-1) // last: until then it is not removed
+}
+
 func (s *series) refuse(flags Flags, now time.Time) {
 	s.used.Store(now.UnixNano())
 	s.outcome(&s.failed, flags).count.Add(1)
