@@ -13,6 +13,7 @@ type Scenario struct {
 	Title     string // for people, at most two words on a line
 	Mesh      bool
 	SameNode  bool
+	Kernel    bool // of a mesh on one node: by the kernel alone
 	Yardstick bool // a pair of relays that is none of ours
 	Rules     bool // of many policies, of which the last one allows
 	// PassThrough has the client alone in the mesh: its traffic is captured, and leaves plain.
@@ -34,6 +35,7 @@ func Scenarios() []Scenario {
 		{Name: "pass-through", Title: "pass-through, across nodes", Mesh: true, PassThrough: true},
 		{Name: "plain-same", Title: "no mesh, same node", SameNode: true},
 		{Name: "hbone-same", Title: "HBONE, same node", Mesh: true, SameNode: true},
+		{Name: "kernel-same", Title: "kernel, same node", Mesh: true, SameNode: true, Kernel: true},
 	}
 }
 

@@ -117,7 +117,11 @@ func (st *site) build(ctx context.Context) (err error) {
 
 // enrol starts the mesh and waits until both pods are in it.
 func (st *site) enrol(ctx context.Context) error {
-	if err := st.lab.StartMesh(ctx, st.config.AgentArgs...); err != nil {
+	mode := "tunnel"
+	if st.scenario.Kernel {
+		mode = "kernel"
+	}
+	if err := st.lab.StartMesh(ctx, append([]string{"--same-node", mode}, st.config.AgentArgs...)...); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
@@ -156,13 +160,24 @@ func (st *site) startServer(ctx context.Context) error {
 // tunnels, or is not.
 func (st *site) verify(ctx context.Context) (err error) {
 	// The client's own link sees both kinds on one node and across nodes.
+	probe := func() error {
+		if _, _, err := st.load(ctx, task{Workload: "paced", Duration: 100 * time.Millisecond, Rate: 160}); err != nil {
+			return fmt.Errorf("probe the path: %w", err)
+		}
+		return nil
+	}
+	if st.scenario.Kernel { // not for the first connections
+		if err := probe(); err != nil {
+			return err
+		}
+	}
 	c, err := st.client.Node.Capture(ctx, st.client.HostEnd())
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
-	if _, _, err := st.load(ctx, task{Workload: "paced", Duration: 100 * time.Millisecond, Rate: 160}); err != nil {
-		return fmt.Errorf("probe the path: %w", err)
+	if err := probe(); err != nil {
+		return err
 	}
 	tunnel, err := c.CountPort(ctx, dataplane.PortTunnel)
 	if err != nil {
@@ -172,7 +187,7 @@ func (st *site) verify(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	tunnelled := st.scenario.Mesh && !st.scenario.PassThrough || st.scenario.Yardstick
+	tunnelled := st.scenario.Mesh && !st.scenario.PassThrough && !st.scenario.Kernel || st.scenario.Yardstick
 	if got := tunnel > 0 && plain == 0; got != tunnelled || tunnel+plain == 0 {
 		return fmt.Errorf("the probe made %d packets in tunnels and %d in clear, which is not %q", tunnel, plain, st.scenario.Title)
 	}
