@@ -83,7 +83,7 @@ func newAgent(cfg Config, earlier *Agent) (_ *Agent, err error) {
 	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	a.ready.set(errNoView)
 	a.run(a.lookForNode, a.boundMemory, a.manageHeap)
-	a.lead(a.prune, a.watchNamespaces, a.watchKubelet, a.becomeReady)
+	a.lead(a.watchPods, a.watchKubelet, a.becomeReady)
 	steps := []func() error{a.newDiscovery, a.newCertificates, a.newTelemetry, a.newProxy}
 	if err := a.meet(earlier); err != nil {
 		return nil, err

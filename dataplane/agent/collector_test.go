@@ -17,9 +17,9 @@ func TestBusyAgentsCollectSeldom(t *testing.T) {
 		percent int
 		why     string
 	}{
-		{30 * time.Second, 4 << 20, frugal, "it is neither, and stays"},
+		{10 * time.Second, 4 << 20, frugal, "it is neither, and stays"},
 		{time.Second, 4 << 20, 700, "it is busy: 4 MiB grow to 32"},
-		{20 * time.Second, 8 << 20, 300, "it is still, and has more"},
+		{10 * time.Second, 8 << 20, 300, "it is still, and has more"},
 		{time.Second, 40 << 20, frugal, "there is no room that it does not have anyway"},
 		{time.Second, 400 << 20, frugal, "nor here"},
 		{time.Second, 0, 100 * roomyHeap, "nothing at all"},

@@ -66,7 +66,7 @@ func serve(t *testing.T, p *pods, workloads ...dataplane.Workload) *Agent {
 	must(err)
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 3)
-	for _, run := range []func(context.Context) error{a.enrol, a.watchNamespaces, p.proxy.Run} {
+	for _, run := range []func(context.Context) error{a.enrol, a.watchPods, p.proxy.Run} {
 		go func() { done <- run(ctx) }()
 	}
 	t.Cleanup(func() {

@@ -13,16 +13,17 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane"
 )
 
-// pruneInterval is how often connections older than their pod's enrolment are looked up, so
-// that the guard forgets those that ended.
-const pruneInterval = 30 * time.Second
-
-// openingInterval is the same for those that were not answered yet, whose SYNs pass the guard.
-const openingInterval = 2 * time.Second
-
 // watchInterval is how often the pods' network namespaces are looked for. Nothing tells of
 // their end: the kernel keeps them for as long as the agent has sockets in them.
 const watchInterval = time.Second
+
+const (
+	// pruneRounds is in how many rounds of that connections older than their pod's enrolment are
+	// looked up, so that the guard forgets those that ended.
+	pruneRounds = 30
+	// openingRounds is the same for those that were not answered yet, whose SYNs pass the guard.
+	openingRounds = 2
+)
 
 // repairInterval is how often it is made sure that what capture rests on is still there.
 // Rules, routes and sysctls of a pod can be changed by whoever has CAP_NET_ADMIN in it, and
@@ -110,38 +111,27 @@ func knowsNode(s *dataplane.Snapshot, node string) error {
 	return fmt.Errorf("the cluster has no node %q and no pod on it: --node must be the name in the pods' spec.nodeName", node)
 }
 
-// prune lets the guards forget connections that have ended.
-func (a *Agent) prune(ctx context.Context) error {
-	all, opening := time.NewTicker(pruneInterval), time.NewTicker(openingInterval)
-	defer all.Stop()
-	defer opening.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-all.C:
-			a.pods.prune(func(*servedPod) bool { return true })
-		case <-opening.C:
-			a.pods.prune(func(s *servedPod) bool { return s.Opening() > 0 })
-		}
-	}
-}
-
-// watchNamespaces tells enrolment of pods whose network namespace is gone, or a listener in it.
-func (a *Agent) watchNamespaces(ctx context.Context) error {
+// watchPods tells enrolment of pods whose network namespace is gone, or a listener in it, and
+// lets the guards forget connections that have ended. One timer does for all of it, so that it
+// wakes a node at rest once.
+func (a *Agent) watchPods(ctx context.Context) error {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
-	for {
+	for round := 1; ; round++ {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
-			for _, uid := range a.pods.vanished() {
-				a.reconciler.Vanished(uid)
-			}
-			for uid, err := range a.pods.deaf() {
-				a.reconciler.Broken(uid, err)
-			}
+		}
+		for _, uid := range a.pods.vanished() {
+			a.reconciler.Vanished(uid)
+		}
+		for uid, err := range a.pods.deaf() {
+			a.reconciler.Broken(uid, err)
+		}
+		all := round%pruneRounds == 0
+		if all || round%openingRounds == 0 {
+			a.pods.prune(func(s *servedPod) bool { return all || s.Opening() > 0 })
 		}
 	}
 }
