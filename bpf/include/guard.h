@@ -35,15 +35,11 @@ static __always_inline bool source_allowed(const struct pod *pod, const struct p
 /* A packet of the agent's that goes where the agent's socket is connected to. The pod's
  * namespace is the pod's: one with CAP_NET_ADMIN may rewrite addresses there (NAT, TC), and
  * what the agent says in clear to one peer must not reach another. */
-static __always_inline bool is_own(struct __sk_buff *skb, const struct packet *p, const struct segment *s)
+static __always_inline bool is_own(struct bpf_sock *sk, const struct packet *p, const struct segment *s)
 {
-	struct bpf_sock *sk = skb->sk;
 	struct addr peer;
 
-	if (!sk)
-		return false;
-	sk = bpf_sk_fullsock(sk);
-	if (!sk || !bpf_sk_storage_get(&own, sk, 0, 0) || sk->dst_port != s->tcp.dest)
+	if (!bpf_sk_storage_get(&own, sk, 0, 0) || sk->dst_port != s->tcp.dest)
 		return false;
 	/* volatile, or clang computes the field's address, which the verifier forbids. The
 	 * kernel keeps an IPv4 peer in dst_ip4 for IPv6 sockets as well. */
@@ -56,21 +52,6 @@ static __always_inline bool is_own(struct __sk_buff *skb, const struct packet *p
 		peer.word[3] = *(volatile __u32 *)&sk->dst_ip6[3];
 	}
 	return addr_equal(&peer, &p->dst);
-}
-
-/* A packet of either end of an admitted connection of direct.h. */
-static __always_inline bool is_direct(struct __sk_buff *skb, const struct tuple *t, const struct segment *s, bool opens)
-{
-	struct bpf_sock *sk;
-
-	if (!can_direct)
-		return false;
-	sk = skb->sk;
-	if (sk)
-		sk = bpf_sk_fullsock(sk);
-	if (sk && is_client(sk, t, s->payload))
-		return true;
-	return !opens && is_server(t);
 }
 
 static __always_inline bool is_established(const struct tuple *t, bool opens)
@@ -94,6 +75,7 @@ static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns
 {
 	struct tuple t = { .netns = netns, .local = p->src, .remote = p->dst };
 	struct segment s = {};
+	struct bpf_sock *sk;
 	bool opens;
 
 	if (p->fragment)
@@ -103,11 +85,14 @@ static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns
 	opens = s.tcp.syn && !s.tcp.ack;
 	if (!opens && !s.payload)
 		return GUARD_PASSED_NO_DATA;
-	if (is_own(skb, p, &s))
-		return GUARD_PASSED_OWN;
 	t.local_port = bpf_ntohs(s.tcp.source);
 	t.remote_port = bpf_ntohs(s.tcp.dest);
-	if (is_direct(skb, &t, &s, opens))
+	sk = skb->sk;
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk && is_own(sk, p, &s))
+		return GUARD_PASSED_OWN;
+	if (can_direct && ((sk && is_client(sk, &t, s.payload)) || (!opens && is_server(&t))))
 		return GUARD_PASSED_DIRECT;
 	if (is_established(&t, opens))
 		return GUARD_PASSED_ESTABLISHED;

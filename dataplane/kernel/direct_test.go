@@ -31,7 +31,7 @@ type direct struct {
 	events     *directLog
 }
 
-func newDirect(t *testing.T, m mode) *direct {
+func newDirect(t testing.TB, m mode) *direct {
 	t.Helper()
 	f := &direct{fixture: enrolled(t, m)}
 	if err := f.dp.Direct(); err != nil {
@@ -44,7 +44,7 @@ func newDirect(t *testing.T, m mode) *direct {
 	return f
 }
 
-func (f *direct) enrolAs(t *testing.T, uid string, in *netnstest.Pod) *kernel.Pod {
+func (f *direct) enrolAs(t testing.TB, uid string, in *netnstest.Pod) *kernel.Pod {
 	t.Helper()
 	pod, err := f.dp.OpenPod(kernel.PodConfig{UID: uid, NetNS: in.Path(), Addrs: in.Addrs()})
 	if err != nil {
@@ -58,7 +58,7 @@ func (f *direct) enrolAs(t *testing.T, uid string, in *netnstest.Pod) *kernel.Po
 	return pod
 }
 
-func (f *direct) revoke(t *testing.T) {
+func (f *direct) revoke(t testing.TB) {
 	t.Helper()
 	var err error
 	if f.generation, err = f.dp.Revoke(); err != nil {
@@ -67,7 +67,7 @@ func (f *direct) revoke(t *testing.T) {
 }
 
 // allow lets web reach a destination at endpoints of db, out of total.
-func (f *direct) allow(t *testing.T, destination netip.AddrPort, total int, at ...netip.AddrPort) {
+func (f *direct) allow(t testing.TB, destination netip.AddrPort, total int, at ...netip.AddrPort) {
 	t.Helper()
 	a := kernel.Allowance{Generation: f.generation, Total: total}
 	for _, e := range at {
@@ -84,7 +84,7 @@ type directLog struct {
 	seen []kernel.DirectConnection
 }
 
-func follow(t *testing.T, dp *kernel.Datapath) *directLog {
+func follow(t testing.TB, dp *kernel.Datapath) *directLog {
 	t.Helper()
 	l := &directLog{}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -104,7 +104,7 @@ func follow(t *testing.T, dp *kernel.Datapath) *directLog {
 }
 
 // next waits for an event about the connection from that address.
-func (l *directLog) next(t *testing.T, from netip.AddrPort, event kernel.DirectEvent) kernel.DirectConnection {
+func (l *directLog) next(t testing.TB, from netip.AddrPort, event kernel.DirectEvent) kernel.DirectConnection {
 	t.Helper()
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		l.mu.Lock()
@@ -126,7 +126,7 @@ func (l *directLog) next(t *testing.T, from netip.AddrPort, event kernel.DirectE
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
 
 // pair connects web to destination and accepts at the listener, which is db's own.
-func (f *direct) pair(t *testing.T, l net.Listener, destination netip.AddrPort) (client *net.TCPConn, server net.Conn) {
+func (f *direct) pair(t testing.TB, l net.Listener, destination netip.AddrPort) (client *net.TCPConn, server net.Conn) {
 	t.Helper()
 	client = dial(t, f.web.Namespace, destination)
 	return client, accept(t, l)
@@ -316,7 +316,7 @@ func TestEndpointsOfOthersAreLeftToTheAgent(t *testing.T) {
 }
 
 // toAgent makes sure that a connection comes to the agent's listener.
-func (f *direct) toAgent(t *testing.T, destination netip.AddrPort) {
+func (f *direct) toAgent(t testing.TB, destination netip.AddrPort) {
 	t.Helper()
 	client := dial(t, f.web.Namespace, destination)
 	conn := accept(t, f.pod.Outbound())

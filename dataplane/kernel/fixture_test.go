@@ -108,7 +108,7 @@ func (f *fixture) open(t testing.TB) {
 	}
 }
 
-func (f *fixture) openPod(t *testing.T) {
+func (f *fixture) openPod(t testing.TB) {
 	t.Helper()
 	var err error
 	f.pod, err = f.dp.OpenPod(kernel.PodConfig{UID: "web", NetNS: f.web.Path(), Addrs: f.web.Addrs()})
@@ -118,7 +118,7 @@ func (f *fixture) openPod(t *testing.T) {
 }
 
 // enrol goes all the way to a guarded pod.
-func (f *fixture) enrol(t *testing.T) {
+func (f *fixture) enrol(t testing.TB) {
 	t.Helper()
 	f.openPod(t)
 	for _, step := range []func() error{
@@ -132,7 +132,7 @@ func (f *fixture) enrol(t *testing.T) {
 	}
 }
 
-func enrolled(t *testing.T, m mode) *fixture {
+func enrolled(t testing.TB, m mode) *fixture {
 	t.Helper()
 	f := newFixture(t, m)
 	f.enrol(t)
@@ -156,7 +156,7 @@ func (f *fixture) counter(t *testing.T, hook, reason string) uint64 {
 }
 
 // dial connects as an application would.
-func dial(t *testing.T, ns *netns.Namespace, remote netip.AddrPort) *net.TCPConn {
+func dial(t testing.TB, ns *netns.Namespace, remote netip.AddrPort) *net.TCPConn {
 	t.Helper()
 	conn, err := tryDial(t, ns, remote, patience)
 	if err != nil {
@@ -165,7 +165,7 @@ func dial(t *testing.T, ns *netns.Namespace, remote netip.AddrPort) *net.TCPConn
 	return conn
 }
 
-func tryDial(t *testing.T, ns *netns.Namespace, remote netip.AddrPort, bound time.Duration) (*net.TCPConn, error) {
+func tryDial(t testing.TB, ns *netns.Namespace, remote netip.AddrPort, bound time.Duration) (*net.TCPConn, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), bound)
 	defer cancel()
@@ -176,7 +176,7 @@ func tryDial(t *testing.T, ns *netns.Namespace, remote netip.AddrPort, bound tim
 	return conn, err
 }
 
-func accept(t *testing.T, l net.Listener) net.Conn {
+func accept(t testing.TB, l net.Listener) net.Conn {
 	t.Helper()
 	if err := l.(interface{ SetDeadline(time.Time) error }).SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
@@ -232,7 +232,7 @@ func families() []family {
 	}
 }
 
-func listenOn(t *testing.T, p *netnstest.Pod, at netip.AddrPort) net.Listener {
+func listenOn(t testing.TB, p *netnstest.Pod, at netip.AddrPort) net.Listener {
 	t.Helper()
 	return netnstest.Listen(t, p.Namespace, "tcp", at.String())
 }
