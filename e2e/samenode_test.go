@@ -316,3 +316,28 @@ func TestConnectionsByTheKernelOutliveTheAgent(t *testing.T) {
 		t.Error("the next agent cuts what policy denies:", err)
 	}
 }
+
+func TestReleaseSparesConnectionsByTheKernel(t *testing.T) {
+	o := newOneNode(t, lab.Options{})
+	live, _ := o.byKernel(o.to)
+	if err := o.LabelNamespace("shop", ""); err != nil {
+		t.Fatal(err)
+	}
+	o.awaitState(dataplane.CaptureNone, o.web, o.near)
+	if err := live.use(); err != nil {
+		t.Error("its pods are released:", err)
+	}
+	o.deny()
+	time.Sleep(200 * time.Millisecond) // policy is nobody's business now
+	if err := live.use(); err != nil {
+		t.Error("a policy for pods that are not captured:", err)
+	}
+	if err := o.DeleteFile("policy.yaml"); err != nil {
+		t.Fatal(err)
+	}
+	o.enrol(o.web, o.near)
+	if err := live.use(); err != nil {
+		t.Error("its pods are enrolled again:", err)
+	}
+	o.byKernel(o.to)
+}
