@@ -113,6 +113,10 @@ bench: export RACEWAY_ENVOY ?= $(wildcard $(CACHE)/envoy/envoy/_bin/envoy)
 bench: build ## measure what the mesh costs beside HAProxy and Envoy where they are, into perf/results (needs root); ARGS=--short
 	$(BIN)/raceway perf run $(ARGS)
 
+.PHONY: soak
+soak: build ## put a mixed load with checksums on the mesh, and look for leaks (needs root); ARGS="--duration 1h"
+	$(BIN)/raceway perf soak $(ARGS)
+
 .PHONY: scale
 scale: kubernetes ## measure discovery with 50,000 pods, into perf/results (needs root, half an hour); ARGS="-pods 5000"
 	$(GO) run ./perf/scale $(ARGS)
@@ -158,4 +162,5 @@ ci: ## everything that CI checks (needs root and apt-get; installs what is missi
 	@.ci/step "fuzzing" $(MAKE) fuzz
 	@.ci/step "demo on IPv4" $(MAKE) demo ARGS=--mariadb
 	@.ci/step "demo on IPv6" $(MAKE) demo ARGS=--ipv6
+	@.ci/step "soak" $(MAKE) soak ARGS="--duration 1m"
 	@.ci/step "benchmarks" $(MAKE) bench ARGS=--short

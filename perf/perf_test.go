@@ -93,6 +93,26 @@ func TestPoliciesHaveTheirNumberOfRules(t *testing.T) {
 	}
 }
 
+func TestASoakTellsALeakFromBreathing(t *testing.T) {
+	before := Vitals{Goroutines: 100, Descriptors: 60, RSS: 40 << 20}
+	for name, test := range map[string]struct {
+		after Vitals
+		says  string
+	}{
+		"as before":   {before, ""},
+		"breathing":   {Vitals{Goroutines: 120, Descriptors: 70, RSS: 80 << 20}, ""},
+		"goroutines":  {Vitals{Goroutines: 400, Descriptors: 60, RSS: 40 << 20}, "leaks goroutines: 400"},
+		"descriptors": {Vitals{Goroutines: 100, Descriptors: 400, RSS: 40 << 20}, "leaks descriptors: 400"},
+		"memory":      {Vitals{Goroutines: 100, Descriptors: 60, RSS: 400 << 20}, "leaks memory: 400 MiB"},
+	} {
+		r := SoakReport{Before: map[string]Vitals{"node1": before}, After: map[string]Vitals{"node1": test.after}}
+		err := r.leaks()
+		if (err != nil) != (test.says != "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%s: %v, want %q", name, err, test.says)
+		}
+	}
+}
+
 func TestGaugeFindsTheMetricByItsWholeName(t *testing.T) {
 	metrics := "# HELP a b\na_total 3\na 1.5e+06\n"
 	if got := gauge(metrics, "a"); got != 1.5e6 {

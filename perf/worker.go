@@ -36,7 +36,7 @@ type outcome struct {
 	Latency traffic.Latency `json:"latency,omitzero"`
 }
 
-// Worker is the process inside a pod: `serve`, `load TASK`, `hold TASK`, or `relay` with the arguments of
+// Worker is the process inside a pod: `serve`, `load TASK`, `hold TASK`, `mix TASK`, or `relay` with the arguments of
 // yardstick.Relay. A client warms up, writes a
 // line, waits for one on in, makes its load and writes the outcome: so its start-up is not
 // in the measurement.
@@ -46,17 +46,20 @@ func Worker(ctx context.Context, args []string, in io.Reader, out io.Writer) err
 		return serve(ctx, out)
 	case len(args) > 0 && args[0] == "relay":
 		return yardstick.Relay(ctx, args[1:])
-	case len(args) == 2 && (args[0] == "load" || args[0] == "hold"):
+	case len(args) == 2 && (args[0] == "load" || args[0] == "hold" || args[0] == "mix"):
 		var t task
 		if err := json.Unmarshal([]byte(args[1]), &t); err != nil {
 			return fmt.Errorf("read the task: %w", err)
 		}
-		if args[0] == "hold" {
+		switch args[0] {
+		case "hold":
 			return hold(ctx, t, in, out)
+		case "mix":
+			return mixWorker(ctx, t, out)
 		}
 		return load(ctx, t, in, out)
 	}
-	return fmt.Errorf("worker %q: want serve, relay, or load or hold and a task", args)
+	return fmt.Errorf("worker %q: want serve, relay, or load, hold or mix and a task", args)
 }
 
 func serve(ctx context.Context, out io.Writer) error {

@@ -19,7 +19,7 @@ others, all in one run; and compare the results of two runs.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newPerfRun(c), newPerfCompare(c), newPerfShow(c))
+	cmd.AddCommand(newPerfRun(c), newPerfSoak(c), newPerfCompare(c), newPerfShow(c))
 	addPerfWorkers(cmd)
 	return cmd
 }

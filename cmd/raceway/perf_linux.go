@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"os"
@@ -76,6 +77,46 @@ that the run covers. It needs root, and raceway-agent and raceway-ca beside this
 	f.StringVar(&r.HAProxy, "haproxy", "", "HAProxy's program; default what PATH has")
 	f.StringVar(&r.Envoy, "envoy", os.Getenv("RACEWAY_ENVOY"), "Envoy's program; default RACEWAY_ENVOY, or what PATH has")
 	f.StringVar(&r.out, "out", "perf/results", "directory for the JSON and the plots")
+	f.BoolVar(&r.verbose, "verbose", false, "say more")
+	return cmd
+}
+
+func newPerfSoak(c *cli) *cobra.Command {
+	var r perfRun
+	cmd := &cobra.Command{
+		Use:   "soak",
+		Short: "Put a long mixed load on the mesh, and look for what is lost or leaks",
+		Long: `Put a mixed load on a cluster of network namespaces on this machine: streams with checksums,
+half-closes, slow readers, requests and resets, while policies change. The exit code is 1 when
+something is lost or changed, or when an agent leaks goroutines, descriptors or memory.`,
+		Example:           "  raceway perf soak --duration 1h",
+		Args:              noArgs,
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := endable(cmd.Context())
+			defer stop()
+			config, err := r.config(c, cmd)
+			if err != nil {
+				return err
+			}
+			d := config.Duration
+			config.Duration = 0
+			found, err := perf.Soak(ctx, config, d)
+			if err != nil {
+				return demoError{err}
+			}
+			content, err := json.MarshalIndent(found, "", "  ")
+			if err != nil {
+				return fmt.Errorf("print what was found: %w", err)
+			}
+			return c.say("%s", content)
+		},
+	}
+	f := cmd.Flags()
+	f.DurationVar(&r.Duration, "duration", time.Minute, "of the load")
+	f.BoolVar(&r.IPv6, "ipv6", false, "pods have IPv6 addresses")
+	f.StringVar(&r.BinDir, "bin-dir", "", "directory of raceway-agent and raceway-ca; default that of this program")
+	f.StringVar(&r.agentArgs, "agent-args", "", "more arguments for the agents, space separated")
 	f.BoolVar(&r.verbose, "verbose", false, "say more")
 	return cmd
 }

@@ -17,4 +17,13 @@ func newPerfRun(*cli) *cobra.Command {
 	}
 }
 
+func newPerfSoak(*cli) *cobra.Command {
+	return &cobra.Command{
+		Use:     "soak",
+		Short:   "Put a long mixed load on the mesh, and look for what is lost or leaks",
+		Example: "  raceway perf soak",
+		RunE:    func(*cobra.Command, []string) error { return errors.New("the benchmark needs Linux") },
+	}
+}
+
 func addPerfWorkers(*cobra.Command) {}

@@ -8,6 +8,7 @@
 //	'E' size (4, big endian)
 //	    request of that size    ──►   ◄── the same bytes, again and again
 //	'C'                         ──►   ◄── 'C' FIN
+//	'S' data …… FIN             ──►   ◄── the same data …… FIN
 //
 // Each client checks what it gets back, so a path that loses or changes bytes fails.
 package traffic
@@ -30,6 +31,7 @@ const (
 	downloadMode = 'D'
 	echoMode     = 'E'
 	connectMode  = 'C'
+	streamMode   = 'S'
 
 	// MessageSize is the size of a request and of its response, unless told otherwise.
 	MessageSize = 1 << 10
@@ -95,6 +97,10 @@ func answer(conn net.Conn) error {
 		return answerDownload(conn)
 	case echoMode:
 		return answerEcho(conn)
+	case streamMode:
+		// Bare interfaces: the kernel would splice otherwise, which no application does.
+		_, err := io.CopyBuffer(struct{ io.Writer }{conn}, struct{ io.Reader }{conn}, make([]byte, 32<<10))
+		return err
 	case connectMode:
 		_, err := conn.Write(mode[:])
 		return err

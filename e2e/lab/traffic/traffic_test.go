@@ -190,6 +190,21 @@ func TestHeldConnectionsAreAskedEachTime(t *testing.T) {
 	}
 }
 
+func TestMixedLoadSeesACorruptPath(t *testing.T) {
+	r, err := Mixed(t.Context(), serve(t, plain), 8, 500*time.Millisecond)
+	if err != nil || r.Streams == 0 || r.Bytes == 0 || r.Resets == 0 || r.Requests == 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	for _, swallow := range []bool{false, true} {
+		to := serve(t, func(l net.Listener) net.Listener { return corruptListener{l, swallow} })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		if err := new(mix).stream(ctx, to, 0); err == nil {
+			t.Errorf("a path that is corrupt (swallow %v) passed", swallow)
+		}
+		cancel()
+	}
+}
+
 func TestServerThatIsNotThereIsAnError(t *testing.T) {
 	nobody := netip.MustParseAddrPort("127.0.0.1:1")
 	if _, err := Bulk(t.Context(), nobody, 2, time.Second); err == nil {
