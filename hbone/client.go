@@ -102,16 +102,6 @@ type Tunnel struct {
 	release func()
 }
 
-// Reset returns a channel that is closed when the stream has ended other than cleanly,
-// which matters to who has read its clean end and still writes; also after Close. It is nil
-// where the transport cannot tell.
-func (t *Tunnel) Reset() <-chan struct{} {
-	if s, ok := t.Stream.(interface{ Reset() <-chan struct{} }); ok {
-		return s.Reset()
-	}
-	return nil
-}
-
 // Close closes the stream and gives its place in the session back.
 func (t *Tunnel) Close() error {
 	err := t.Stream.Close()
@@ -250,7 +240,7 @@ func (c *Client) handshake(ctx context.Context, raw net.Conn, cfg *tls.Config) (
 			return nil, fmt.Errorf("wait for other handshakes: %w", ctx.Err())
 		}
 	}
-	conn := tls.Client(raw, cfg)
+	conn := tls.Client(NewWire(raw), cfg)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}

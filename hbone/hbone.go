@@ -28,6 +28,30 @@ type Stream interface {
 	// sees RST_STREAM. It may be called again and from any goroutine, and unblocks
 	// Read and Write.
 	Close() error
+
+	// Deliver has the stream hand what it receives to sink, from now on and in place of
+	// Read, which must not be called any more. It is called once.
+	Deliver(sink Sink)
+	// Resume goes on after Sink.Full, and reports whether the sink has taken all that was
+	// waiting. If not, it is called again when there is room. One goroutine calls it.
+	Resume() bool
+}
+
+// Sink takes what a stream receives, on the goroutine that received it, so that an idle
+// stream needs none of its own. Its methods must not wait, or they hold up every stream of
+// the connection; they are not called at the same time, End with an error excepted. They may
+// call the stream's methods. None is called after Close has returned but those that run.
+type Sink interface {
+	// Take is given bytes, which are the transport's again when it returns. It returns how
+	// many it took: fewer than all when it has no room.
+	Take(p []byte) int
+	// Full is called after Take took less than all. Take is not called again before
+	// Stream.Resume. Until then the peer may send what the stream's window allows.
+	Full()
+	// End tells that nothing comes any more: nil after the peer ended its direction cleanly
+	// and all was taken, an error for any other end. An error may come after nil: the stream
+	// was reset while it could be written.
+	End(err error)
 }
 
 // Request is a CONNECT request's content.
@@ -119,13 +143,13 @@ type Response struct {
 	Baggage Baggage
 }
 
-// ClientTransport makes a Session from a TLS connection whose handshake has completed.
+// ClientTransport makes a Session from a TLS connection on a Wire whose handshake has completed.
 // The session owns the connection, also when NewSession fails. ctx bounds the making only.
 type ClientTransport interface {
 	NewSession(ctx context.Context, conn *tls.Conn) (Session, error)
 }
 
-// ServerTransport serves one TLS connection whose handshake has completed until it ends or
+// ServerTransport serves one TLS connection on a Wire whose handshake has completed until it ends or
 // ctx does: then it drains (GOAWAY, streams run on) until drained, or until force is done.
 // It owns the connection, returns after the last call of serve has returned, and its error
 // is nil unless the peer broke the protocol or vanished.
@@ -141,7 +165,8 @@ type ServerRequest struct {
 	Target netip.AddrPort
 	// Conn is the tunnel connection that carries it.
 	Conn *ServerConn
-	// Context ends with the stream, the connection, or the server's force.
+	// Context ends with the stream, the connection, the server's force, or when the Handler
+	// has returned.
 	Context context.Context
 
 	// Accept answers 200 and returns the stream; Reject answers with a status and ends it.
@@ -167,8 +192,16 @@ func NewConn(conn *tls.Conn) *Conn {
 		Local:  addrPort(conn.LocalAddr()),
 		Remote: addrPort(conn.RemoteAddr()),
 		TLS:    conn.ConnectionState(),
-		Raw:    conn.NetConn(),
+		Raw:    unwrapped(conn.NetConn()),
 	}
+}
+
+// unwrapped is the connection beneath a Wire.
+func unwrapped(c net.Conn) net.Conn {
+	if w, ok := c.(*Wire); ok {
+		return w.Conn
+	}
+	return c
 }
 
 // addrPort is a TCP address unmapped, and zero for one of another kind.
@@ -181,5 +214,6 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// Handler decides and serves one CONNECT; it returns when the stream is done with.
+// Handler decides and serves one CONNECT. A stream that it accepted and left to a Sink outlives
+// it until it is closed; any other is closed when it returns.
 type Handler func(*ServerRequest)

@@ -202,16 +202,24 @@ func TestResetIsToldToWhoOnlyWrites(t *testing.T) {
 	if all, err := io.ReadAll(tunnel); err != nil || len(all) > 0 {
 		t.Fatalf("read %q, %v", all, err)
 	}
-	select {
-	case <-tunnel.Reset():
-		t.Fatal("a half-closed stream passes for a reset one")
-	default:
+	ends := make(ends, 2)
+	tunnel.Deliver(ends)
+	if err := <-ends; err != nil {
+		t.Fatalf("the clean end of a direction is told as %v", err)
 	}
 	close(reset)
-	<-tunnel.Reset()
+	if err := <-ends; err == nil {
+		t.Error("a reset is told as a clean end")
+	}
 	_ = tunnel.Close()
-	<-tunnel.Reset()
 }
+
+// ends is a sink that tells of ends alone.
+type ends chan error
+
+func (e ends) Take(p []byte) int { return len(p) }
+func (e ends) Full()             {}
+func (e ends) End(err error)     { e <- err }
 
 func TestDeadPooledSessionLeadsToAFreshOne(t *testing.T) {
 	w := newWorld(t, nil)

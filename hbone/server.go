@@ -240,7 +240,7 @@ func untilExpiry(ctx context.Context, conn *tls.Conn) (context.Context, context.
 func (s *Server) handshake(ctx context.Context, raw net.Conn) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
 	defer cancel()
-	conn := tls.Server(raw, s.cfg.TLS)
+	conn := tls.Server(NewWire(raw), s.cfg.TLS)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = raw.Close() // the handshake's error is the one to report
 		if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {

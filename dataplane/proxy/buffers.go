@@ -10,7 +10,7 @@ import (
 // be readable, and a small one where it cannot (a stream). Bulk takes large ones.
 const (
 	smallBuffer = 4 << 10
-	largeBuffer = 64 << 10
+	largeBuffer = 128<<10 - 9 // with the header of a DATA frame it fills eight TLS records
 )
 
 // buffers lends copy buffers within a pod's and the node's budget.

@@ -54,7 +54,21 @@ type turn struct {
 	held    *list.Element // in gate.held, nil when not
 }
 
-func (s *share) turn() *turn { return &turn{share: s, granted: make(chan struct{}, 1)} }
+// turns recycles them: an idle connection has none.
+var turns = sync.Pool{New: func() any { return &turn{granted: make(chan struct{}, 1)} }}
+
+func (s *share) turn() *turn {
+	t := turns.Get().(*turn)
+	t.share = s
+	return t
+}
+
+// recycle releases t and gives it away.
+func (t *turn) recycle() {
+	t.release()
+	t.share = nil
+	turns.Put(t)
+}
 
 // acquire waits for the turn. Waits are short: chunks are, and blocked holders lose theirs.
 func (t *turn) acquire() {

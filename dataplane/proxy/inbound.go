@@ -36,7 +36,6 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 		s.refused(ctx, f, err)
 		return
 	}
-	defer s.end(f)
 	var app *tcpLeg
 	if err = checkPort(destination); err == nil {
 		err = s.openFiles(f, 2)
@@ -48,6 +47,7 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 	if err != nil {
 		source.abort()
 		s.refused(ctx, f, err)
+		s.end(f)
 		return
 	}
 	s.relay(ctx, f, source, app, 0)
@@ -156,7 +156,6 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 		s.refused(ctx, f, err)
 		return
 	}
-	defer s.end(f)
 	err := checkRequest(r)
 	if err == nil && identityErr != nil {
 		err = &deniedError{cause: identityErr.Error()}
@@ -171,6 +170,7 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	if err != nil {
 		r.Reject(statusOf(err))
 		s.refused(ctx, f, err)
+		s.end(f)
 		return
 	}
 	var own hbone.Baggage
@@ -181,9 +181,10 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	if err != nil {
 		app.abort()
 		s.refused(ctx, f, fmt.Errorf("answer the peer: %w", err))
+		s.end(f)
 		return
 	}
-	s.relay(ctx, f, newStreamLeg(stream, "the peer", r.Context.Done()), app, 0)
+	s.relay(ctx, f, newStreamLeg(stream, "the peer"), app, 0)
 }
 
 // errStreamEnded is a tunnel that its peer gave up, or whose connection was lost.

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -184,8 +185,12 @@ func play(args []string) error {
 				}
 			}()
 		}
+	case "pour":
+		return pour(args[1], args[2], args[3])
 	case "ping":
 		return ping(args[1], args[2])
+	case "chatter":
+		return chatter(args[1], args[2])
 	}
 	<-over
 	return nil
@@ -239,5 +244,70 @@ func ping(addr, count string) error {
 	slices.Sort(took)
 	at := func(q float64) float64 { return float64(took[min(n-1, int(q*float64(n)))].Nanoseconds()) / 1000 }
 	fmt.Println(at(0.5), at(0.99), at(0.999))
+	return nil
+}
+
+// pour sends on that many connections, prints a line after a second and how many bytes it sent
+// in the time after that.
+func pour(addr, streams, duration string) error {
+	n, err := strconv.Atoi(streams)
+	if err != nil {
+		return err
+	}
+	d, err := time.ParseDuration(duration)
+	if err != nil {
+		return err
+	}
+	var sent atomic.Int64
+	for range n {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			return err
+		}
+		go func() {
+			chunk := make([]byte, 256<<10)
+			for {
+				n, err := c.Write(chunk)
+				sent.Add(int64(n))
+				if err != nil {
+					return
+				}
+			}
+		}()
+	}
+	time.Sleep(time.Second)
+	before := sent.Load()
+	fmt.Println()
+	time.Sleep(d)
+	fmt.Println(sent.Load() - before)
+	return nil
+}
+
+// chatter makes requests of 1 KiB one right after the other, and prints quantiles in
+// microseconds and how many it made in a second.
+func chatter(addr, duration string) error {
+	d, err := time.ParseDuration(duration)
+	if err != nil {
+		return err
+	}
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, 1024)
+	var took []time.Duration
+	for began := time.Now(); time.Since(began) < d; {
+		start := time.Now()
+		if _, err := c.Write(buf); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(c, buf); err != nil {
+			return err
+		}
+		took = append(took, time.Since(start))
+	}
+	slices.Sort(took)
+	at := func(q float64) float64 { return float64(took[int(q*float64(len(took)))].Nanoseconds()) / 1000 }
+	fmt.Println(at(0.5), at(0.99), float64(len(took))/d.Seconds())
 	return nil
 }

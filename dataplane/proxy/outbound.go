@@ -45,11 +45,11 @@ func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 		s.refused(ctx, f, err)
 		return
 	}
-	defer s.end(f)
 	out, early, err := s.connect(ctx, f, conn, trace)
 	if err != nil {
 		app.abort()
 		s.refused(ctx, f, err)
+		s.end(f)
 		return
 	}
 	s.relay(ctx, f, app, out, early)
@@ -69,20 +69,27 @@ func (s *servedPod) refused(ctx context.Context, f *flow, err error) {
 	s.cfg.Telemetry.Refuse(*f.attempt, flagsOf(err), err)
 }
 
-// relay carries f between its source and its destination until it ends. early is how many bytes
+// relay carries f between its source and its destination from now on. early is how many bytes
 // the destination has of the source already.
 func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg, early int) {
 	s.settle(f)
 	record := s.cfg.Telemetry.Open(*f.attempt)
 	record.Sent(early)
 	f.attempt = nil // it keeps a snapshot
-	r := &relay{legs: [2]leg{source, destination}, share: s.share, buffers: &s.buffers, count: [2]func(int){record.Sent, record.Received}}
-	err := r.run(ctx)
-	flags := telemetry.FlagsNone
-	if err != nil {
-		flags = endFlags(err)
+	s.work.Add(1)
+	r := newRelay(source, destination)
+	r.share, r.buffers, r.lot = s.share, &s.buffers, &s.idle
+	r.count = [2]func(int){record.Sent, record.Received}
+	r.done = func(err error) {
+		flags := telemetry.FlagsNone
+		if err != nil {
+			flags = endFlags(err)
+		}
+		record.Close(flags, err)
+		s.end(f)
+		s.work.Done()
 	}
-	record.Close(flags, err)
+	s.carry(ctx, f, r)
 }
 
 // connect reaches what app asked for, and returns how many of its bytes went along.
@@ -240,7 +247,7 @@ func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, t
 		_ = tunnel.Close()
 		return nil, err
 	}
-	return newStreamLeg(tunnel, "the peer", nil), nil
+	return newStreamLeg(tunnel, "the peer"), nil
 }
 
 // sourceAddr is the pod's address of the same family as remote: the application's own

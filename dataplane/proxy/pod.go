@@ -59,7 +59,12 @@ func (p *Proxy) ServePod(ctx, force context.Context, pod Pod) error {
 	// Connections live until force, and are told so in these words.
 	live, cut := context.WithCancelCause(context.WithoutCancel(force))
 	defer cut(nil)
-	defer context.AfterFunc(force, func() { cut(errForced) })()
+	defer context.AfterFunc(force, func() {
+		cut(errForced)
+		for _, f := range s.liveFlows() {
+			s.cut(f, errForced)
+		}
+	})()
 	s.server = s.tunnelServer(live)
 	p.add(s)
 	defer p.remove(s)
@@ -137,7 +142,8 @@ func (s *servedPod) workload() (snapshot *dataplane.Snapshot, now, last *datapla
 
 // flow is a connection from its acceptance to its end.
 type flow struct {
-	cancel  context.CancelCauseFunc // cuts it, with the reason
+	cancel  context.CancelCauseFunc // of its set-up
+	relay   *relay                  // once it is set up; guarded by servedPod.mu
 	attempt *telemetry.Attempt      // until it is open or refused
 	guarded *guarded                // what policy looks at again when it changes; nil for outbound ones
 	tunnel  *hbone.Conn
@@ -212,6 +218,31 @@ func (s *servedPod) leave(f *flow) {
 	s.conns.Add(-1)
 	s.files.give(f.files)
 	s.Proxy.files.give(f.files)
+}
+
+// carry hands f over to r, so that cut reaches it, and lets go of its set-up, whose context
+// would keep memory.
+func (s *servedPod) carry(ctx context.Context, f *flow, r *relay) {
+	s.mu.Lock()
+	f.relay = r
+	s.mu.Unlock()
+	if ctx.Err() != nil { // cut in the same moment
+		r.end(context.Cause(ctx))
+	}
+	f.cancel(nil)
+	r.run()
+}
+
+// cut ends f for err, wherever it stands.
+func (s *servedPod) cut(f *flow, err error) {
+	s.mu.Lock()
+	r := f.relay
+	s.mu.Unlock()
+	if r != nil {
+		r.end(err)
+		return
+	}
+	f.cancel(err)
 }
 
 // limitError is a connection refused because of a limit.

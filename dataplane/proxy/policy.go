@@ -127,7 +127,7 @@ func (s *servedPod) recheck(snapshot *dataplane.Snapshot) {
 			continue
 		}
 		if err := s.recheckFlow(f.guarded, snapshot, rules); err != nil {
-			f.cancel(err)
+			s.cut(f, err)
 		}
 	}
 }
@@ -173,7 +173,7 @@ func (s *servedPod) recheckTrust() {
 	for _, f := range s.liveFlows() {
 		if conn := f.tunnelConn(s); conn != nil {
 			if err := s.revoked(conn); err != nil {
-				f.cancel(err)
+				s.cut(f, err)
 			}
 		}
 	}

@@ -137,6 +137,7 @@ type Proxy struct {
 	conns atomic.Int64 // of all pods
 	bulk  budget       // bytes of large buffers, of all pods
 	files budget       // open files of connections, of all pods
+	idle  lot          // sockets without traffic, of all pods
 	warn  limitLog
 	// handshakes has one for each of a tunnel that some pod opens.
 	handshakes chan struct{}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -12,8 +13,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errAgain is a socket that has nothing to read, or no room to write, now.
-var errAgain = errors.New("would block")
+var (
+	// errAgain is a socket that has nothing to read, or no room to write, now.
+	errAgain = errors.New("would block")
+	// errIdle is one from which nothing came for idleAfter.
+	errIdle = errors.New("idle")
+)
+
+// idleAfter is how long a goroutine waits for a socket before it leaves that to the lot.
+const idleAfter = time.Second
 
 // tcpLeg is the end of a connection that is a TCP socket. One goroutine reads and one writes.
 type tcpLeg struct {
@@ -21,8 +29,14 @@ type tcpLeg struct {
 	raw  syscall.RawConn
 	name string // for errors: "the application" …
 
-	in, out  transfer
-	lingerMu sync.Mutex // closeWrite must not undo what abort set
+	in, out transfer
+	timed   bool // the socket has a read deadline: looking at the clock for each read costs more
+	moved   bool // something was read since it was set
+
+	mu       sync.Mutex
+	lot      *lot   // where the socket is parked
+	place    uint64 // in it; 0 when it is not parked
+	released bool   // closed, or about to be
 }
 
 // transfer is the state of one direction: what the poller's callbacks work on. They are
@@ -59,10 +73,69 @@ func newTCPLeg(conn Socket, name string) (*tcpLeg, error) {
 	return l, nil
 }
 
-// awaitReadable returns when there may be bytes or an end to read. It holds nothing.
+// awaitReadable returns when there may be bytes or an end to read, or errIdle. It holds nothing.
 func (l *tcpLeg) awaitReadable() error {
-	l.in.polled = false
-	return l.fail("read from", l.raw.Read(l.in.wait))
+	for {
+		if !l.timed {
+			l.timed, l.moved = true, false
+			if err := l.conn.SetReadDeadline(time.Now().Add(idleAfter)); err != nil {
+				return l.fail("read from", err)
+			}
+		}
+		l.in.polled = false
+		err := l.raw.Read(l.in.wait)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return l.fail("read from", err)
+		}
+		l.timed = false
+		if !l.moved {
+			return errIdle
+		}
+	}
+}
+
+// park has wake called once when one of events, an error or a hang-up comes to the socket. wake
+// must not wait. Nothing is called any more once the leg is released.
+func (l *tcpLeg) park(lot *lot, events uint32, wake func()) {
+	// An error is that of a socket that is closed: then everything has ended.
+	_ = l.raw.Control(func(fd uintptr) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.released {
+			return
+		}
+		var err error
+		if l.place, err = lot.park(int(fd), events, wake); err != nil {
+			time.AfterFunc(idleAfter, wake) // looks again, and costs a little more
+		}
+		l.lot = lot
+	})
+}
+
+// unpark takes the socket out of the lot, if it is there.
+func (l *tcpLeg) unpark() {
+	_ = l.raw.Control(func(fd uintptr) { // as in park
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.unparkLocked(int(fd))
+	})
+}
+
+func (l *tcpLeg) unparkLocked(fd int) {
+	if l.place != 0 {
+		l.lot.leave(fd, l.place)
+		l.place = 0
+	}
+}
+
+// release has nobody wait for the socket any more.
+func (l *tcpLeg) release() {
+	_ = l.raw.Control(func(fd uintptr) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.released = true
+		l.unparkLocked(int(fd))
+	})
 }
 
 // ready is called by the poller: at once, and again when the socket became ready. Its first
@@ -80,11 +153,13 @@ func (t *transfer) ready(fd uintptr, events int16) bool {
 // read never waits: it returns errAgain when there is nothing.
 func (l *tcpLeg) read(p []byte) (int, error) {
 	l.in.p = p
-	if err := l.raw.Read(l.in.move); err != nil {
-		return 0, l.fail("read from", err)
-	}
+	err := l.raw.Read(l.in.move)
 	l.in.p = nil
 	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return 0, errAgain // awaitReadable sets another
+	case err != nil:
+		return 0, l.fail("read from", err)
 	case errors.Is(l.in.err, unix.EAGAIN):
 		return 0, errAgain
 	case l.in.err != nil:
@@ -92,6 +167,7 @@ func (l *tcpLeg) read(p []byte) (int, error) {
 	case l.in.n == 0:
 		return 0, io.EOF
 	}
+	l.moved = true
 	return l.in.n, nil
 }
 
@@ -145,22 +221,22 @@ func (l *tcpLeg) awaitWritable() error {
 // closeWrite hands the other side's clean end on. From here on the end of this process does
 // not reset the socket: what the application gets is complete, and the kernel delivers it.
 func (l *tcpLeg) closeWrite() error {
-	l.lingerMu.Lock()
-	defer l.lingerMu.Unlock()
+	l.mu.Lock() // not to undo what abort sets
+	defer l.mu.Unlock()
 	if err := l.conn.CloseWrite(); err != nil {
 		return l.fail("end the stream to", err)
 	}
 	return l.fail("end the stream to", l.conn.SetLinger(-1))
 }
 
-// awaitReset returns an error once the socket was reset, after its clean end was read, and
-// nil once it was closed here.
-func (l *tcpLeg) awaitReset() error {
-	err := l.raw.Read(func(fd uintptr) bool {
+// broken returns an error once the socket was reset.
+func (l *tcpLeg) broken() error {
+	closed := false
+	err := l.raw.Control(func(fd uintptr) {
 		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-		return err != nil || info.State == tcpClosed
+		closed = err != nil || info.State == tcpClosed
 	})
-	if errors.Is(err, net.ErrClosed) {
+	if err != nil || !closed {
 		return nil
 	}
 	return fmt.Errorf("%s reset the connection", l.name)
@@ -170,12 +246,16 @@ func (l *tcpLeg) awaitReset() error {
 const tcpClosed = 7
 
 // finish releases the socket after both directions ended cleanly.
-func (l *tcpLeg) finish() { _ = l.conn.Close() }
+func (l *tcpLeg) finish() {
+	l.release()
+	_ = l.conn.Close()
+}
 
 // abort resets the connection.
 func (l *tcpLeg) abort() {
-	l.lingerMu.Lock()
-	defer l.lingerMu.Unlock()
+	l.release()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	reset(l.conn)
 }
 

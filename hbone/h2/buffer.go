@@ -1,6 +1,9 @@
 package h2
 
-import "sync"
+import (
+	"slices"
+	"sync"
+)
 
 // Chunks come in three sizes, so that a small window costs little memory and a large one
 // few chunks. The largest holds the payload of a full TLS record.
@@ -10,13 +13,13 @@ const (
 	largeChunk  = 16 << 10
 )
 
-// chunks and writeBuffers recycle memory between connections, so that an idle one holds
+// chunks and records recycle memory between connections, so that an idle one holds
 // none; sync.Pool is safe for that.
 var (
 	smallChunks  = sync.Pool{New: func() any { return &chunk{data: make([]byte, smallChunk)} }}
 	mediumChunks = sync.Pool{New: func() any { return &chunk{data: make([]byte, mediumChunk)} }}
 	largeChunks  = sync.Pool{New: func() any { return &chunk{data: make([]byte, largeChunk)} }}
-	writeBuffers = sync.Pool{New: func() any { b := make([]byte, 0, writeBufferSize); return &b }}
+	records      = sync.Pool{New: func() any { b := make([]byte, 0, maxRecord); return &b }}
 )
 
 // chunk holds received bytes data[r:w].
@@ -95,6 +98,13 @@ func (b *buffer) pop() *chunk {
 	b.size -= c.len()
 	b.held -= len(c.data)
 	return c
+}
+
+// unpop puts back what pop gave and what is left of it.
+func (b *buffer) unpop(c *chunk) {
+	b.queue = slices.Insert(b.queue, 0, c)
+	b.size += c.len()
+	b.held += len(c.data)
 }
 
 // discard empties the buffer.

@@ -1,7 +1,6 @@
 package h2
 
 import (
-	"bufio"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -34,11 +33,11 @@ const (
 	maxWindow        = math.MaxInt32
 	maxStreamID      = math.MaxInt32
 	prefaceTimeout   = 10 * time.Second
-	closeTimeout     = time.Second     // for what is still to be written
-	lingerTimeout    = 2 * time.Second // for the peer to close first
-	maxReplies       = 1000            // queued frames that the peer asked for
-	maxWriteFrame    = 64 << 10        // so that streams take turns
-	maxControlFrame  = 256 << 10       // any frame but DATA
+	closeTimeout     = time.Second           // for what is still to be written
+	lingerTimeout    = 2 * time.Second       // for the peer to close first
+	maxReplies       = 1000                  // queued frames that the peer asked for
+	maxWrite         = 128<<10 - frameHeader // so that streams take turns: one frame in eight full records
+	maxControlFrame  = 256 << 10             // any frame but DATA
 	rememberedResets = 256
 )
 
@@ -79,11 +78,12 @@ func (v values) withDefaults() values {
 // while waiting for a stream's user, mu never while writing to the network.
 type conn struct {
 	tls    *tls.Conn
+	wire   *hbone.Wire // beneath tls
 	values values
 	start  time.Time
 
 	// Owned by readLoop.
-	br          *bufio.Reader
+	in          input
 	sawSettings bool
 
 	framer *http2.Framer // reads are readLoop's, writes belong to the holder of wmu
@@ -92,13 +92,13 @@ type conn struct {
 	lastRead atomic.Int64
 
 	wmu     sync.Mutex
-	writers atomic.Int32 // those who hold wmu or wait for it; the last one flushes
-	out     *[]byte      // what is not flushed yet; nil when nothing
+	writers atomic.Int32 // of DATA, those who hold wmu or wait for it; the last one flushes
+	out     *[]byte      // the beginning of the next record; nil when nothing
 	encoder headerEncoder
 
-	wake  chan struct{} // for writeLoop: control is not empty
-	dying chan struct{} // closed with err set: writeLoop closes the connection
-	done  chan struct{} // closed when both loops have ended
+	pending    atomic.Bool    // control is not empty
+	background sync.WaitGroup // flushes that wait for the peer, and the last one
+	done       chan struct{}  // closed when readLoop and background have ended
 
 	mu       sync.Mutex
 	err      error // why it died
@@ -176,13 +176,18 @@ var (
 	errForced     = errors.New("tunnel connection cut: the drain's time is over")
 )
 
-func newConn(t *tls.Conn, v values) *conn {
+var errNoWire = errors.New("the TLS connection is not on a Wire")
+
+func newConn(t *tls.Conn, v values) (*conn, error) {
+	wire, ok := t.NetConn().(*hbone.Wire)
+	if !ok {
+		return nil, errors.Join(errNoWire, t.NetConn().Close())
+	}
 	c := &conn{
 		tls:        t,
+		wire:       wire,
 		values:     v,
 		start:      time.Now(),
-		wake:       make(chan struct{}, 1),
-		dying:      make(chan struct{}),
 		done:       make(chan struct{}),
 		streams:    make(map[uint32]*stream),
 		sendWindow: initialWindow,
@@ -194,19 +199,20 @@ func newConn(t *tls.Conn, v values) *conn {
 			maxHeaderList: math.MaxUint64,
 		},
 	}
-	c.br = bufio.NewReaderSize(arrivals{c}, 8<<10)
-	c.framer = http2.NewFramer(outgoing{c}, c.br)
+	c.in.c = c
+	c.framer = http2.NewFramer(outgoing{c}, &c.in)
 	c.framer.SetMaxReadFrameSize(maxReadFrame)
 	c.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	c.framer.MaxHeaderListSize = v.maxHeaderList
 	c.encoder.init()
-	return c
+	return c, nil
 }
 
-// hello puts the connection's first frames where writeLoop will flush them.
+// hello sends the connection's first frames.
 func (c *conn) hello(preface string, settings ...http2.Setting) {
 	c.wmu.Lock()
-	defer c.wmu.Unlock()
+	defer c.unlockNow()
+	c.wire.Hold()
 	c.gather([]byte(preface))
 	settings = append(settings,
 		http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(c.values.floor())},
@@ -216,18 +222,6 @@ func (c *conn) hello(preface string, settings ...http2.Setting) {
 	if more := c.values.connWindow - initialWindow; more > 0 {
 		_ = c.framer.WriteWindowUpdate(0, uint32(more))
 	}
-	c.wake <- struct{}{}
-}
-
-// arrivals reads from the connection and notes that the peer lives.
-type arrivals struct{ c *conn }
-
-func (a arrivals) Read(p []byte) (int, error) {
-	n, err := a.c.tls.Read(p)
-	if n > 0 {
-		a.c.lastRead.Store(int64(time.Since(a.c.start)))
-	}
-	return n, err
 }
 
 // run serves the connection until it ends; the caller's goroutine becomes readLoop.
@@ -235,11 +229,6 @@ func (c *conn) run() error {
 	c.mu.Lock()
 	c.timer = time.AfterFunc(c.values.pingInterval, c.keepalive)
 	c.mu.Unlock()
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		c.writeLoop()
-	}()
 	err := c.readLoop()
 	var code http2.ConnectionError
 	if errors.As(err, &code) {
@@ -247,8 +236,8 @@ func (c *conn) run() error {
 	} else {
 		c.shut(c.lost(err), http2.ErrCodeNo)
 	}
-	<-written
-	_ = c.tls.NetConn().Close() // again, after a graceful end
+	c.background.Wait()
+	_ = c.wire.Close() // again, after a graceful end
 	close(c.done)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -263,7 +252,7 @@ func (c *conn) run() error {
 // and the loops end.
 func (c *conn) shut(err error, code http2.ErrCode) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.release()
 	c.shutLocked(err, code)
 }
 
@@ -283,22 +272,21 @@ func (c *conn) shutLocked(err error, code http2.ErrCode) {
 	}
 	clear(c.streams)
 	c.wakeBlockedLocked()
-	close(c.dying)
-	raw := c.tls.NetConn()
 	switch {
 	case errors.Is(err, hbone.ErrPeerSilent), errors.Is(err, errForced):
-		_ = raw.Close() // nothing that is written now would matter
+		_ = c.wire.Close() // nothing that is written now would matter
 	case c.graceful:
-		_ = raw.SetDeadline(time.Now().Add(lingerTimeout))
+		_ = c.wire.SetDeadline(time.Now().Add(lingerTimeout))
 	default:
-		_ = raw.SetDeadline(time.Now().Add(closeTimeout))
+		_ = c.wire.SetDeadline(time.Now().Add(closeTimeout))
 	}
+	c.background.Go(c.finish)
 }
 
 // keepalive asks the peer for a sign of life, or finds that it gave none.
 func (c *conn) keepalive() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.release()
 	if c.err != nil {
 		return
 	}

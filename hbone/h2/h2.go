@@ -4,13 +4,16 @@
 // one GOAWAY where a graceful drain needs two, and its Transport holds a buffer of up to
 // 512 KiB for every open stream.
 //
-//	            ┌──────────── conn ────────────┐
-//	Read  ◄── chunks ◄── readLoop ◄── TLS ◄── peer      DATA, and what control asks for
-//	Write ──► frame ─► │ wmu ├──► TLS ──► peer          DATA straight from the caller
-//	           control ─► writeLoop ┘                   all else, in the order it was queued
+//	           ┌─────────────── conn ───────────────┐
+//	Sink  ◄────┴─────────── readLoop ◄── TLS ◄── Wire ◄── peer   DATA straight to who takes it
+//	Read  ◄── chunks ◄─────────┘                                 and by a queue where it waits
+//	Write ──► frame ──► │     │
+//	          control ─► │ wmu ├──► TLS ──► Wire ──► peer        DATA straight from the caller,
+//	                                                             all else in the order it was queued
 //
-// A connection has two goroutines, readLoop and writeLoop. Neither ever waits for a
-// stream's reader: a peer may send what the window allows, and no more. A window is memory:
+// A connection has one goroutine, readLoop, and one more while the kernel has no room for a
+// control frame. readLoop never waits for a stream's reader: a peer may send what the window
+// allows, and no more. A window is memory:
 // every byte of it, and what chunks leave unused, is reserved from a hbone.Budget before the
 // peer may send it. Streams start small and grow while they are read as fast as bytes come.
 // A stream without a reservation is refused; one that nobody reads holds what it has, and
@@ -54,5 +57,5 @@ var (
 
 // NewSession makes a session of conn, which it owns.
 func (c Client) NewSession(_ context.Context, conn *tls.Conn) (hbone.Session, error) {
-	return newSession(c, conn), nil
+	return newSession(c, conn)
 }

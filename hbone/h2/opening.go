@@ -30,7 +30,7 @@ func (c *conn) isSilentLocked() bool {
 func (o opening) Send(p []byte, end bool) int {
 	c := o.conn
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.release() // CONNECT as well
 	if o.writeErrLocked() != nil || c.isSilentLocked() {
 		return 0
 	}

@@ -3,7 +3,6 @@ package h2
 import (
 	"encoding/binary"
 	"errors"
-	"io"
 	"slices"
 
 	"golang.org/x/net/http2"
@@ -209,7 +208,7 @@ func (c *conn) resetLocked(f *http2.RSTStreamFrame) error {
 	return nil
 }
 
-// readData takes in a DATA frame's payload without holding a lock, straight into chunks.
+// readData takes in a DATA frame's payload, part by part as it arrives, without holding a lock.
 func (c *conn) readData(header http2.FrameHeader) error {
 	size, padding := int(header.Length), 0
 	if header.StreamID == 0 {
@@ -219,57 +218,50 @@ func (c *conn) readData(header http2.FrameHeader) error {
 		if size == 0 {
 			return http2.ConnectionError(http2.ErrCodeFrameSize)
 		}
-		length, err := c.br.ReadByte()
+		length, err := c.in.next(1)
 		if err != nil {
 			return err
 		}
-		if padding = int(length); padding >= size {
+		if padding = int(length[0]); padding >= size {
 			return http2.ConnectionError(http2.ErrCodeProtocol)
 		}
 		size -= 1 + padding
 	}
-	s, largest, err := c.admitData(header)
+	s, err := c.admitData(header)
 	if err != nil {
 		return err
 	}
 	if s == nil {
-		_, err := c.br.Discard(size + padding)
-		return err
+		return c.in.discard(size + padding)
 	}
 	for left := size; left > 0; {
-		ch := getChunk(min(left, largest))
-		n, err := io.ReadFull(c.br, ch.data[:min(left, len(ch.data))])
+		p, err := c.in.next(left)
 		if err != nil {
 			return err
 		}
-		ch.w, left = n, left-n
-		c.arrived(s, ch)
+		left -= len(p)
+		s.arrived(p)
 	}
-	if _, err := c.br.Discard(padding); err != nil {
+	if err := c.in.discard(padding); err != nil {
 		return err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s.consumedLocked(int(header.Length) - size)
-	if header.Flags.Has(http2.FlagDataEndStream) && s.err == nil && !s.closed {
-		s.endedLocked()
-	}
+	s.complete(int(header.Length)-size, header.Flags.Has(http2.FlagDataEndStream))
 	return nil
 }
 
 // admitData charges a DATA frame to the windows and returns the stream that takes it, nil
-// when none does, and the largest chunk that it may take it in.
-func (c *conn) admitData(header http2.FrameHeader) (*stream, int, error) {
+// when none does.
+func (c *conn) admitData(header http2.FrameHeader) (*stream, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.recvWindow -= int64(header.Length); c.recvWindow < 0 {
-		return nil, 0, http2.ConnectionError(http2.ErrCodeFlowControl)
+		return nil, http2.ConnectionError(http2.ErrCodeFlowControl)
 	}
 	c.arrivedLocked(int(header.Length))
 	s := c.streams[header.StreamID]
 	switch {
 	case s == nil && c.isIdleLocked(header.StreamID):
-		return nil, 0, http2.ConnectionError(http2.ErrCodeProtocol)
+		return nil, http2.ConnectionError(http2.ErrCodeProtocol)
 	case s == nil:
 		if !c.wasResetLocked(header.StreamID) {
 			c.pushLocked(control{kind: controlReset, stream: header.StreamID, code: http2.ErrCodeStreamClosed, reply: true})
@@ -281,24 +273,12 @@ func (c *conn) admitData(header http2.FrameHeader) (*stream, int, error) {
 	default:
 		code := s.admitLocked(int(header.Length))
 		if code == http2.ErrCodeNo {
-			return s, s.window.chunk, nil
+			return s, nil
 		}
 		s.window.unread -= int(header.Length)
 		s.resetLocked(code)
 	}
-	return nil, 0, nil
-}
-
-// arrived hands a chunk to s, unless its user has closed it in the meantime.
-func (c *conn) arrived(s *stream, ch *chunk) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if s.closed {
-		putChunk(ch)
-		return
-	}
-	s.in.push(ch, s.window.spare)
-	s.readable.Signal()
+	return nil, nil
 }
 
 // wasResetLocked reports whether we reset a stream lately: its peer may not know yet.

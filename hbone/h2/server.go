@@ -33,18 +33,21 @@ type serverState struct {
 
 // ServeConn serves t until it ends, or ctx does and it has drained, or force is done.
 func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*hbone.ServerRequest)) error {
-	c := newConn(t, values{
+	c, err := newConn(t, values{
 		pingInterval: s.PingInterval, pingTimeout: s.PingTimeout,
 		streamWindow: s.StreamWindow, connWindow: s.ConnWindow, budget: s.Budget,
 		maxStreams: s.MaxStreams, maxHeaderList: hbone.MaxHeaderList,
 	}.withDefaults())
+	if err != nil {
+		return err
+	}
 	c.server = &serverState{info: hbone.NewConn(t), force: force, serve: serve}
 	c.hello("", http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: c.values.maxStreams})
 	stopDrain := context.AfterFunc(ctx, c.drain)
 	defer stopDrain()
 	stopForce := context.AfterFunc(force, func() { c.shut(errForced, http2.ErrCodeNo) })
 	defer stopForce()
-	err := c.run()
+	err = c.run()
 	c.server.work.Wait()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -57,12 +60,11 @@ func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*h
 }
 
 func (c *conn) readPreface() error {
-	raw := c.tls.NetConn()
-	if err := raw.SetReadDeadline(time.Now().Add(prefaceTimeout)); err != nil {
+	if err := c.wire.SetReadDeadline(time.Now().Add(prefaceTimeout)); err != nil {
 		return err
 	}
 	preface := make([]byte, len(http2.ClientPreface))
-	if _, err := io.ReadFull(c.br, preface); err != nil {
+	if _, err := io.ReadFull(&c.in, preface); err != nil {
 		return err
 	}
 	if !bytes.Equal(preface, []byte(http2.ClientPreface)) {
@@ -73,7 +75,7 @@ func (c *conn) readPreface() error {
 	if c.err != nil || c.writeErr != nil { // its end set a deadline of its own
 		return nil
 	}
-	return raw.SetReadDeadline(time.Time{})
+	return c.wire.SetReadDeadline(time.Time{})
 }
 
 // drain starts the graceful end: a GOAWAY that excludes nothing and a PING. Streams that
@@ -81,7 +83,7 @@ func (c *conn) readPreface() error {
 // as long as a peer may keep silent, there are no more, and the final GOAWAY names the last.
 func (c *conn) drain() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.release()
 	if c.draining {
 		return
 	}
@@ -90,7 +92,7 @@ func (c *conn) drain() {
 	c.pushLocked(control{kind: controlPing, ping: drainPing})
 	c.server.finalAt = time.AfterFunc(c.values.pingTimeout, func() {
 		c.mu.Lock()
-		defer c.mu.Unlock()
+		defer c.release()
 		c.finalGoAwayLocked()
 	})
 }
@@ -236,12 +238,14 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 		defer cancel()
 		c.server.serve(r)
 		c.mu.Lock()
-		defer c.mu.Unlock()
-		code := http2.ErrCodeCancel
-		if !s.answered {
-			code = http2.ErrCodeInternal
+		defer c.release()
+		s.cancel = nil
+		switch {
+		case !s.answered:
+			s.closeLocked(http2.ErrCodeInternal)
+		case s.sink == nil:
+			s.closeLocked(http2.ErrCodeCancel)
 		}
-		s.closeLocked(code)
 		c.server.handlers--
 		c.settleLocked()
 	})
@@ -254,7 +258,7 @@ func (s *stream) accept(response hbone.Response) (hbone.Stream, error) {
 	response.Fields(func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
 	c := s.conn
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.release()
 	switch {
 	case s.answered:
 		return nil, errAnswered
@@ -272,7 +276,7 @@ func (s *stream) accept(response hbone.Response) (hbone.Stream, error) {
 
 func (s *stream) reject(status int) {
 	s.conn.mu.Lock()
-	defer s.conn.mu.Unlock()
+	defer s.conn.release()
 	s.rejectLocked(status, false)
 }
 

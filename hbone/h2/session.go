@@ -26,19 +26,22 @@ type clientState struct {
 // session is a hbone.Session.
 type session struct{ *conn }
 
-func newSession(cfg Client, t *tls.Conn) *session {
-	c := newConn(t, values{
+func newSession(cfg Client, t *tls.Conn) (*session, error) {
+	c, err := newConn(t, values{
 		pingInterval: cfg.PingInterval, pingTimeout: cfg.PingTimeout,
 		streamWindow: cfg.StreamWindow, connWindow: cfg.ConnWindow, budget: cfg.Budget,
 		maxHeaderList: hbone.MaxResponseHeaderList,
 	}.withDefaults())
+	if err != nil {
+		return nil, err
+	}
 	c.client = &clientState{}
 	c.hello(http2.ClientPreface, http2.Setting{ID: http2.SettingEnablePush, Val: 0})
 	go func() {
 		// What ended it reaches whoever has a stream; a session without one just ends.
 		_ = c.run()
 	}()
-	return &session{c}
+	return &session{c}, nil
 }
 
 var (

@@ -32,14 +32,15 @@ type stream struct {
 	readable, writable sync.Cond
 
 	in         buffer
-	window     window // of what we receive
+	sink       hbone.Sink // who takes what arrives, in place of Read; nil until Deliver
+	full       bool       // the sink had no room: what arrives goes to in until Resume
+	window     window     // of what we receive
 	sendWindow int64
 	blocked    bool // it is in conn.blocked
 
 	recvEnd, sentEnd bool
 	closed           bool
 	err              error
-	reset            chan struct{} // closed with err or closed set; nil until asked for
 
 	// A client's: settled is closed when response or err is there, and tell called.
 	settled  chan struct{}
@@ -93,7 +94,7 @@ func (s *stream) Read(p []byte) (int, error) {
 // again as much as the last one held.
 func (s *stream) next(wait bool) (*chunk, error) {
 	s.conn.mu.Lock()
-	defer s.conn.mu.Unlock()
+	defer s.conn.release()
 	s.consumedLocked(s.done)
 	s.done = 0
 	for {
@@ -142,7 +143,7 @@ func (s *stream) takeWindow(n int) (int, error) {
 		if n == 0 {
 			return 0, nil
 		}
-		switch m := min(int64(n), s.sendWindow, c.sendWindow, int64(c.peer.maxFrame), maxWriteFrame); {
+		switch m := min(int64(n), s.sendWindow, c.sendWindow, maxWrite); {
 		case m > 0:
 			s.sendWindow -= m
 			c.sendWindow -= m
@@ -174,7 +175,7 @@ func (s *stream) writeErrLocked() error {
 func (s *stream) CloseWrite() error {
 	c := s.conn
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.release()
 	if s.sentEnd && !s.closed {
 		return nil
 	}
@@ -200,7 +201,7 @@ func (s *stream) Close() error {
 		s.rmu.Unlock()
 	}
 	s.conn.mu.Lock()
-	defer s.conn.mu.Unlock()
+	defer s.conn.release()
 	s.closeLocked(http2.ErrCodeCancel)
 	return nil
 }
@@ -218,10 +219,14 @@ func (s *stream) closeLocked(code http2.ErrCode) {
 	s.endLocked()
 }
 
-// failLocked ends a stream with err; what arrived before stays readable.
+// failLocked ends a stream with err; what arrived before stays readable. A sink is told from
+// elsewhere: it may call back, and we hold the lock.
 func (s *stream) failLocked(err error) {
 	if s.err == nil {
 		s.err = err
+		if s.sink != nil && !s.closed {
+			s.conn.background.Go(func() { s.sink.End(err) })
+		}
 	}
 	s.endLocked()
 }
@@ -237,35 +242,10 @@ func (s *stream) endLocked() {
 	s.readable.Broadcast()
 	s.writable.Broadcast()
 	s.settleLocked()
-	s.tellResetLocked()
 	if s.cancel != nil {
 		s.cancel()
 	}
 	s.conn.forgetLocked(s)
-}
-
-// Reset returns a channel that is closed when the stream has ended other than cleanly.
-func (s *stream) Reset() <-chan struct{} {
-	s.conn.mu.Lock()
-	defer s.conn.mu.Unlock()
-	if s.reset == nil {
-		s.reset = make(chan struct{})
-		if s.err != nil || s.closed {
-			close(s.reset)
-		}
-	}
-	return s.reset
-}
-
-func (s *stream) tellResetLocked() {
-	if s.reset == nil {
-		return
-	}
-	select {
-	case <-s.reset:
-	default:
-		close(s.reset)
-	}
 }
 
 // settleLocked tells a client's Open that there is an outcome.
@@ -280,6 +260,96 @@ func (s *stream) settleLocked() {
 		if s.tell != nil {
 			s.tell()
 		}
+	}
+}
+
+// Deliver hands over what has arrived, and then what arrives.
+func (s *stream) Deliver(sink hbone.Sink) {
+	s.conn.mu.Lock()
+	s.sink, s.full = sink, true
+	err := s.err
+	s.conn.mu.Unlock()
+	switch {
+	case !s.Resume():
+		sink.Full()
+	case err != nil:
+		sink.End(err)
+	}
+}
+
+// Resume hands over what waits. An end that came meanwhile is behind it.
+func (s *stream) Resume() bool {
+	c := s.conn
+	c.mu.Lock()
+	defer c.release()
+	for s.in.size > 0 && !s.closed {
+		ch := s.in.pop()
+		c.mu.Unlock()
+		n := s.sink.Take(ch.data[ch.r:ch.w])
+		c.mu.Lock()
+		s.consumedLocked(n)
+		if ch.r += n; ch.r < ch.w && !s.closed {
+			s.in.unpop(ch)
+			return false
+		}
+		putChunk(ch)
+	}
+	s.full = false
+	if s.err == nil && s.recvEnd && !s.closed {
+		c.mu.Unlock()
+		s.sink.End(nil)
+		c.mu.Lock()
+	}
+	return true
+}
+
+// arrived hands p on, unless the stream's user has closed it in the meantime. It is
+// readLoop's, as is complete.
+func (s *stream) arrived(p []byte) {
+	c := s.conn
+	c.mu.Lock()
+	direct := s.sink != nil && !s.full && !s.closed
+	if direct {
+		c.mu.Unlock()
+		n := s.sink.Take(p)
+		p = p[n:]
+		c.mu.Lock()
+		s.consumedLocked(n)
+		s.full = len(p) > 0
+	}
+	s.queueLocked(p)
+	c.mu.Unlock()
+	if direct && len(p) > 0 {
+		s.sink.Full()
+	}
+}
+
+func (s *stream) queueLocked(p []byte) {
+	if s.closed {
+		return
+	}
+	for len(p) > 0 {
+		ch := getChunk(min(len(p), s.window.chunk))
+		ch.w = copy(ch.data, p)
+		p = p[ch.w:]
+		s.in.push(ch, s.window.spare)
+	}
+	s.readable.Signal()
+}
+
+// complete is called behind a DATA frame, of which n bytes were no payload.
+func (s *stream) complete(n int, end bool) {
+	c := s.conn
+	c.mu.Lock()
+	s.consumedLocked(n)
+	tell := false
+	if end && s.err == nil && !s.closed {
+		s.endedLocked()
+		tell = s.sink != nil && !s.full
+	}
+	c.mu.Unlock()
+	if tell {
+		s.sink.End(nil)
 	}
 }
 

@@ -61,7 +61,7 @@ func (l *ledger) Give(n int)         { l.used -= n }
 
 func newWindow() (*ledger, *conn, *stream) {
 	budget := &ledger{}
-	c := &conn{values: values{budget: budget}.withDefaults(), streams: make(map[uint32]*stream), wake: make(chan struct{}, 1), client: &clientState{}}
+	c := &conn{values: values{budget: budget}.withDefaults(), streams: make(map[uint32]*stream), client: &clientState{}}
 	s := c.newStreamLocked(1)
 	s.reserveLocked()
 	return budget, c, s

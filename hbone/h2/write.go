@@ -9,9 +9,6 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// writeBufferSize is how much is gathered before it goes to the network.
-const writeBufferSize = 64 << 10
-
 // frameHeader is the size of one (RFC 9113 section 4.1).
 const frameHeader = 9
 
@@ -31,31 +28,46 @@ func (o outgoing) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// gather copies p to the outgoing buffer, which goes to the network whenever it is full.
-// Its error is kept in the connection.
+// gather adds p to what the wire holds, in full records as far as it goes. Its error is kept
+// in the connection.
 func (c *conn) gather(p []byte) {
 	for len(p) > 0 {
-		if c.out == nil {
-			c.out = writeBuffers.Get().(*[]byte)
+		if n := len(p) / maxRecord * maxRecord; c.out == nil && n > 0 {
+			c.encrypt(p[:n])
+			p = p[n:]
+			continue
 		}
-		n := min(len(p), cap(*c.out)-len(*c.out))
+		if c.out == nil {
+			c.out = records.Get().(*[]byte)
+		}
+		n := min(len(p), maxRecord-len(*c.out))
 		*c.out = append(*c.out, p[:n]...)
-		if p = p[n:]; len(*c.out) == cap(*c.out) {
-			c.flush()
+		if p = p[n:]; len(*c.out) == maxRecord {
+			c.encryptRest()
 		}
 	}
 }
 
-// flush sends what was gathered.
-func (c *conn) flush() {
+func (c *conn) encrypt(p []byte) {
+	if _, err := c.tls.Write(p); err != nil {
+		c.writeFailed(err)
+	}
+}
+
+func (c *conn) encryptRest() {
 	if c.out == nil {
 		return
 	}
-	_, err := c.tls.Write(*c.out)
+	c.encrypt(*c.out)
 	*c.out = (*c.out)[:0]
-	writeBuffers.Put(c.out)
+	records.Put(c.out)
 	c.out = nil
-	if err != nil {
+}
+
+// flush sends what was gathered, and waits until the kernel has taken it.
+func (c *conn) flush() {
+	c.encryptRest()
+	if err := c.wire.Flush(); err != nil {
 		c.writeFailed(err)
 	}
 }
@@ -69,14 +81,15 @@ func (c *conn) writeFailed(err error) {
 		return
 	}
 	c.writeErr = err
-	_ = c.tls.NetConn().SetReadDeadline(time.Now().Add(closeTimeout))
+	_ = c.wire.SetReadDeadline(time.Now().Add(closeTimeout))
 }
 
-// lock takes wmu and writes what control holds; unlock flushes unless another writer comes
-// right behind, who then will.
+// lock takes wmu to write DATA, behind what control holds; unlock flushes unless another
+// writer comes right behind, who then will.
 func (c *conn) lock() {
 	c.writers.Add(1)
 	c.wmu.Lock()
+	c.wire.Hold()
 	c.writeControl()
 }
 
@@ -85,32 +98,67 @@ func (c *conn) unlock() {
 		c.flush()
 	}
 	c.wmu.Unlock()
+	c.kick() // what was pushed meanwhile
 }
 
-// writeLoop writes control when nobody else does, and closes the connection at its end.
-func (c *conn) writeLoop() {
-	for {
-		select {
-		case <-c.wake:
-			c.lock()
-			c.unlock()
-		case <-c.dying:
-			c.lock()
-			c.flush() // even if a writer comes right behind: it would be too late
-			c.unlock()
-			c.mu.Lock()
-			graceful := c.graceful
-			c.mu.Unlock()
-			if graceful && c.tls.CloseWrite() == nil {
-				// Closing now could turn what the peer still sends into a TCP reset that
-				// overtakes our last frames. readLoop goes on until the peer closes, or
-				// until the deadline that shut has set.
-				return
-			}
-			_ = c.tls.NetConn().Close()
-			return
-		}
+// release unlocks mu and writes what was pushed under it. readLoop need not: it does before
+// it waits.
+func (c *conn) release() {
+	c.mu.Unlock()
+	c.kick()
+}
+
+// kick writes control, and never waits: whoever holds wmu kicks when it gives it back.
+func (c *conn) kick() {
+	for c.pending.Load() && c.wmu.TryLock() {
+		c.wire.Hold()
+		c.writeControl()
+		c.unlockNow()
 	}
+}
+
+// unlockNow flushes and gives wmu back. When the kernel has no room, that goes on in the
+// background.
+func (c *conn) unlockNow() {
+	if c.writers.Load() > 0 { // they flush
+		c.wmu.Unlock()
+		return
+	}
+	c.encryptRest()
+	flushed, err := c.wire.TryFlush()
+	if err != nil {
+		c.writeFailed(err)
+	}
+	if flushed {
+		c.wmu.Unlock()
+		return
+	}
+	c.mu.Lock() // orders it before the Wait of run, which finish holds up until wmu is free
+	defer c.mu.Unlock()
+	c.background.Go(func() {
+		c.flush()
+		c.wmu.Unlock()
+		c.kick()
+	})
+}
+
+// finish says the last and closes the connection.
+func (c *conn) finish() {
+	c.wmu.Lock()
+	c.wire.Hold()
+	c.writeControl()
+	c.flush() // even if a writer comes right behind: it would be too late
+	c.wmu.Unlock()
+	c.mu.Lock()
+	graceful := c.graceful
+	c.mu.Unlock()
+	if graceful && c.tls.CloseWrite() == nil {
+		// Closing now could turn what the peer still sends into a TCP reset that overtakes
+		// our last frames. readLoop goes on until the peer closes, or until the deadline
+		// that shut has set.
+		return
+	}
+	_ = c.wire.Close()
 }
 
 // pushLocked queues a control frame. A peer that asks for many and reads none is cut off.
@@ -126,10 +174,7 @@ func (c *conn) pushLocked(f control) {
 		}
 	}
 	c.control = append(c.control, f)
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
+	c.pending.Store(true)
 }
 
 // writeControl writes what control holds. The Framer's errors are those of outgoing, which
@@ -138,6 +183,7 @@ func (c *conn) writeControl() {
 	c.mu.Lock()
 	frames := c.control
 	c.control, c.replies = nil, 0
+	c.pending.Store(false)
 	maxFrame := c.peer.maxFrame
 	c.mu.Unlock()
 	for i := range frames {
@@ -187,7 +233,7 @@ func (c *conn) writeHeaders(f *control, maxFrame int) {
 	}
 }
 
-// writeData sends p, for which window was taken, as one DATA frame of s.
+// writeData sends p, for which window was taken, as DATA of s.
 func (c *conn) writeData(s *stream, p []byte) error {
 	c.lock()
 	defer c.unlock()
@@ -197,14 +243,19 @@ func (c *conn) writeData(s *stream, p []byte) error {
 		c.sendWindow += int64(len(p))
 		c.wakeBlockedLocked()
 	}
+	largest := c.peer.maxFrame
 	c.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	var header [frameHeader]byte
-	binary.BigEndian.PutUint32(header[:], uint32(len(p))<<8|uint32(http2.FrameData))
-	binary.BigEndian.PutUint32(header[5:], s.id)
-	c.gather(header[:])
-	c.gather(p)
+	for len(p) > 0 {
+		n := min(len(p), largest)
+		var header [frameHeader]byte
+		binary.BigEndian.PutUint32(header[:], uint32(n)<<8|uint32(http2.FrameData))
+		binary.BigEndian.PutUint32(header[5:], s.id)
+		c.gather(header[:])
+		c.gather(p[:n])
+		p = p[n:]
+	}
 	return nil
 }

@@ -183,7 +183,7 @@ const (
 // completed.
 func Handshake(t testing.TB, client, server net.Conn, clientTLS, serverTLS *tls.Config) (c, s *tls.Conn) {
 	t.Helper()
-	c, s = tls.Client(client, clientTLS), tls.Server(server, serverTLS)
+	c, s = tls.Client(hbone.NewWire(client), clientTLS), tls.Server(hbone.NewWire(server), serverTLS)
 	var wg sync.WaitGroup
 	var serverErr error
 	wg.Go(func() { serverErr = s.HandshakeContext(context.Background()) })

@@ -1,0 +1,124 @@
+package proxy
+
+import (
+	"io"
+	"net"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// parked is how many sockets wait in the lots of both nodes.
+func (w *world) parked() (n int) {
+	for _, node := range w.nodes {
+		node.idle.mu.Lock()
+		n += len(node.idle.places)
+		node.idle.mu.Unlock()
+	}
+	return n
+}
+
+func TestIdleConnectionsOwnNoGoroutine(t *testing.T) {
+	const connections = 50
+	w := newWorld(t)
+	app := w.listen(w.db.addr, echo)
+	warm := w.dial(w.nodes[0], w.web, app)
+	sendText(t, warm, "x")
+	receive(t, warm, "x")
+	conns := make([]*net.TCPConn, connections)
+	before := runtime.NumGoroutine()
+	for i := range conns {
+		conns[i] = w.dial(w.nodes[0], w.web, app)
+		sendText(t, conns[i], "x")
+		receive(t, conns[i], "x")
+	}
+	eventually(t, "all sockets are parked, of both ends", func() bool { return w.parked() == 2*(connections+1) })
+	// Each connection's echo is one; allow a few that come and go.
+	eventually(t, "no goroutine is left", func() bool { return runtime.NumGoroutine() <= before+connections+5 })
+	for range 2 {
+		for _, c := range conns {
+			sendText(t, c, "again")
+			receive(t, c, "again")
+		}
+	}
+	for _, c := range conns[1:] {
+		if err := c.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		wantEOF(t, c, "")
+	}
+	reset(conns[0])
+	_ = warm.Close()
+	eventually(t, "nothing is parked or live", func() bool { return w.parked() == 0 && w.nodes[0].Live("web") == 0 && w.nodes[1].Live("db") == 0 })
+	for _, node := range w.nodes {
+		eventually(t, "the lot has closed its epoll set", func() bool {
+			node.idle.mu.Lock()
+			defer node.idle.mu.Unlock()
+			return node.idle.set == nil
+		})
+	}
+}
+
+// Whoever speaks, ends or resets first after an idle time, the other side gets to know.
+func TestIdleConnectionsNotice(t *testing.T) {
+	everyWay(t, func(t *testing.T, w *world, open func(func(*net.TCPConn)) *net.TCPConn, _ func() *node) {
+		acts := map[string]func(server, client *net.TCPConn){
+			"client speaks": func(server, client *net.TCPConn) { sendText(t, client, "hi"); receive(t, server, "hi") },
+			"server speaks": func(server, client *net.TCPConn) { sendText(t, server, "hi"); receive(t, client, "hi") },
+			"client ends": func(server, client *net.TCPConn) {
+				_ = client.CloseWrite()
+				wantEOF(t, server, "")
+				sendText(t, server, "bye")
+				receive(t, client, "bye")
+			},
+			"client resets": func(server, client *net.TCPConn) { reset(client); wantReset(t, server) },
+			"server resets": func(server, client *net.TCPConn) { reset(server); wantReset(t, client) },
+		}
+		done := make(chan struct{})
+		defer close(done)
+		conns := make(map[string][2]*net.TCPConn, len(acts))
+		for name := range acts {
+			accepted := make(chan *net.TCPConn)
+			client := open(func(c *net.TCPConn) {
+				accepted <- c
+				<-done
+			})
+			sendText(t, client, "x")
+			server := <-accepted
+			receive(t, server, "x")
+			conns[name] = [2]*net.TCPConn{server, client}
+		}
+		eventually(t, "all are parked", func() bool { return w.parked() >= 2*len(acts) })
+		for name, act := range acts {
+			t.Log(name)
+			act(conns[name][0], conns[name][1])
+		}
+	})
+}
+
+func TestParkedConnectionsAreCutAtTheForcedEnd(t *testing.T) {
+	w := newWorld(t)
+	app := w.listen(w.web.addr, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	third := newFakePod(t, "third", w.db.addr.Next().String())
+	w.publish(func(c *dataplane.Contents) {
+		workload := third.workload("node1")
+		workload.ServiceAccount = "web"
+		c.Workloads = append(c.Workloads, workload)
+		c.Captured["third"] = true
+	})
+	drain, cut, ended := w.serve(w.nodes[0], third)
+	client := w.dial(w.nodes[0], third, app)
+	sendText(t, client, "x")
+	eventually(t, "its sockets are parked", func() bool { return w.parked() == 2 })
+	drain()
+	select {
+	case <-ended:
+		t.Fatal("the pod is not served any more, though a connection lives")
+	case <-time.After(100 * time.Millisecond):
+	}
+	cut()
+	wantReset(t, client)
+	<-ended
+}

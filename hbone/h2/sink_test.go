@@ -1,0 +1,184 @@
+package h2_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/h2"
+)
+
+// sink takes what it has room for, and keeps it.
+type sink struct {
+	mu   sync.Mutex
+	room int
+	got  bytes.Buffer
+	full chan struct{}
+	ends chan error
+}
+
+func newSink(room int) *sink {
+	return &sink{room: room, full: make(chan struct{}, 16), ends: make(chan error, 4)}
+}
+
+func (s *sink) Take(p []byte) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := min(len(p), s.room)
+	s.room -= n
+	s.got.Write(p[:n])
+	return n
+}
+
+func (s *sink) Full()         { s.full <- struct{}{} }
+func (s *sink) End(err error) { s.ends <- err }
+
+// admit makes room and has st go on.
+func (s *sink) admit(st hbone.Stream, n int) bool {
+	s.mu.Lock()
+	s.room = n
+	s.mu.Unlock()
+	return st.Resume()
+}
+
+func (s *sink) text() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.got.String()
+}
+
+func within[T any](t *testing.T, what string, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(10 * time.Second):
+		t.Fatal("not within 10 s: " + what)
+		panic("unreachable")
+	}
+}
+
+func TestSinkGetsWhatCameBeforeItAndTheEnd(t *testing.T) {
+	client, server, _ := both(t)
+	write(t, client, "early ")
+	s := newSink(1 << 20)
+	server.Deliver(s)
+	write(t, client, "and late")
+	if err := client.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if err := within(t, "the end", s.ends); err != nil || s.text() != "early and late" {
+		t.Errorf("got %q and %v", s.text(), err)
+	}
+}
+
+func TestFullSinkGetsTheRestAndTheEndWhenItResumes(t *testing.T) {
+	client, server, _ := both(t)
+	s := newSink(3)
+	server.Deliver(s)
+	write(t, client, "abcdef")
+	if err := client.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	within(t, "the sink is full", s.full)
+	if s.text() != "abc" {
+		t.Fatalf("a sink with room for 3 got %q", s.text())
+	}
+	if s.admit(server, 2) {
+		t.Error("Resume says that all was taken")
+	}
+	select {
+	case err := <-s.ends:
+		t.Fatalf("the end %v came before the bytes", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	if !s.admit(server, 10) {
+		t.Error("Resume says that something is left")
+	}
+	if err := within(t, "the end", s.ends); err != nil || s.text() != "abcdef" {
+		t.Errorf("got %q and %v", s.text(), err)
+	}
+}
+
+// A sink without room holds back its own peer, by the window, and no other stream.
+func TestFullSinkHoldsUpNobodyElse(t *testing.T) {
+	streams, done := make(chan hbone.Stream, 2), make(chan struct{})
+	p := newPair(t, h2.Client{}, h2.Server{}, accepting(streams, done))
+	t.Cleanup(func() { close(done) })
+	stuck, flowing := p.open(t), p.open(t)
+	first := newSink(0)
+	(<-streams).Deliver(first)
+	second := newSink(1 << 30)
+	(<-streams).Deliver(second)
+	var writers sync.WaitGroup
+	t.Cleanup(writers.Wait)
+	t.Cleanup(func() { _ = stuck.Close() })
+	writers.Go(func() { _, _ = stuck.Write(make([]byte, 8<<20)) })
+	within(t, "the first sink is full", first.full)
+	sum := sha256.New()
+	data := make([]byte, 100_000)
+	for range 100 {
+		for i := range data {
+			data[i] = byte(rand.Uint32())
+		}
+		sum.Write(data)
+		if _, err := flowing.Write(data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = flowing.CloseWrite()
+	if err := within(t, "the end", second.ends); err != nil {
+		t.Fatal(err)
+	}
+	if got := sha256.Sum256([]byte(second.text())); !bytes.Equal(got[:], sum.Sum(nil)) {
+		t.Errorf("%d bytes arrived, not what was sent", second.got.Len())
+	}
+}
+
+func TestSinkIsToldOfAResetAndOfALostConnection(t *testing.T) {
+	for name, breakIt := range map[string]func(client hbone.Stream, p *pair){
+		"reset":      func(c hbone.Stream, _ *pair) { _ = c.Close() },
+		"connection": func(_ hbone.Stream, p *pair) { _ = p.session.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, server, p := both(t)
+			s := newSink(10)
+			server.Deliver(s)
+			breakIt(client, p)
+			if err := within(t, "the end", s.ends); err == nil || errors.Is(err, io.EOF) {
+				t.Errorf("the end is %v, want an error that is no clean end", err)
+			}
+		})
+	}
+}
+
+// What a sink has not taken is not given back to the peer: a window's worth is the most that
+// is ever unread.
+func TestWindowComesBackOnlyForWhatTheSinkTook(t *testing.T) {
+	client, server, _ := both(t)
+	s := newSink(0)
+	server.Deliver(s)
+	written := make(chan int, 1)
+	go func() {
+		n, _ := client.Write(make([]byte, 16<<20))
+		written <- n
+	}()
+	within(t, "the sink is full", s.full)
+	select {
+	case n := <-written:
+		t.Fatalf("%d bytes were written though nobody takes any", n)
+	case <-time.After(100 * time.Millisecond):
+	}
+	for !s.admit(server, 64<<20) {
+		t.Error("Resume says that something is left")
+	}
+	if n := within(t, "all is written", written); n != 16<<20 {
+		t.Errorf("%d bytes were written", n)
+	}
+}
