@@ -61,6 +61,8 @@ func (k *Keeper) baseTLS() *tls.Config {
 		MinVersion:       tls.VersionTLS13,
 		CurvePreferences: []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256},
 		NextProtos:       []string{protocol},
+		// Small records in the beginning are for pages that a browser shows before they are whole.
+		DynamicRecordSizingDisabled: true,
 		// No resumption: see ARCHITECTURE.md, "Why not". Without SNI crypto/tls files a client's
 		// sessions under the peer's address, so identities that share a cache would resume
 		// each other's, and a resumed session keeps the certificate of its first handshake

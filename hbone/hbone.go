@@ -5,8 +5,8 @@
 //	Client.Open ──► pool of transport sessions, one per Key ──► CONNECT ──► Stream
 //	Server.Serve ─► TLS accept ─► transport session ─► CONNECT ─► Handler(*Request) ─► Stream
 //
-// The transport (package h2 today; a framing engine of our own and HTTP/3 later) sits
-// behind ClientTransport and ServerTransport and carries no policy.
+// The transport (package h2 today, HTTP/3 later) sits behind ClientTransport and
+// ServerTransport and carries no policy.
 package hbone
 
 import (
