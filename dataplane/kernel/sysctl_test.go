@@ -15,8 +15,7 @@ func TestSysctlsAreSetWhereAContainerMountsThemReadOnly(t *testing.T) {
 	netnstest.Require(t)
 	const name = "net/ipv4/fwmark_reflect"
 	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // for good: the thread's namespaces are not ours any more
+	onThreadOfItsOwn(func() {
 		done <- func() error {
 			if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
 				return err
@@ -40,8 +39,25 @@ func TestSysctlsAreSetWhereAContainerMountsThemReadOnly(t *testing.T) {
 			}
 			return err
 		}()
-	}()
+	})
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// onThreadOfItsOwn calls f on a thread that ends with it, since its namespaces are not ours any
+// more then. It is not the first one, which never ends: /proc/self would show its namespaces to
+// all tests that follow.
+func onThreadOfItsOwn(f func()) {
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() != unix.Getpid() {
+			f()
+			return
+		}
+		done := make(chan struct{})
+		onThreadOfItsOwn(func() { defer close(done); f() })
+		<-done
+		runtime.UnlockOSThread()
+	}()
 }
