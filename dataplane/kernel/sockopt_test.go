@@ -2,6 +2,7 @@ package kernel_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"testing"
@@ -98,7 +99,11 @@ func connectRaw(t *testing.T, f *fixture, family int, to netip.AddrPort, prepare
 			t.Fatal(err)
 		}
 	}
-	if err := unix.Connect(fd, sockaddr(family, to)); err != nil {
+	err := unix.Connect(fd, sockaddr(family, to))
+	for errors.Is(err, unix.EINTR) { // by a signal of Go's scheduler; it goes on waiting
+		err = unix.Connect(fd, sockaddr(family, to))
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return fd
