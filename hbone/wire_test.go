@@ -35,14 +35,14 @@ func TestWireGivesRecordByRecordHoweverTheyArrive(t *testing.T) {
 			for _, n := range sizes {
 				all = append(all, record(n)...)
 			}
-			go func() {
-				for rest := all; len(rest) > 0; {
+			go func(rest []byte) {
+				for len(rest) > 0 {
 					n := min(len(rest), 1+rand.IntN(40_000))
 					_, _ = b.Write(rest[:n])
 					rest = rest[n:]
 				}
 				_ = b.Close()
-			}()
+			}(all)
 			buf := make([]byte, 1<<20)
 			for _, n := range sizes {
 				for left := 5 + n; left > 0; {
