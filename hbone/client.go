@@ -123,36 +123,88 @@ func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error)
 // ended if they did, when it succeeds. After an error other than ErrUncertain first can be used
 // again. It may be nil.
 func (c *Client) OpenWith(ctx context.Context, key Key, r *Request, first *First) (*Tunnel, error) {
+	t := &Tunnel{}
+	m, reused, err := c.try(ctx, key, r, func(s Session) error {
+		stream, response, err := open(ctx, s, r, first)
+		if err == nil {
+			t.Stream, t.Response = stream, *response
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	t.Conn, t.Reused, t.release = m.conn, reused, sync.OnceFunc(func() { c.release(m) })
+	return t, nil
+}
+
+// Flow is an open flow of datagrams and what is known of the way that it takes. Close must be
+// called.
+type Flow struct {
+	DatagramStream
+	Response Response
+	Conn     *Conn // shared by the streams of a session; not to be modified
+	Reused   bool  // whether the session was there before
+
+	release func()
+}
+
+// Close closes the flow and gives its place in the session back.
+func (f *Flow) Close() error {
+	err := f.DatagramStream.Close()
+	f.release()
+	return err
+}
+
+// OpenDatagrams makes a flow of datagrams to r.Authority, as Open makes a tunnel. The payloads
+// of first are sent behind the request and do not wait for the answer; as datagrams may, they
+// get lost, and may arrive twice when the request is tried again. Its error is as Open's, and
+// ErrNoDatagrams when the peer cannot carry any; never ErrUncertain.
+func (c *Client) OpenDatagrams(ctx context.Context, key Key, r *Request, first [][]byte) (*Flow, error) {
+	f := &Flow{}
+	m, reused, err := c.try(ctx, key, r, func(s Session) error {
+		stream, response, err := s.OpenDatagrams(ctx, r, first)
+		if err == nil {
+			f.DatagramStream, f.Response = stream, *response
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	f.Conn, f.Reused, f.release = m.conn, reused, sync.OnceFunc(func() { c.release(m) })
+	return f, nil
+}
+
+// try has open use a place in a session of key, and returns the session and whether it was
+// there before. What was refused is tried again in another session, a few times.
+func (c *Client) try(ctx context.Context, key Key, r *Request, open func(Session) error) (*member, bool, error) {
 	if err := r.Validate(); err != nil {
-		return nil, fmt.Errorf("CONNECT: %w", err)
+		return nil, false, fmt.Errorf("CONNECT: %w", err)
 	}
 	var newerThan uint64
 	var refused error
 	for range maxAttempts {
 		m, newest, err := c.acquire(ctx, key, newerThan)
 		if err != nil {
-			return nil, errors.Join(err, refused)
+			return nil, false, errors.Join(err, refused)
 		}
 		reused := m.used.Swap(true)
-		stream, response, err := open(ctx, m.session, r, first)
-		if err == nil {
-			return &Tunnel{
-				Stream: stream, Response: *response, Conn: m.conn, Reused: reused,
-				release: sync.OnceFunc(func() { c.release(m) }),
-			}, nil
+		if err = open(m.session); err == nil {
+			return m, reused, nil
 		}
 		c.release(m)
 		switch {
 		case isRemoteAlert(err) && !errors.Is(err, ErrUncertain):
-			return nil, c.countTLSError(NewTLSError(key.Remote, err))
+			return nil, false, c.countTLSError(NewTLSError(key.Remote, err))
 		case !errors.Is(err, ErrRefused):
-			return nil, openError(ctx, key, r, err)
+			return nil, false, openError(ctx, key, r, err)
 		}
 		refused = fmt.Errorf("CONNECT %s through %s: %w", r.Authority, key.Remote, err)
 		newerThan = newest
 		c.count(func(s *PoolStats) { s.Retries++ })
 	}
-	return nil, fmt.Errorf("gave up after %d sessions: %w", maxAttempts, refused)
+	return nil, false, fmt.Errorf("gave up after %d sessions: %w", maxAttempts, refused)
 }
 
 // open opens a stream in a place of s that is reserved.

@@ -19,6 +19,9 @@ import (
 // on another session.
 var ErrRefused = errors.New("stream refused before it was processed")
 
+// ErrNoDatagrams is a peer, or a session with it, that carries no UDP.
+var ErrNoDatagrams = errors.New("peer does not carry UDP")
+
 // ErrClosed is returned by Open after Close.
 var ErrClosed = errors.New("hbone client is closed")
 

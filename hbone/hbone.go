@@ -99,10 +99,15 @@ type Session interface {
 	// Start begins with a CONNECT, which leaves with the first Send. It uses up a
 	// reservation; its error is as Answer's.
 	Start(r *Request) (Opening, error)
-	// Reserve sets a place aside for one Start that follows; false when it is full,
-	// draining or dead.
+	// OpenDatagrams begins with an extended CONNECT for UDP to r.Authority and waits for the
+	// answer. The payloads of first are sent behind it, as far as that does not wait. It uses
+	// up a reservation; its error is as Answer's without ErrUncertain, or wraps
+	// ErrNoDatagrams.
+	OpenDatagrams(ctx context.Context, r *Request, first [][]byte) (DatagramStream, *Response, error)
+	// Reserve sets a place aside for one Start or OpenDatagrams that follows; false when it is
+	// full, draining or dead.
 	Reserve() bool
-	// Release gives a reservation back that no Start will use.
+	// Release gives a reservation back that nothing will use.
 	Release()
 	// Capacity is how many more streams it can carry now; 0 when full, draining or dead.
 	Capacity() int
@@ -159,8 +164,11 @@ type ServerTransport interface {
 
 // ServerRequest is a CONNECT that arrived, not yet answered.
 type ServerRequest struct {
-	// Request is what the headers say, already parsed. All of it is untrusted.
+	// Request is what the headers say, already parsed. All of it is untrusted. The Authority
+	// of a request for UDP is the target that its path names.
 	Request
+	// Protocol is what it asks to have carried.
+	Protocol Protocol
 	// Target is Authority when it is ip:port; otherwise zero, and Authority is host:port.
 	Target netip.AddrPort
 	// Conn is the tunnel connection that carries it.
@@ -170,10 +178,12 @@ type ServerRequest struct {
 	Context context.Context
 
 	// Accept answers 200 and returns the stream; Reject answers with a status and ends it.
-	// Exactly one of them is called, once; a later call of either changes nothing, and a
-	// request whose Handler returned without one is reset.
-	Accept func(Response) (Stream, error)
-	Reject func(status int)
+	// AcceptDatagrams takes the place of Accept in a request for UDP; each is nil in requests
+	// of the other protocol. Exactly one of them is called, once; a later call changes
+	// nothing, and a request whose Handler returned without one is reset.
+	Accept          func(Response) (Stream, error)
+	AcceptDatagrams func(Response) (DatagramStream, error)
+	Reject          func(status int)
 }
 
 // Conn is what either end knows of a tunnel connection.
@@ -214,6 +224,6 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
-// Handler decides and serves one CONNECT. A stream that it accepted and left to a Sink outlives
+// Handler decides and serves one CONNECT. A stream that it accepted and left to a sink outlives
 // it until it is closed; any other is closed when it returns.
 type Handler func(*ServerRequest)

@@ -22,6 +22,8 @@ type ServerConfig struct {
 	Transport ServerTransport
 	// Handler serves each CONNECT on a goroutine of its own.
 	Handler Handler
+	// Datagrams serves each request for UDP likewise. nil answers them with 501.
+	Datagrams Handler
 	// MaxHandshakes bounds the handshakes that go on at once; more wait in the kernel's
 	// backlog. One address may have a quarter of them, and more are closed: whoever
 	// connects and says nothing must not keep everybody else out. 0 means 128.
@@ -54,6 +56,9 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Datagrams == nil {
+		c.Datagrams = func(r *ServerRequest) { r.Reject(501) }
 	}
 	c.TLS = c.TLS.Clone()
 	c.TLS.NextProtos = []string{alpn}
@@ -183,9 +188,17 @@ func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
 	defer cancel()
 	s.enter(conn, cancel, round)
 	defer s.leave(conn)
-	if err := s.cfg.Transport.ServeConn(ctx, force, conn, s.cfg.Handler); err != nil {
+	if err := s.cfg.Transport.ServeConn(ctx, force, conn, s.serve); err != nil {
 		s.cfg.Log.Debug("tunnel connection ended", "remote", remote, "error", err)
 	}
+}
+
+func (s *Server) serve(r *ServerRequest) {
+	if r.Protocol == UDP {
+		s.cfg.Datagrams(r)
+		return
+	}
+	s.cfg.Handler(r)
 }
 
 // Retire takes the connections that match out of use: live streams run on, and the peer is told

@@ -1,6 +1,7 @@
 package h2
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -91,6 +92,12 @@ func (s *session) Start(r *hbone.Request) (hbone.Opening, error) {
 	s.pushLocked(control{kind: controlHeaders, stream: st.id, fields: fields})
 	st.startLocked()
 	return opening{st}, nil
+}
+
+// OpenDatagrams gives the reservation back: this transport does not send extended CONNECT.
+func (s *session) OpenDatagrams(context.Context, *hbone.Request, [][]byte) (hbone.DatagramStream, *hbone.Response, error) {
+	s.Release()
+	return nil, nil, hbone.ErrNoDatagrams
 }
 
 // listSize is a header list's size as RFC 9113 section 6.5.2 counts.
