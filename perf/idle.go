@@ -3,6 +3,7 @@ package perf
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -45,11 +46,7 @@ func (st *site) sides() map[string]*lab.Process {
 // idle measures what an open connection on which nothing moves costs the proxies beyond the
 // kernel's memory, and that each of them still works afterwards.
 func (st *site) idle(ctx context.Context, found *report.Report) error {
-	limit, err := descriptors()
-	if err != nil {
-		return err
-	}
-	conns := min(st.config.IdleConns, (limit-512)/st.scenario.descriptors())
+	conns := st.config.IdleConns
 	before, err := st.held(ctx)
 	if err != nil {
 		return err
@@ -65,7 +62,7 @@ func (st *site) idle(ctx context.Context, found *report.Report) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*setupTimeout+time.Duration(conns)*10*time.Millisecond)
 	defer cancel()
 	if err := w.expect(ctx, "ready"); err != nil {
-		return err
+		return errors.Join(err, st.limitsReached(ctx))
 	}
 	select {
 	case <-time.After(settleTime):
@@ -94,6 +91,40 @@ func (st *site) idle(ctx context.Context, found *report.Report) error {
 		}
 	}
 	return w.process.Wait(ctx)
+}
+
+// holding is c for a lab of its own that holds idle connections: as many as its proxies can, and
+// agents that are allowed so many.
+func (c Config) holding(s Scenario) (Config, error) {
+	limit, err := descriptors()
+	if err != nil {
+		return c, err
+	}
+	c.IdleConns = min(c.IdleConns, (limit-512)/s.descriptors())
+	bound := strconv.Itoa(c.IdleConns * s.ends())
+	c.AgentArgs = append([]string{"--pod-connections", bound, "--node-connections", bound}, c.AgentArgs...)
+	return c, nil
+}
+
+// limitsReached is an error that names the limits of agents that bit, nil when none did.
+func (st *site) limitsReached(ctx context.Context) error {
+	var errs []error
+	for _, n := range st.lab.Nodes() {
+		a := st.lab.Agent(n)
+		if a == nil {
+			continue
+		}
+		metrics, err := a.Metrics(ctx)
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(metrics) {
+			if strings.HasPrefix(line, "raceway_limit_reached_total") {
+				errs = append(errs, fmt.Errorf("%s says %s", n.Name, strings.TrimSpace(line)))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // held is what the proxy at each side holds now.
@@ -139,6 +170,14 @@ func (s Scenario) descriptors() int {
 	case s.Name == "relay-plain", s.PassThrough, s.SameNode:
 		return 6
 	case s.Yardstick:
+		return 2
+	}
+	return 1
+}
+
+// ends is how many ends of a connection are at one agent.
+func (s Scenario) ends() int {
+	if s.SameNode {
 		return 2
 	}
 	return 1

@@ -86,6 +86,26 @@ func TestIdleConnectionsAreHeldThroughRelays(t *testing.T) {
 	}
 }
 
+func TestIdleConnectionsAreHeldInTheMesh(t *testing.T) {
+	netnstest.Require(t)
+	c := shortConfig("hbone-cross")
+	c.Workloads, c.IdleConns, c.Rounds = []string{report.IdleWorkload}, 50, 1
+	c.BinDir = labtest.Build(t, "raceway-agent", "raceway-ca")
+	found, err := Run(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, metric := range []string{"connections", "RSS client", "Go memory client", "RSS server", "Go memory server"} {
+		if found.Find("hbone-cross", report.IdleWorkload, metric) == nil {
+			t.Errorf("no %s was measured", metric)
+		}
+	}
+	c.AgentArgs = []string{"--pod-connections", "20"}
+	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), `node1 says raceway_limit_reached_total{limit="pod_connections"}`) {
+		t.Errorf("%v, want the limit that was reached", err)
+	}
+}
+
 func TestPoliciesHaveTheirNumberOfRules(t *testing.T) {
 	text := manyPolicies(250)
 	if rules, policies := strings.Count(text, "principals:"), strings.Count(text, "kind:"); rules != 251 || policies != 4 {

@@ -42,8 +42,12 @@ func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report
 		case w.alone == nil:
 			together = append(together, w)
 		case s.Mesh || s.Yardstick: // without a proxy there is nothing to measure
+			holding, err := c.holding(s)
+			if err != nil {
+				return err
+			}
 			measure := func(st *site) error { return w.alone(st, ctx, found) }
-			if err := onSite(ctx, c, s, measure); err != nil {
+			if err := onSite(ctx, holding, s, measure); err != nil {
 				return fmt.Errorf("workload %s: %w", w.Name, err)
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
+	"github.com/raceway-mesh/raceway/hbone/h2"
 )
 
 // Limits bound what one pod can take from the node and from other pods. A zero field has
@@ -38,7 +39,8 @@ type Limits struct {
 	// PodBuffers and NodeBuffers bound the bytes of large copy buffers and of what tunnels
 	// have received and nobody has read. Without the former a direction copies through a
 	// small buffer; without the latter a stream has a small window, or is refused with 503.
-	// 128 MiB and 512 MiB: room for the smallest streams of as many connections as a pod may have.
+	// 128 MiB and 512 MiB, or more where that many connections are allowed: the half that
+	// windows do not grow into has room for the smallest stream of each.
 	PodBuffers, NodeBuffers int64
 	// PodActive and NodeActive bound the chunks that are moved at one time. Half the CPUs,
 	// and as many as there are but 2 at least: a pod that uses all of its own leaves CPUs
@@ -99,10 +101,10 @@ func (l Limits) withDefaults() Limits {
 	set(&l.PodActive, max(1, cpus/2))
 	set(&l.NodeActive, max(2, cpus))
 	if l.PodBuffers <= 0 {
-		l.PodBuffers = 128 << 20
+		l.PodBuffers = max(128<<20, 2*h2.StreamFloor*int64(l.PodConnections))
 	}
 	if l.NodeBuffers <= 0 {
-		l.NodeBuffers = 512 << 20
+		l.NodeBuffers = max(512<<20, 2*h2.StreamFloor*int64(l.NodeConnections), l.PodBuffers)
 	}
 	if l.lease <= 0 {
 		l.lease = 200 * time.Microsecond

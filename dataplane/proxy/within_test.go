@@ -1,6 +1,10 @@
 package proxy
 
-import "testing"
+import (
+	"testing"
+
+	"github.com/raceway-mesh/raceway/hbone/h2"
+)
 
 func TestDefaultLimitsFitTheOpenFiles(t *testing.T) {
 	for _, test := range []struct {
@@ -39,6 +43,20 @@ func TestOnePodCannotTakeAllFiles(t *testing.T) {
 		}
 		if l.PodTunnels != 1250 {
 			t.Errorf("%s: %d tunnels", test.name, l.PodTunnels)
+		}
+	}
+}
+
+// Idle streams keep what their windows have grown to, which is half of the budget at most.
+func TestBuffersHaveRoomForEveryConnection(t *testing.T) {
+	for _, set := range []Limits{{}, {PodConnections: 15_000}, {PodConnections: 100_000, NodeConnections: 100_000}} {
+		l := set.withDefaults()
+		for name, test := range map[string]struct{ buffers, conns int64 }{
+			"pod": {l.PodBuffers, int64(l.PodConnections)}, "node": {l.NodeBuffers, int64(l.NodeConnections)},
+		} {
+			if need := test.conns * h2.StreamFloor; need > test.buffers/2 {
+				t.Errorf("%s: %d streams take %d bytes of %d", name, test.conns, need, test.buffers)
+			}
 		}
 	}
 }

@@ -24,6 +24,9 @@ const (
 	startWindow = 64 << 10
 	shortWindow = 16 << 10 // where there are many streams
 
+	// StreamFloor is what a stream takes of a hbone.Budget at least, in bytes.
+	StreamFloor = floorWindow + 2*smallChunk
+
 	// A new stream's window leaves room for as many others of its kind, and growth for as
 	// many streams of that size: the larger a stream, the earlier it stops.
 	startSpare = 256
