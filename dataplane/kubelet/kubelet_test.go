@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -210,11 +211,14 @@ func TestRestartedKubeletIsTold(t *testing.T) {
 	h := newHost(t)
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
+		var mu sync.Mutex
 		var told []string
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
 			h.config().Watch(ctx, func(p kubelet.Place, err error) {
+				mu.Lock()
+				defer mu.Unlock()
 				if err != nil {
 					told = append(told, "missing")
 					return
@@ -226,6 +230,8 @@ func TestRestartedKubeletIsTold(t *testing.T) {
 			t.Helper()
 			time.Sleep(after)
 			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if got := strings.Join(told, " "); got != all {
 				t.Errorf("told %q, want %q", got, all)
 			}

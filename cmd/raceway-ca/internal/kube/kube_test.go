@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -353,20 +354,25 @@ func TestANodeMayHaveTheIdentitiesOfItsPods(t *testing.T) {
 
 func TestAPodThatJustStartedIsLookedUp(t *testing.T) {
 	s := newServer()
-	c := newCluster(t, s.Clientset, nil)
-	runs(t, c.Run)
-	eventually(t, "pods are read", func() bool { return c.pods.ready() == nil })
 	// The watch has not heard of it.
 	listed := []corev1.Pod{*newPod(Name{"shop", "web-1"}, "web", "n1", func(p *corev1.Pod) { p.Status.Phase = corev1.PodPending })}
+	var started atomic.Bool
 	var listErr error
 	asked := 0
 	s.PrependReactor("list", "pods", func(action clienttesting.Action) (bool, runtime.Object, error) {
+		if !started.Load() {
+			return false, nil, nil
+		}
 		asked++
 		if got := action.(clienttesting.ListAction).GetListRestrictions().Fields.String(); got != "spec.nodeName=n1" && got != "spec.nodeName=n2" || action.GetNamespace() != "shop" {
 			t.Errorf("listed %q of %q", got, action.GetNamespace())
 		}
 		return true, &corev1.PodList{Items: listed}, listErr
 	})
+	c := newCluster(t, s.Clientset, nil)
+	runs(t, c.Run)
+	eventually(t, "pods are read", func() bool { return c.pods.ready() == nil })
+	started.Store(true)
 	web := spiffe.ID{TrustDomain: td, Namespace: "shop", ServiceAccount: "web"}
 	if err := c.Authorize(t.Context(), istio.Caller{Node: "n1"}, web); err != nil || asked != 1 {
 		t.Errorf("%v after %d lists", err, asked)
