@@ -175,9 +175,9 @@ func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
 	round := s.round()
 	// A peer that connected before the drain gets its handshake, and is then told.
 	conn, err := s.handshake(force, raw)
-	<-s.handshakes
 	remote := addrPort(raw.RemoteAddr())
-	s.settle(remote.Addr())
+	s.settle(remote.Addr()) // first: whoever gets the token may be of the same address
+	<-s.handshakes
 	if err != nil {
 		if force.Err() == nil {
 			s.cfg.OnHandshakeError(remote, NewTLSError(remote, err))
