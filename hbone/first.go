@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // ErrUncertain marks an Open that failed after first bytes were sent and in a way that leaves
@@ -67,12 +69,8 @@ func (f *First) read(wait bool) bool {
 	var n int
 	var failure error
 	err := f.raw.Read(func(fd uintptr) bool {
-		for {
-			n, failure = unix.Read(int(fd), f.buf[f.n:])
-			if !errors.Is(failure, unix.EINTR) {
-				return !wait || !errors.Is(failure, unix.EAGAIN)
-			}
-		}
+		n, failure = nonblock.Read(fd, f.buf[f.n:])
+		return !wait || !errors.Is(failure, unix.EAGAIN)
 	})
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded), err == nil && errors.Is(failure, unix.EAGAIN):

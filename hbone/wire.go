@@ -9,6 +9,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // wireSize is how much a Wire moves with one system call.
@@ -157,17 +159,12 @@ func (w *Wire) fill() error {
 // receiveNow is called by the poller when there may be something.
 func (w *Wire) receiveNow(fd uintptr) bool {
 	w.take()
-	for {
-		w.n, w.err = unix.Read(int(fd), w.in[w.w:])
-		switch {
-		case errors.Is(w.err, unix.EINTR):
-			continue
-		case errors.Is(w.err, unix.EAGAIN):
-			w.release()
-			return false
-		}
-		return true
+	w.n, w.err = nonblock.Read(fd, w.in[w.w:])
+	if errors.Is(w.err, unix.EAGAIN) {
+		w.release()
+		return false
 	}
+	return true
 }
 
 func (w *Wire) take() {
@@ -223,7 +220,13 @@ func (w *Wire) flushLocked() error {
 	if w.out == nil {
 		return nil
 	}
-	_, err := w.Conn.Write((*w.out)[w.sent:])
+	var err error
+	if w.raw != nil {
+		err = w.raw.Write(w.send)
+	}
+	if err == nil && w.sent < len(*w.out) {
+		_, err = w.Conn.Write((*w.out)[w.sent:])
+	}
 	w.emptyLocked()
 	return err
 }
@@ -252,10 +255,7 @@ func (w *Wire) TryFlush() (bool, error) {
 // sendNow is called by the poller; what goes wrong here shows again in Flush.
 func (w *Wire) sendNow(fd uintptr) bool {
 	for w.sent < len(*w.out) {
-		n, err := unix.Write(int(fd), (*w.out)[w.sent:])
-		if err == unix.EINTR {
-			continue
-		}
+		n, err := nonblock.Write(fd, (*w.out)[w.sent:])
 		if err != nil {
 			break
 		}

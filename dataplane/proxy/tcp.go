@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 var (
@@ -46,7 +48,6 @@ type transfer struct {
 	n      int
 	err    error
 	polled bool
-	fds    [1]unix.PollFd
 
 	move, wait func(fd uintptr) bool
 }
@@ -145,9 +146,7 @@ func (t *transfer) ready(fd uintptr, events int16) bool {
 		return true
 	}
 	t.polled = true
-	t.fds[0] = unix.PollFd{Fd: int32(fd), Events: events}
-	n, err := unix.Poll(t.fds[:], 0)
-	return n > 0 || err != nil && err != unix.EINTR
+	return nonblock.Ready(fd, events)
 }
 
 // read never waits: it returns errAgain when there is nothing.
@@ -172,12 +171,8 @@ func (l *tcpLeg) read(p []byte) (int, error) {
 }
 
 func (t *transfer) read(fd uintptr) bool {
-	for {
-		t.n, t.err = unix.Read(int(fd), t.p)
-		if !errors.Is(t.err, unix.EINTR) {
-			return true
-		}
-	}
+	t.n, t.err = nonblock.Read(fd, t.p)
+	return true
 }
 
 // write never waits: it returns how much the socket took, and errAgain when that is not all.
@@ -199,10 +194,7 @@ func (l *tcpLeg) write(p []byte) (int, error) {
 func (t *transfer) write(fd uintptr) bool {
 	t.err = nil
 	for len(t.p) > 0 {
-		n, err := unix.Write(int(fd), t.p)
-		if err == unix.EINTR {
-			continue
-		}
+		n, err := nonblock.Write(fd, t.p)
 		if err != nil {
 			t.err = err
 			break
