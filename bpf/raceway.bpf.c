@@ -7,6 +7,7 @@
 #include "include/steer.h"
 #include "include/ingress.h"
 #include "include/guard.h"
+#include "include/divert.h"
 #include "include/dump.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -41,6 +41,12 @@ type RacewayAllowance struct {
 	Endpoints  [8]RacewayEndpoint
 }
 
+type RacewayClearPorts struct {
+	_     structs.HostLayout
+	Count uint32
+	Ports [8]RacewayPorts
+}
+
 type RacewayConnection struct {
 	_            structs.HostLayout
 	Local        RacewayAddr
@@ -81,58 +87,78 @@ const (
 	RacewayCounterSTEER_OUTBOUND               RacewayCounter = 19
 	RacewayCounterSTEER_INBOUND                RacewayCounter = 20
 	RacewayCounterSTEER_TUNNEL                 RacewayCounter = 21
-	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 22
-	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 23
-	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 24
-	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 25
-	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 26
-	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 27
-	RacewayCounterINGRESS_LEFT                 RacewayCounter = 28
-	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 29
-	RacewayCounterINGRESS_PROBE                RacewayCounter = 30
-	RacewayCounterINGRESS_DIRECT               RacewayCounter = 31
-	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 32
-	RacewayCounterINGRESS_INBOUND              RacewayCounter = 33
-	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 34
-	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 35
-	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 36
-	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 37
-	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 38
-	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 39
-	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 40
-	RacewayCounterGUARD_PASSED_PROBE           RacewayCounter = 41
-	RacewayCounterGUARD_PASSED_DIRECT          RacewayCounter = 42
-	RacewayCounterGUARD_PASSED_ENDED           RacewayCounter = 43
-	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 44
-	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 45
-	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 46
-	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 47
-	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 48
-	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 49
-	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 50
-	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 51
-	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 52
-	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 53
-	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 54
-	RacewayCounterPROBE_OPENED                 RacewayCounter = 55
-	RacewayCounterPROBE_CLOSED                 RacewayCounter = 56
-	RacewayCounterPROBE_ELSEWHERE              RacewayCounter = 57
-	RacewayCounterPROBE_REFUSED_FLAGS          RacewayCounter = 58
-	RacewayCounterPROBE_REFUSED_FULL           RacewayCounter = 59
-	RacewayCounterDIRECT_OPENING               RacewayCounter = 60
-	RacewayCounterDIRECT_OPENED                RacewayCounter = 61
-	RacewayCounterDIRECT_CLOSED                RacewayCounter = 62
-	RacewayCounterDIRECT_FAILED                RacewayCounter = 63
-	RacewayCounterDIRECT_PROXIED_REVOKED       RacewayCounter = 64
-	RacewayCounterDIRECT_PROXIED_REWRITTEN     RacewayCounter = 65
-	RacewayCounterDIRECT_PROXIED_SOURCE        RacewayCounter = 66
-	RacewayCounterDIRECT_PROXIED_FASTOPEN      RacewayCounter = 67
-	RacewayCounterDIRECT_PROXIED_FLAGS         RacewayCounter = 68
-	RacewayCounterDIRECT_PROXIED_FULL          RacewayCounter = 69
-	RacewayCounterDIRECT_PROXIED_UNANSWERED    RacewayCounter = 70
-	RacewayCounterDIRECT_DROPPED_MARK          RacewayCounter = 71
-	RacewayCounterDIRECT_DROPPED_EVENT         RacewayCounter = 72
-	RacewayCounterCOUNTERS                     RacewayCounter = 73
+	RacewayCounterSTEER_DATAGRAM               RacewayCounter = 22
+	RacewayCounterSTEER_QUIC                   RacewayCounter = 23
+	RacewayCounterSTEER_DROPPED_NO_LISTENER    RacewayCounter = 24
+	RacewayCounterSTEER_DROPPED_ASSIGN         RacewayCounter = 25
+	RacewayCounterINGRESS_NOT_TCP              RacewayCounter = 26
+	RacewayCounterINGRESS_DROPPED_MALFORMED    RacewayCounter = 27
+	RacewayCounterINGRESS_DROPPED_FRAGMENT     RacewayCounter = 28
+	RacewayCounterINGRESS_DROPPED_UNKNOWN_POD  RacewayCounter = 29
+	RacewayCounterINGRESS_LEFT                 RacewayCounter = 30
+	RacewayCounterINGRESS_CONNECTED            RacewayCounter = 31
+	RacewayCounterINGRESS_PROBE                RacewayCounter = 32
+	RacewayCounterINGRESS_DIRECT               RacewayCounter = 33
+	RacewayCounterINGRESS_OUTBOUND             RacewayCounter = 34
+	RacewayCounterINGRESS_INBOUND              RacewayCounter = 35
+	RacewayCounterINGRESS_TUNNEL               RacewayCounter = 36
+	RacewayCounterINGRESS_DROPPED_NO_LISTENER  RacewayCounter = 37
+	RacewayCounterINGRESS_DROPPED_ASSIGN       RacewayCounter = 38
+	RacewayCounterGUARD_PASSED_ARP             RacewayCounter = 39
+	RacewayCounterGUARD_PASSED_NOT_TCP         RacewayCounter = 40
+	RacewayCounterGUARD_PASSED_NO_DATA         RacewayCounter = 41
+	RacewayCounterGUARD_PASSED_OWN             RacewayCounter = 42
+	RacewayCounterGUARD_PASSED_PROBE           RacewayCounter = 43
+	RacewayCounterGUARD_PASSED_DIRECT          RacewayCounter = 44
+	RacewayCounterGUARD_PASSED_ENDED           RacewayCounter = 45
+	RacewayCounterGUARD_PASSED_ESTABLISHED     RacewayCounter = 46
+	RacewayCounterGUARD_DROPPED_UNKNOWN_POD    RacewayCounter = 47
+	RacewayCounterGUARD_DROPPED_VLAN           RacewayCounter = 48
+	RacewayCounterGUARD_DROPPED_ETHERTYPE      RacewayCounter = 49
+	RacewayCounterGUARD_DROPPED_MALFORMED      RacewayCounter = 50
+	RacewayCounterGUARD_DROPPED_SOURCE_ROUTE   RacewayCounter = 51
+	RacewayCounterGUARD_DROPPED_FOREIGN_SOURCE RacewayCounter = 52
+	RacewayCounterGUARD_DROPPED_PROTOCOL       RacewayCounter = 53
+	RacewayCounterGUARD_DROPPED_FRAGMENT       RacewayCounter = 54
+	RacewayCounterGUARD_DROPPED_CONNECT        RacewayCounter = 55
+	RacewayCounterGUARD_DROPPED_PAYLOAD        RacewayCounter = 56
+	RacewayCounterGUARD_DROPPED_DATAGRAM       RacewayCounter = 57
+	RacewayCounterDIVERT_OFF                   RacewayCounter = 58
+	RacewayCounterDIVERT_NOT_UDP               RacewayCounter = 59
+	RacewayCounterDIVERT_OWN                   RacewayCounter = 60
+	RacewayCounterDIVERT_ELSEWHERE             RacewayCounter = 61
+	RacewayCounterDIVERT_CLEAR_PORT            RacewayCounter = 62
+	RacewayCounterDIVERT_CLEAR_OLDER           RacewayCounter = 63
+	RacewayCounterDIVERT_CLEAR_ANSWER          RacewayCounter = 64
+	RacewayCounterDIVERT_TUNNEL                RacewayCounter = 65
+	RacewayCounterDIVERT_DROPPED_MALFORMED     RacewayCounter = 66
+	RacewayCounterDIVERT_DROPPED_FRAME         RacewayCounter = 67
+	RacewayCounterRECEIVE_OFF                  RacewayCounter = 68
+	RacewayCounterRECEIVE_NOT_UDP              RacewayCounter = 69
+	RacewayCounterRECEIVE_TUNNEL               RacewayCounter = 70
+	RacewayCounterRECEIVE_ELSEWHERE            RacewayCounter = 71
+	RacewayCounterRECEIVE_CLEAR                RacewayCounter = 72
+	RacewayCounterRECEIVE_DROPPED_CLEAR        RacewayCounter = 73
+	RacewayCounterRECEIVE_DROPPED_MALFORMED    RacewayCounter = 74
+	RacewayCounterPROBE_OPENED                 RacewayCounter = 75
+	RacewayCounterPROBE_CLOSED                 RacewayCounter = 76
+	RacewayCounterPROBE_ELSEWHERE              RacewayCounter = 77
+	RacewayCounterPROBE_REFUSED_FLAGS          RacewayCounter = 78
+	RacewayCounterPROBE_REFUSED_FULL           RacewayCounter = 79
+	RacewayCounterDIRECT_OPENING               RacewayCounter = 80
+	RacewayCounterDIRECT_OPENED                RacewayCounter = 81
+	RacewayCounterDIRECT_CLOSED                RacewayCounter = 82
+	RacewayCounterDIRECT_FAILED                RacewayCounter = 83
+	RacewayCounterDIRECT_PROXIED_REVOKED       RacewayCounter = 84
+	RacewayCounterDIRECT_PROXIED_REWRITTEN     RacewayCounter = 85
+	RacewayCounterDIRECT_PROXIED_SOURCE        RacewayCounter = 86
+	RacewayCounterDIRECT_PROXIED_FASTOPEN      RacewayCounter = 87
+	RacewayCounterDIRECT_PROXIED_FLAGS         RacewayCounter = 88
+	RacewayCounterDIRECT_PROXIED_FULL          RacewayCounter = 89
+	RacewayCounterDIRECT_PROXIED_UNANSWERED    RacewayCounter = 90
+	RacewayCounterDIRECT_DROPPED_MARK          RacewayCounter = 91
+	RacewayCounterDIRECT_DROPPED_EVENT         RacewayCounter = 92
+	RacewayCounterCOUNTERS                     RacewayCounter = 93
 )
 
 type RacewayDestination struct {
@@ -194,13 +220,24 @@ const (
 	RacewayEventKindEVENT_LIVE       RacewayEventKind = 6
 )
 
+type RacewayFragmented struct {
+	_     structs.HostLayout
+	Netns uint64
+	Src   RacewayAddr
+	Dst   RacewayAddr
+	Id    uint32
+	Hook  uint32
+}
+
 type RacewayListener uint32
 
 const (
-	RacewayListenerLISTENER_NONE     RacewayListener = 0
-	RacewayListenerLISTENER_OUTBOUND RacewayListener = 1
-	RacewayListenerLISTENER_INBOUND  RacewayListener = 2
-	RacewayListenerLISTENER_TUNNEL   RacewayListener = 3
+	RacewayListenerLISTENER_NONE      RacewayListener = 0
+	RacewayListenerLISTENER_OUTBOUND  RacewayListener = 1
+	RacewayListenerLISTENER_INBOUND   RacewayListener = 2
+	RacewayListenerLISTENER_TUNNEL    RacewayListener = 3
+	RacewayListenerLISTENER_DATAGRAMS RacewayListener = 4
+	RacewayListenerLISTENER_QUIC      RacewayListener = 5
 )
 
 type RacewayListenerKey struct {
@@ -213,6 +250,13 @@ type RacewayListenerKey struct {
 type RacewayOwner struct {
 	_    structs.HostLayout
 	Role RacewayListener
+}
+
+type RacewayPeer struct {
+	_    structs.HostLayout
+	Addr RacewayAddr
+	Port uint16
+	Zero uint16
 }
 
 type RacewayPlace struct {
@@ -228,6 +272,7 @@ type RacewayPod struct {
 	Flags     RacewayPodFlag
 	AddrCount uint32
 	Addrs     [8]RacewayAddr
+	Clear     RacewayClearPorts
 }
 
 type RacewayPodFlag uint32
@@ -235,7 +280,15 @@ type RacewayPodFlag uint32
 const (
 	RacewayPodFlagPOD_OUTBOUND RacewayPodFlag = 1
 	RacewayPodFlagPOD_INBOUND  RacewayPodFlag = 2
+	RacewayPodFlagPOD_UDP      RacewayPodFlag = 4
+	RacewayPodFlagPOD_STRICT   RacewayPodFlag = 8
 )
+
+type RacewayPorts struct {
+	_     structs.HostLayout
+	First uint16
+	Last  uint16
+}
 
 type RacewayStage uint32
 
@@ -260,20 +313,27 @@ type RacewayTuple struct {
 const (
 	RacewayMapAdmitted         = "admitted"
 	RacewayMapAllowed          = "allowed"
+	RacewayMapClearFlows       = "clear_flows"
 	RacewayMapClients          = "clients"
 	RacewayMapCounters         = "counters"
 	RacewayMapEstablished      = "established"
 	RacewayMapEvents           = "events"
+	RacewayMapFlows            = "flows"
+	RacewayMapFragments        = "fragments"
 	RacewayMapGeneration       = "generation"
 	RacewayMapHomes            = "homes"
 	RacewayMapKubelet          = "kubelet"
 	RacewayMapListeners        = "listeners"
+	RacewayMapOlderSockets     = "older_sockets"
 	RacewayMapOwn              = "own"
+	RacewayMapPeers            = "peers"
 	RacewayMapPods             = "pods"
 	RacewayMapProbes           = "probes"
 	RacewayMapProbing          = "probing"
+	RacewayMapReceivers        = "receivers"
 	RacewayProgConnect4        = "connect4"
 	RacewayProgConnect6        = "connect6"
+	RacewayProgDivert          = "divert"
 	RacewayProgDump            = "dump"
 	RacewayProgGetpeername4    = "getpeername4"
 	RacewayProgGetpeername6    = "getpeername6"
@@ -281,6 +341,8 @@ const (
 	RacewayProgGuardMore       = "guard_more"
 	RacewayProgIngress         = "ingress"
 	RacewayProgListDirect      = "list_direct"
+	RacewayProgNoteOlder       = "note_older"
+	RacewayProgReceive         = "receive"
 	RacewayProgSteer           = "steer"
 	RacewayProgTrack           = "track"
 	RacewayVarCanDirect        = "can_direct"
@@ -335,6 +397,7 @@ type RacewaySpecs struct {
 type RacewayProgramSpecs struct {
 	Connect4     *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
+	Divert       *ebpf.ProgramSpec `ebpf:"divert"`
 	Dump         *ebpf.ProgramSpec `ebpf:"dump"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
@@ -342,6 +405,8 @@ type RacewayProgramSpecs struct {
 	GuardMore    *ebpf.ProgramSpec `ebpf:"guard_more"`
 	Ingress      *ebpf.ProgramSpec `ebpf:"ingress"`
 	ListDirect   *ebpf.ProgramSpec `ebpf:"list_direct"`
+	NoteOlder    *ebpf.ProgramSpec `ebpf:"note_older"`
+	Receive      *ebpf.ProgramSpec `ebpf:"receive"`
 	Steer        *ebpf.ProgramSpec `ebpf:"steer"`
 	Track        *ebpf.ProgramSpec `ebpf:"track"`
 }
@@ -350,20 +415,26 @@ type RacewayProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type RacewayMapSpecs struct {
-	Admitted    *ebpf.MapSpec `ebpf:"admitted"`
-	Allowed     *ebpf.MapSpec `ebpf:"allowed"`
-	Clients     *ebpf.MapSpec `ebpf:"clients"`
-	Counters    *ebpf.MapSpec `ebpf:"counters"`
-	Established *ebpf.MapSpec `ebpf:"established"`
-	Events      *ebpf.MapSpec `ebpf:"events"`
-	Generation  *ebpf.MapSpec `ebpf:"generation"`
-	Homes       *ebpf.MapSpec `ebpf:"homes"`
-	Kubelet     *ebpf.MapSpec `ebpf:"kubelet"`
-	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
-	Own         *ebpf.MapSpec `ebpf:"own"`
-	Pods        *ebpf.MapSpec `ebpf:"pods"`
-	Probes      *ebpf.MapSpec `ebpf:"probes"`
-	Probing     *ebpf.MapSpec `ebpf:"probing"`
+	Admitted     *ebpf.MapSpec `ebpf:"admitted"`
+	Allowed      *ebpf.MapSpec `ebpf:"allowed"`
+	ClearFlows   *ebpf.MapSpec `ebpf:"clear_flows"`
+	Clients      *ebpf.MapSpec `ebpf:"clients"`
+	Counters     *ebpf.MapSpec `ebpf:"counters"`
+	Established  *ebpf.MapSpec `ebpf:"established"`
+	Events       *ebpf.MapSpec `ebpf:"events"`
+	Flows        *ebpf.MapSpec `ebpf:"flows"`
+	Fragments    *ebpf.MapSpec `ebpf:"fragments"`
+	Generation   *ebpf.MapSpec `ebpf:"generation"`
+	Homes        *ebpf.MapSpec `ebpf:"homes"`
+	Kubelet      *ebpf.MapSpec `ebpf:"kubelet"`
+	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
+	OlderSockets *ebpf.MapSpec `ebpf:"older_sockets"`
+	Own          *ebpf.MapSpec `ebpf:"own"`
+	Peers        *ebpf.MapSpec `ebpf:"peers"`
+	Pods         *ebpf.MapSpec `ebpf:"pods"`
+	Probes       *ebpf.MapSpec `ebpf:"probes"`
+	Probing      *ebpf.MapSpec `ebpf:"probing"`
+	Receivers    *ebpf.MapSpec `ebpf:"receivers"`
 }
 
 // RacewayVariableSpecs contains global variables before they are loaded into the kernel.
@@ -398,38 +469,50 @@ func (o *RacewayObjects) Close() error {
 //
 // It can be passed to LoadRacewayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type RacewayMaps struct {
-	Admitted    *ebpf.Map `ebpf:"admitted"`
-	Allowed     *ebpf.Map `ebpf:"allowed"`
-	Clients     *ebpf.Map `ebpf:"clients"`
-	Counters    *ebpf.Map `ebpf:"counters"`
-	Established *ebpf.Map `ebpf:"established"`
-	Events      *ebpf.Map `ebpf:"events"`
-	Generation  *ebpf.Map `ebpf:"generation"`
-	Homes       *ebpf.Map `ebpf:"homes"`
-	Kubelet     *ebpf.Map `ebpf:"kubelet"`
-	Listeners   *ebpf.Map `ebpf:"listeners"`
-	Own         *ebpf.Map `ebpf:"own"`
-	Pods        *ebpf.Map `ebpf:"pods"`
-	Probes      *ebpf.Map `ebpf:"probes"`
-	Probing     *ebpf.Map `ebpf:"probing"`
+	Admitted     *ebpf.Map `ebpf:"admitted"`
+	Allowed      *ebpf.Map `ebpf:"allowed"`
+	ClearFlows   *ebpf.Map `ebpf:"clear_flows"`
+	Clients      *ebpf.Map `ebpf:"clients"`
+	Counters     *ebpf.Map `ebpf:"counters"`
+	Established  *ebpf.Map `ebpf:"established"`
+	Events       *ebpf.Map `ebpf:"events"`
+	Flows        *ebpf.Map `ebpf:"flows"`
+	Fragments    *ebpf.Map `ebpf:"fragments"`
+	Generation   *ebpf.Map `ebpf:"generation"`
+	Homes        *ebpf.Map `ebpf:"homes"`
+	Kubelet      *ebpf.Map `ebpf:"kubelet"`
+	Listeners    *ebpf.Map `ebpf:"listeners"`
+	OlderSockets *ebpf.Map `ebpf:"older_sockets"`
+	Own          *ebpf.Map `ebpf:"own"`
+	Peers        *ebpf.Map `ebpf:"peers"`
+	Pods         *ebpf.Map `ebpf:"pods"`
+	Probes       *ebpf.Map `ebpf:"probes"`
+	Probing      *ebpf.Map `ebpf:"probing"`
+	Receivers    *ebpf.Map `ebpf:"receivers"`
 }
 
 func (m *RacewayMaps) Close() error {
 	return _RacewayClose(
 		m.Admitted,
 		m.Allowed,
+		m.ClearFlows,
 		m.Clients,
 		m.Counters,
 		m.Established,
 		m.Events,
+		m.Flows,
+		m.Fragments,
 		m.Generation,
 		m.Homes,
 		m.Kubelet,
 		m.Listeners,
+		m.OlderSockets,
 		m.Own,
+		m.Peers,
 		m.Pods,
 		m.Probes,
 		m.Probing,
+		m.Receivers,
 	)
 }
 
@@ -451,6 +534,7 @@ type RacewayVariables struct {
 type RacewayPrograms struct {
 	Connect4     *ebpf.Program `ebpf:"connect4"`
 	Connect6     *ebpf.Program `ebpf:"connect6"`
+	Divert       *ebpf.Program `ebpf:"divert"`
 	Dump         *ebpf.Program `ebpf:"dump"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
@@ -458,6 +542,8 @@ type RacewayPrograms struct {
 	GuardMore    *ebpf.Program `ebpf:"guard_more"`
 	Ingress      *ebpf.Program `ebpf:"ingress"`
 	ListDirect   *ebpf.Program `ebpf:"list_direct"`
+	NoteOlder    *ebpf.Program `ebpf:"note_older"`
+	Receive      *ebpf.Program `ebpf:"receive"`
 	Steer        *ebpf.Program `ebpf:"steer"`
 	Track        *ebpf.Program `ebpf:"track"`
 }
@@ -466,6 +552,7 @@ func (p *RacewayPrograms) Close() error {
 	return _RacewayClose(
 		p.Connect4,
 		p.Connect6,
+		p.Divert,
 		p.Dump,
 		p.Getpeername4,
 		p.Getpeername6,
@@ -473,6 +560,8 @@ func (p *RacewayPrograms) Close() error {
 		p.GuardMore,
 		p.Ingress,
 		p.ListDirect,
+		p.NoteOlder,
+		p.Receive,
 		p.Steer,
 		p.Track,
 	)

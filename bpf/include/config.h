@@ -18,6 +18,7 @@ enum {
 	SOL_SOCKET_ = 1,
 	SO_BINDTODEVICE_ = 25,
 	SO_MARK_ = 36,
+	KEEP_WHOLE = 1, /* bit of redirect_mark: a datagram that must not be fragmented */
 };
 
 /*

@@ -7,13 +7,14 @@
  *
  * Judged are a SYN that opens a connection and any segment with payload. The rest (ACK,
  * RST, FIN, SYN-ACK) often comes from request sockets, TIME_WAIT or no socket at all and
- * tells nobody anything.
+ * tells nobody anything. UDP is judged where it is captured, as divert does.
  *
  * Fails closed: what it cannot judge it drops.
  */
 #pragma once
 
 #include "config.h"
+#include "datagram.h"
 #include "direct.h"
 #include "packet.h"
 
@@ -103,6 +104,22 @@ static __always_inline enum counter judge_tcp(struct __sk_buff *skb, __u64 netns
 	return opens ? GUARD_DROPPED_CONNECT : GUARD_DROPPED_PAYLOAD;
 }
 
+static __always_inline enum counter judge_udp(struct __sk_buff *skb, __u64 netns, const struct pod *pod, const struct packet *p)
+{
+	if (p->options) /* a source route may be among them */
+		return GUARD_DROPPED_SOURCE_ROUTE;
+	switch (way_of(skb, netns, pod, p, JUDGE_GUARD)) {
+	case WAY_TUNNEL:
+		return GUARD_DROPPED_DATAGRAM;
+	case WAY_MALFORMED:
+		return GUARD_DROPPED_MALFORMED;
+	case WAY_OWN:
+		return GUARD_PASSED_OWN;
+	default:
+		return GUARD_PASSED_NOT_TCP;
+	}
+}
+
 static __always_inline enum counter judge_ip(struct __sk_buff *skb, __u64 netns, const struct pod *pod, bool check_source)
 {
 	struct packet p = {};
@@ -117,6 +134,9 @@ static __always_inline enum counter judge_ip(struct __sk_buff *skb, __u64 netns,
 	case IPPROTO_TCP:
 		return judge_tcp(skb, netns, &p);
 	case IPPROTO_UDP:
+		if (pod->flags & POD_UDP)
+			return judge_udp(skb, netns, pod, &p);
+		return GUARD_PASSED_NOT_TCP;
 	case IPPROTO_UDPLITE:
 	case IPPROTO_ICMP:
 	case IPPROTO_ICMPV6:

@@ -28,8 +28,18 @@ struct sock {
 	int sk_rx_dst_ifindex; /* since 5.17, inet_sock.rx_dst_ifindex before */
 };
 
+struct ipv6_pinfo {
+	__u8 pmtudisc : 3; /* a whole byte since 6.9 */
+};
+
 struct inet_sock {
 	int rx_dst_ifindex;
+	__u8 pmtudisc : 3; /* likewise, and always for IPv4 */
+	struct ipv6_pinfo *pinet6;
+};
+
+struct udp_sock {
+	struct inet_sock inet;
 };
 
 struct tcp_options_received {
@@ -63,6 +73,11 @@ struct bpf_iter__bpf_sk_storage_map {
 	struct bpf_iter_meta *meta;
 	struct sock *sk;
 	void *value;
+};
+
+struct bpf_iter__udp {
+	struct bpf_iter_meta *meta;
+	struct udp_sock *udp_sk;
 };
 
 struct bpf_iter__tcp {

@@ -24,18 +24,38 @@ enum {
 	MAX_ALLOWED = 65536,
 	MAX_ADMITTED = 262144,
 	MAX_LOCAL = 8,
+	MAX_PEERS = 262144,
+	MAX_FLOWS = 262144,
+	MAX_CLEAR_FLOWS = 65536,
+	MAX_FRAGMENTED = 16384,
+	CLEAR_PORTS = 8,
 	EVENTS_SIZE = 1 << 20, /* bytes */
 };
 
 enum pod_flag {
 	POD_OUTBOUND = 1, /* connect() is redirected to the outbound listener */
 	POD_INBOUND = 2,  /* plaintext from outside goes to the inbound listener */
+	POD_UDP = 4,      /* UDP to peers goes to the agent: see datagram.h */
+	POD_STRICT = 8,   /* and in clear peers may send none */
+};
+
+/* Host byte order, both ends included. */
+struct ports {
+	__u16 first;
+	__u16 last;
+};
+
+/* Destination ports that UDP leaves alone. */
+struct clear_ports {
+	__u32 count;
+	struct ports ports[CLEAR_PORTS];
 };
 
 struct pod {
 	enum pod_flag flags;
 	__u32 addr_count;
 	struct addr addrs[POD_ADDRS];
+	struct clear_ports clear;
 };
 
 /* Enrolled pods by the cookie of their network namespace. */
@@ -52,6 +72,9 @@ enum listener {
 	LISTENER_OUTBOUND = 1,
 	LISTENER_INBOUND = 2,
 	LISTENER_TUNNEL = 3,
+	/* for UDP */
+	LISTENER_DATAGRAMS = 4, /* what the pod sends to peers */
+	LISTENER_QUIC = 5,      /* what peers send to the tunnel's port */
 };
 
 struct listener_key {
@@ -278,6 +301,77 @@ struct {
 } events SEC(".maps");
 
 /*
+ * UDP. A peer is who speaks the tunnel: a workload by its address, with port 0, or a service by
+ * its address and port. All pods have the same ones.
+ */
+struct peer {
+	struct addr addr;
+	__u16 port; /* host byte order; 0: all */
+	__u16 zero;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PEERS);
+	__type(key, struct peer);
+	__type(value, struct clear_ports); /* those of the peer */
+} peers SEC(".maps");
+
+/* The agent's UDP sockets in a pod, as `listeners` for TCP. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, MAX_PODS * 2);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} receivers SEC(".maps");
+
+/* Flows that came to a pod by the tunnel, and since when (CLOCK_MONOTONIC, ns). */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct tuple);
+	__type(value, __u64);
+} flows SEC(".maps");
+
+/* Sockets that are older than the capture of UDP in their pod, and when that was. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u64);
+} older_sockets SEC(".maps");
+
+/*
+ * Flows with peers in clear, begun by a socket of either end that is older than the capture, or
+ * on a port that is left alone; and when last (CLOCK_MONOTONIC, ns). What it forgets is
+ * captured, which works as well.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_CLEAR_FLOWS);
+	__type(key, struct tuple);
+	__type(value, __u64);
+} clear_flows SEC(".maps");
+
+/* A datagram in fragments, of which only the first has the ports. */
+struct fragmented {
+	__u64 netns;
+	struct addr src;
+	struct addr dst;
+	__u32 id;
+	__u32 hook; /* which one has judged it */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FRAGMENTED);
+	__type(key, struct fragmented);
+	__type(value, __u32); /* as the hook means it */
+} fragments SEC(".maps");
+
+/*
  * One counter for every way out of a program. The agent splits the name at its first
  * underscore into the hook and the reason.
  */
@@ -305,6 +399,8 @@ enum counter {
 	STEER_OUTBOUND,
 	STEER_INBOUND,
 	STEER_TUNNEL,
+	STEER_DATAGRAM,
+	STEER_QUIC,
 	STEER_DROPPED_NO_LISTENER,
 	STEER_DROPPED_ASSIGN,
 
@@ -340,6 +436,24 @@ enum counter {
 	GUARD_DROPPED_FRAGMENT,
 	GUARD_DROPPED_CONNECT,
 	GUARD_DROPPED_PAYLOAD,
+	GUARD_DROPPED_DATAGRAM,
+	DIVERT_OFF,
+	DIVERT_NOT_UDP,
+	DIVERT_OWN,
+	DIVERT_ELSEWHERE,
+	DIVERT_CLEAR_PORT,
+	DIVERT_CLEAR_OLDER,
+	DIVERT_CLEAR_ANSWER,
+	DIVERT_TUNNEL,
+	DIVERT_DROPPED_MALFORMED,
+	DIVERT_DROPPED_FRAME,
+	RECEIVE_OFF,
+	RECEIVE_NOT_UDP,
+	RECEIVE_TUNNEL,
+	RECEIVE_ELSEWHERE,
+	RECEIVE_CLEAR,
+	RECEIVE_DROPPED_CLEAR,
+	RECEIVE_DROPPED_MALFORMED,
 
 	PROBE_OPENED,
 	PROBE_CLOSED,

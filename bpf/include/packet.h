@@ -14,6 +14,9 @@
 enum {
 	MAX_EXTENSIONS = 6, /* RFC 8200 section 4.1 lists six kinds before the upper layer */
 	IPV4_FRAGMENT = 0x3fff, /* more fragments, or an offset */
+	IPV4_OFFSET = 0x1fff,
+	IPV4_DONT_FRAGMENT = 0x4000,
+	IPV6_OFFSET = 0xfff8,
 };
 
 struct packet {
@@ -22,6 +25,10 @@ struct packet {
 	__u32 l4;      /* offset of what follows the IP headers */
 	__u8 protocol; /* what it is */
 	bool fragment;
+	bool later;  /* and not the first, so without ports */
+	bool options; /* of IPv4 */
+	bool dont_fragment; /* of IPv4 */
+	__u32 id;    /* of the fragmented datagram */
 	bool source_route; /* a routing header, or TCP with IPv4 options: the destination may change */
 };
 
@@ -41,7 +48,35 @@ static __always_inline bool read_ipv4(struct __sk_buff *skb, struct packet *p)
 	p->protocol = ip.protocol;
 	p->source_route = ip.ihl > 5 && ip.protocol == IPPROTO_TCP;
 	p->fragment = ip.frag_off & bpf_htons(IPV4_FRAGMENT);
+	p->later = ip.frag_off & bpf_htons(IPV4_OFFSET);
+	p->options = ip.ihl > 5;
+	p->dont_fragment = ip.frag_off & bpf_htons(IPV4_DONT_FRAGMENT);
+	p->id = ip.id;
 	p->l4 = ETH_HLEN + ip.ihl * 4;
+	return true;
+}
+
+/* RFC 8200 section 4.5 */
+struct fragment_header {
+	__u8 next;
+	__u8 reserved;
+	__be16 offset;
+	__be32 id;
+};
+
+static __always_inline bool read_ipv6_fragment(struct __sk_buff *skb, struct packet *p)
+{
+	struct fragment_header f;
+
+	if (bpf_skb_load_bytes(skb, p->l4, &f, sizeof(f)))
+		return false;
+	/* What follows in a later fragment is no header: stop here. Reassembly goes by the
+	 * first fragment's next header. */
+	p->fragment = true;
+	p->later = f.offset & bpf_htons(IPV6_OFFSET);
+	p->protocol = f.next;
+	p->id = f.id;
+	p->l4 += sizeof(f);
 	return true;
 }
 
@@ -67,21 +102,15 @@ static __always_inline bool read_ipv6(struct __sk_buff *skb, struct packet *p)
 			break;
 		case IPPROTO_HOPOPTS:
 		case IPPROTO_DSTOPTS:
-		case IPPROTO_FRAGMENT:
 			break;
+		case IPPROTO_FRAGMENT:
+			return read_ipv6_fragment(skb, p);
 		default:
 			p->protocol = next;
 			return true;
 		}
 		if (bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)))
 			return false;
-		if (next == IPPROTO_FRAGMENT) {
-			/* What follows in a later fragment is no header: stop here. Reassembly
-			 * goes by the first fragment's next header (RFC 8200 section 4.5). */
-			p->fragment = true;
-			p->protocol = head[0];
-			return true;
-		}
 		next = head[0];
 		p->l4 += (head[1] + 1) * 8;
 	}

@@ -10,6 +10,7 @@
 #include <linux/in.h>
 
 #include "choose.h"
+#include "datagram.h"
 
 enum { AF_INET_ = 2, AF_INET6_ = 10 };
 
@@ -35,6 +36,61 @@ static __always_inline void read_arrival(struct bpf_sk_lookup *ctx, struct arriv
 	a->on_loopback = ctx->ingress_ifindex == LOOPBACK_IFINDEX;
 }
 
+/*
+ * The same for UDP, datagram by datagram, where no socket is connected to its sender:
+ *
+ *   on lo, of a flow that divert sends there    the agent
+ *   to the pod's tunnel port                    the agent
+ *   anything else                               left alone
+ *
+ * What the agent would get is dropped while there is none.
+ */
+static __always_inline int steer_udp(struct bpf_sk_lookup *ctx, struct listener_key *key)
+{
+	struct pod *pod = self_pod(key->netns);
+	struct arrival a = {};
+	struct bpf_sock *sk;
+	long err;
+
+	if (!pod || !(pod->flags & POD_UDP)) {
+		count(STEER_NOT_TCP);
+		return SK_PASS;
+	}
+	read_arrival(ctx, &a);
+	if (pod_owns(pod, &a.local)) {
+		if (a.local_port == tunnel_port)
+			key->kind = LISTENER_QUIC;
+	} else if (a.on_loopback && !addr_is_loopback(&a.local)) {
+		struct tuple t = {
+			.netns = key->netns,
+			.local = a.remote,
+			.remote = a.local,
+			.local_port = a.remote_port,
+			.remote_port = a.local_port,
+		};
+
+		if (find_peer(&a.local, a.local_port) || bpf_map_lookup_elem(&flows, &t))
+			key->kind = LISTENER_DATAGRAMS;
+	}
+	if (key->kind == LISTENER_NONE) {
+		count(STEER_LEFT);
+		return SK_PASS;
+	}
+	sk = bpf_map_lookup_elem(&receivers, key);
+	if (!sk) {
+		count(STEER_DROPPED_NO_LISTENER);
+		return SK_DROP;
+	}
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) {
+		count(STEER_DROPPED_ASSIGN);
+		return SK_DROP;
+	}
+	count(STEER_DATAGRAM + key->kind - LISTENER_DATAGRAMS);
+	return SK_PASS;
+}
+
 SEC("sk_lookup")
 int steer(struct bpf_sk_lookup *ctx)
 {
@@ -44,6 +100,8 @@ int steer(struct bpf_sk_lookup *ctx)
 	struct pod *pod;
 	long err;
 
+	if (ctx->protocol == IPPROTO_UDP)
+		return steer_udp(ctx, &key);
 	if (ctx->protocol != IPPROTO_TCP) {
 		count(STEER_NOT_TCP);
 		return SK_PASS;

@@ -24,11 +24,27 @@ const (
 	pinGuard     = "guard"
 )
 
-// point is an interface's ingress that a program of one pod is attached to.
+// point is an interface's ingress, or egress, that a program of one pod is attached to.
 type point struct {
 	pin     string
 	ns      *netns.Namespace
 	ifindex int
+	egress  bool
+}
+
+func (at point) tcx() ebpf.AttachType {
+	if at.egress {
+		return ebpf.AttachTCXEgress
+	}
+	return ebpf.AttachTCXIngress
+}
+
+// parent is the place under a clsact qdisc.
+func (at point) parent() uint32 {
+	if at.egress {
+		return netlink.HANDLE_MIN_EGRESS
+	}
+	return netlink.HANDLE_MIN_INGRESS
 }
 
 func (d *Datapath) podDir(r *record) string {
@@ -110,7 +126,7 @@ func (p *Pod) attachIngress() error {
 }
 
 func ingressPoints(r *record, ns *netns.Namespace) []point {
-	return []point{{pinIngress, ns, r.Ifindex}, {pinIngressLo, ns, loopbackIfindex}}
+	return []point{{pin: pinIngress, ns: ns, ifindex: r.Ifindex}, {pin: pinIngressLo, ns: ns, ifindex: loopbackIfindex}}
 }
 
 func (d *Datapath) detachInbound(r *record, ns *netns.Namespace) error {
@@ -163,7 +179,7 @@ func (d *Datapath) attachTCX(r *record, at point, prog *ebpf.Program) error {
 	l, err := link.AttachTCX(link.TCXOptions{
 		Interface: at.ifindex,
 		Program:   prog,
-		Attach:    ebpf.AttachTCXIngress,
+		Attach:    at.tcx(),
 		Anchor:    link.Head(),
 	})
 	if err != nil {
@@ -228,7 +244,7 @@ func newFilter(r *record, at point) *netlink.BpfFilter {
 	return &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: at.ifindex,
-			Parent:    netlink.HANDLE_MIN_INGRESS,
+			Parent:    at.parent(),
 			Protocol:  unix.ETH_P_ALL,
 			Priority:  filterPriority,
 		},
@@ -273,7 +289,7 @@ func findFilter(r *record, at point, l netlink.Link) (*netlink.BpfFilter, error)
 	if present, err := hasClsact(l); err != nil || !present {
 		return nil, err
 	}
-	filters, err := netlink.FilterList(l, netlink.HANDLE_MIN_INGRESS)
+	filters, err := netlink.FilterList(l, at.parent())
 	if err != nil {
 		return nil, fmt.Errorf("list filters: %w", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -51,6 +52,7 @@ func (p *Pod) Check(ctx context.Context) []Finding {
 		{"listeners", p.checkListeners, putBack},
 		{"routing", p.checkRouting, "something in the pod deleted it; " + putBack},
 		{"sysctls", p.checkSysctls, "something in the pod changed them; " + putBack},
+		{"udp", p.checkUDP, detached},
 		{"guard", p.checkGuard, "plaintext that escapes capture is not stopped; " + putBack},
 		{"interfaces", p.checkInterfaces, "what is sent there in clear is not stopped: capture expects veth pairs"},
 		{"guard's view", p.checkOffloads, "the guard cannot see whose packets they are and drops all: turn GRO and XDP off there"},
@@ -155,7 +157,7 @@ func (p *Pod) checkTC(at point) error {
 			if err != nil {
 				return err
 			}
-			return isAttached(at.ifindex, ebpf.AttachTCXIngress, 0, want)
+			return isAttached(at.ifindex, at.tcx(), 0, want)
 		}
 		filter, err := findFilter(p.rec, at, l)
 		if err == nil && filter == nil {
@@ -247,17 +249,12 @@ func (p *Pod) checkListeners() error {
 	return nil
 }
 
-func socketCookie(l *net.TCPListener) (uint64, error) {
-	raw, err := l.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cookie uint64
-	var sockErr error
-	err = raw.Control(func(fd uintptr) {
-		cookie, sockErr = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE)
+func socketCookie(s syscall.Conn) (cookie uint64, err error) {
+	err = withFD(s, func(fd int) (err error) {
+		cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+		return err
 	})
-	return cookie, errors.Join(err, sockErr)
+	return cookie, err
 }
 
 func (p *Pod) checkRouting() error {
@@ -298,7 +295,7 @@ func checkFamily(family int, src netip.Addr) error {
 
 func (p *Pod) checkSysctls() error {
 	return p.ns.Do(func() error {
-		for _, name := range sysctls(p.rec.Addrs) {
+		for _, name := range sysctls(p.rec) {
 			value, err := readSysctl(name)
 			if err != nil {
 				return err

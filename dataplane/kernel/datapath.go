@@ -45,6 +45,8 @@ type Datapath struct {
 	// See direct.go.
 	wantsDirect bool
 	generation  uint64 // of allowances; 0 before the first
+
+	peersMu sync.Mutex // held while the peers of UDP are changed
 }
 
 // Open loads the data plane, or adopts what an earlier agent left in cfg.Dir. Pods that

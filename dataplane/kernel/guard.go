@@ -103,7 +103,7 @@ func (d *Datapath) guardPoints(r *record) []point {
 	if r.HostIfindex == 0 {
 		return nil
 	}
-	points := []point{{pinGuard, d.host, r.HostIfindex}}
+	points := []point{{pin: pinGuard, ns: d.host, ifindex: r.HostIfindex}}
 	for _, i := range r.MoreIfindexes {
 		points = append(points, d.furtherGuard(i))
 	}
@@ -111,7 +111,7 @@ func (d *Datapath) guardPoints(r *record) []point {
 }
 
 func (d *Datapath) furtherGuard(ifindex int) point {
-	return point{pinGuard + "_" + strconv.Itoa(ifindex), d.host, ifindex}
+	return point{pin: pinGuard + "_" + strconv.Itoa(ifindex), ns: d.host, ifindex: ifindex}
 }
 
 // Unguard lets the pod speak in clear again.

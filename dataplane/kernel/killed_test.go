@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/kernel"
 )
 
@@ -21,6 +22,7 @@ import (
 type agentConfig struct {
 	Config kernel.Config
 	Pod    kernel.PodConfig
+	Peers  []netip.Addr // whose UDP is captured, if any
 }
 
 // runAgent enrols a pod in a private mount namespace, like that of `ip netns exec`, and
@@ -49,8 +51,22 @@ func runAgent(data string) error {
 	if err := errors.Join(pod.CaptureOutbound(), pod.CaptureInbound()); err != nil {
 		return err
 	}
+	if err := captureUDP(dp, pod, cfg.Peers); err != nil {
+		return err
+	}
 	fmt.Println("ready")
 	select {}
+}
+
+func captureUDP(dp *kernel.Datapath, pod *kernel.Pod, addrs []netip.Addr) error {
+	if len(addrs) == 0 {
+		return nil
+	}
+	peers := make(map[kernel.Peer][]dataplane.PortRange)
+	for _, a := range addrs {
+		peers[kernel.Peer{Addr: a}] = []dataplane.PortRange{{First: 5, Last: 5}} // that of a wire's sentinel
+	}
+	return errors.Join(dp.SetPeers(peers), pod.CaptureUDP(kernel.UDPConfig{}))
 }
 
 func TestAgentKilledInPrivateMountNamespaceFailsClosed(t *testing.T) {
@@ -61,7 +77,11 @@ func TestAgentKilledInPrivateMountNamespaceFailsClosed(t *testing.T) {
 		}
 		cfg := f.cfg
 		cfg.Log = nil
-		data, err := json.Marshal(agentConfig{cfg, kernel.PodConfig{UID: "web", NetNS: f.web.Path(), Addrs: f.web.Addrs()}})
+		agentCfg := agentConfig{Config: cfg, Pod: kernel.PodConfig{UID: "web", NetNS: f.web.Path(), Addrs: f.web.Addrs()}}
+		if m.inbound == kernel.InboundSKLookup {
+			agentCfg.Peers = f.db.Addrs()
+		}
+		data, err := json.Marshal(agentCfg)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -83,6 +103,15 @@ func TestAgentKilledInPrivateMountNamespaceFailsClosed(t *testing.T) {
 			t.Fatalf("agent said %q, %v", line, err)
 		}
 		refused(t, f.web.Namespace, netip.AddrPortFrom(f.db.V4, 3306))
+		if len(agentCfg.Peers) > 0 {
+			w := watch(t, f)
+			for _, fam := range families() {
+				say(t, bindUDP(t, f.web.Namespace, at(fam.of(f.web), 0)), at(fam.of(f.db), 53), "spoken to nobody")
+			}
+			if w.arrives(t, "spoken to nobody") {
+				t.Error("UDP to a peer is in clear when the agent is killed")
+			}
+		}
 
 		f.open(t)
 		f.openPod(t)

@@ -26,10 +26,11 @@ import (
 
 // The pins of an agent:
 //
-//	<Dir>/layout-<hash>/{pods,homes,established,counters,allowed,generation,events}  maps
-//	<Dir>/shared/{listeners,own,kubelet,probing,probes,clients,admitted}-<shape>    maps
+//	<Dir>/layout-<hash>/{pods,homes,established,counters,allowed,...}               maps
+//	<Dir>/shared/{listeners,receivers,own,...}-<shape>                              maps, see shared.go
 //	<Dir>/layout-<hash>/{connect4,connect6,getpeername4,getpeername6,track}         links
 //	<Dir>/pods/<cookie>/{steer,ingress,ingress_lo,guard,guard_<n>}                  links
+//	<Dir>/pods/<cookie>/{divert,receive}_<n>                                        links
 //	<Dir>/new/                                                                      a load that is under way
 const (
 	layoutPrefix = "layout-"
@@ -142,7 +143,7 @@ func newLoaded() (*loaded, error) {
 // that all pods share. Without a path nothing is pinned.
 func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	spec := l.spec.Copy()
-	for _, later := range []string{progSteer, progIngress, progGuard, progGuardMore, progTrack, progListDirect, progPeername4, progPeername6} {
+	for _, later := range []string{progSteer, progIngress, progGuard, progGuardMore, progTrack, progListDirect, progPeername4, progPeername6, progDivert, progReceive, progNoteOlder} {
 		delete(spec.Programs, later)
 	}
 	for name, m := range spec.Maps {
@@ -156,20 +157,26 @@ func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	}
 	l.coll = coll
 	l.maps = bpf.RacewayMaps{
-		Admitted:    coll.Maps["admitted"],
-		Allowed:     coll.Maps["allowed"],
-		Clients:     coll.Maps["clients"],
-		Counters:    coll.Maps["counters"],
-		Established: coll.Maps["established"],
-		Events:      coll.Maps["events"],
-		Generation:  coll.Maps["generation"],
-		Homes:       coll.Maps["homes"],
-		Kubelet:     coll.Maps["kubelet"],
-		Listeners:   coll.Maps["listeners"],
-		Own:         coll.Maps["own"],
-		Pods:        coll.Maps["pods"],
-		Probes:      coll.Maps["probes"],
-		Probing:     coll.Maps["probing"],
+		Admitted:     coll.Maps["admitted"],
+		Allowed:      coll.Maps["allowed"],
+		ClearFlows:   coll.Maps["clear_flows"],
+		Clients:      coll.Maps["clients"],
+		Counters:     coll.Maps["counters"],
+		Established:  coll.Maps["established"],
+		Events:       coll.Maps["events"],
+		Flows:        coll.Maps["flows"],
+		Fragments:    coll.Maps["fragments"],
+		Generation:   coll.Maps["generation"],
+		Homes:        coll.Maps["homes"],
+		Kubelet:      coll.Maps["kubelet"],
+		Listeners:    coll.Maps["listeners"],
+		OlderSockets: coll.Maps["older_sockets"],
+		Own:          coll.Maps["own"],
+		Peers:        coll.Maps["peers"],
+		Pods:         coll.Maps["pods"],
+		Probes:       coll.Maps["probes"],
+		Probing:      coll.Maps["probing"],
+		Receivers:    coll.Maps["receivers"],
 	}
 	l.dump, err = link.AttachIter(link.IterOptions{Program: coll.Programs[progDump]})
 	if err != nil {
@@ -434,9 +441,16 @@ func podValue(r *record) bpf.RacewayPod {
 	if r.Inbound {
 		v.Flags |= bpf.RacewayPodFlagPOD_INBOUND
 	}
+	if r.UDP {
+		v.Flags |= bpf.RacewayPodFlagPOD_UDP
+	}
+	if r.UDPStrict {
+		v.Flags |= bpf.RacewayPodFlagPOD_STRICT
+	}
 	for i, a := range r.Addrs {
 		v.Addrs[i] = toAddr(a)
 	}
+	v.Clear.Count = uint32(copy(v.Clear.Ports[:], portRanges(r.UDPClear)))
 	return v
 }
 

@@ -29,6 +29,7 @@ type Pod struct {
 	inForce atomic.Bool // captured and guarded
 
 	outbound, inbound, tunnel *net.TCPListener
+	udp                       *Datagrams // nil while UDP is not captured
 
 	older map[bpf.RacewayTuple]bpf.RacewayStage // what the established map holds of this pod
 }
@@ -145,6 +146,11 @@ func (p *Pod) prepare() error {
 	if err := p.attachInbound(); err != nil {
 		return err
 	}
+	if p.rec.UDP {
+		if err := p.openUDP(); err != nil {
+			return err
+		}
+	}
 	if err := p.loadOlder(); err != nil {
 		return err
 	}
@@ -247,7 +253,7 @@ func (p *Pod) closeLocked() error {
 	}
 	p.closed = true
 	p.noteForce()
-	errs := []error{p.closeListeners(), p.ns.Close()}
+	errs := []error{p.closeListeners(), p.closeUDP(), p.ns.Close()}
 	p.d.mu.Lock()
 	delete(p.d.pods, p.uid)
 	p.d.mu.Unlock()
@@ -275,9 +281,11 @@ func (d *Datapath) release(r *record, ns *netns.Namespace) error {
 	errs := []error{
 		d.detachGuard(r),
 		d.detachInbound(r, ns),
+		d.detachUDP(r, ns),
 		os.RemoveAll(d.podDir(r)),
 		d.loaded.leave(r),
 		d.forgetOlder(r.Cookie),
+		d.forgetFlows(r.Cookie),
 	}
 	if ns != nil {
 		errs = append(errs, tearDownRouting(r, ns))

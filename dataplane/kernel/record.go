@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+
+	"github.com/raceway-mesh/raceway/dataplane"
 )
 
 // record is what must be known to release a pod, or to take it over, when the agent that
@@ -21,6 +23,12 @@ type record struct {
 	Addrs    []netip.Addr `json:"addrs"`
 	Outbound bool         `json:"outbound"`
 	Inbound  bool         `json:"inbound"`
+	// UDP says that UDP is captured, and how: see UDPConfig.
+	UDP       bool                  `json:"udp,omitempty"`
+	UDPStrict bool                  `json:"udpStrict,omitempty"`
+	UDPClear  []dataplane.PortRange `json:"udpClear,omitempty"`
+	// UDPIfindexes are the pod's own interfaces, where programs for UDP are attached.
+	UDPIfindexes []int `json:"udpIfindexes,omitempty"`
 	// OutboundSince is when outbound capture was switched on, in nanoseconds since boot; 0
 	// when it is off or an agent did it that did not note the time.
 	OutboundSince int64 `json:"outboundSince,omitempty"`

@@ -149,8 +149,8 @@ func (r *remover) records() (map[uint64]*record, error) {
 
 func unknownPod(cookie uint64) *record {
 	addrs := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
-	r := &record{UID: "unknown (" + cookieName(cookie) + ")", Cookie: cookie, Addrs: addrs, Sysctls: make(map[string]string)}
-	for _, name := range sysctls(addrs) {
+	r := &record{UID: "unknown (" + cookieName(cookie) + ")", Cookie: cookie, Addrs: addrs, UDP: true, Sysctls: make(map[string]string)}
+	for _, name := range sysctls(r) {
 		r.Sysctls[name] = "0"
 	}
 	return r
@@ -211,7 +211,15 @@ func (r *remover) strayFiltersOf(rec *record, l netlink.Link) error {
 	if present, err := hasClsact(l); err != nil || !present {
 		return err
 	}
-	filters, err := netlink.FilterList(l, netlink.HANDLE_MIN_INGRESS)
+	var errs []error
+	for _, egress := range []bool{false, true} {
+		errs = append(errs, r.strayFiltersAt(rec, l, point{ifindex: l.Attrs().Index, egress: egress}))
+	}
+	return errors.Join(errs...)
+}
+
+func (r *remover) strayFiltersAt(rec *record, l netlink.Link, at point) error {
+	filters, err := netlink.FilterList(l, at.parent())
 	if err != nil {
 		return fmt.Errorf("list filters of %s: %w", l.Attrs().Name, err)
 	}
@@ -226,7 +234,7 @@ func (r *remover) strayFiltersOf(rec *record, l netlink.Link) error {
 			continue
 		}
 		r.note("filter %s of interface %s", b.Name, l.Attrs().Name)
-		at := point{pin: b.Name, ifindex: l.Attrs().Index}
+		at.pin = b.Name
 		errs = append(errs, removeClsact(&record{Qdiscs: []string{at.pin}}, at, l)) // as if it came with us
 	}
 	return errors.Join(errs...)

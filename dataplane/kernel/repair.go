@@ -114,6 +114,7 @@ func (p *Pod) Repair() (mended []string, err error) {
 		{"entry", p.checkEntry, p.enter},
 		{"listeners", p.checkListeners, p.registerAll},
 		{"steering", p.checkInbound, p.attachInbound},
+		{"udp", p.checkUDP, p.openUDP},
 	}
 	if p.rec.HostIfindex != 0 && !p.d.cfg.DisableGuard {
 		// What got out while the guard was off is not older than the enrolment.
@@ -155,5 +156,5 @@ func (p *Pod) registerAll() error {
 			return err
 		}
 	}
-	return nil
+	return p.registerUDP()
 }

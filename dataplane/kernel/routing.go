@@ -21,13 +21,20 @@ const (
 	loopbackIfindex = 1 // in every network namespace
 )
 
-// sysctls are needed for DialApp: its replies find their way back only if the accepted
+// sysctlAcceptLocal lets datagrams that divert sends to lo come in there from the pod's own
+// address; IPv6 needs no leave.
+const sysctlAcceptLocal = "net/ipv4/conf/lo/accept_local"
+
+// sysctls are needed for DialApp and Datagrams: its replies find their way back only if the accepted
 // socket inherits the mark of its SYN (tcp_fwmark_accept) and if resets, which come from
 // no socket, carry the mark of what they answer (fwmark_reflect).
-func sysctls(addrs []netip.Addr) []string {
+func sysctls(r *record) []string {
 	names := []string{"net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect"}
-	if _, ok := firstOf(addrs, unix.AF_INET6); ok {
+	if _, ok := firstOf(r.Addrs, unix.AF_INET6); ok {
 		names = append(names, "net/ipv6/fwmark_reflect")
+	}
+	if r.UDP {
+		names = append(names, sysctlAcceptLocal)
 	}
 	return names
 }
@@ -94,7 +101,7 @@ func (p *Pod) setUpRouting() error {
 		if p.rec.Sysctls == nil {
 			p.rec.Sysctls = make(map[string]string)
 		}
-		for _, name := range sysctls(p.rec.Addrs) {
+		for _, name := range sysctls(p.rec) {
 			if _, known := p.rec.Sysctls[name]; known {
 				continue
 			}
@@ -107,7 +114,7 @@ func (p *Pod) setUpRouting() error {
 		if err := p.d.ledger.save(p.rec); err != nil {
 			return err
 		}
-		for _, name := range sysctls(p.rec.Addrs) {
+		for _, name := range sysctls(p.rec) {
 			if err := writeSysctl(name, "1"); err != nil {
 				return fmt.Errorf("set sysctl %s: %w", name, err)
 			}
@@ -156,6 +163,19 @@ func tearDownRouting(r *record, ns *netns.Namespace) error {
 		}
 		return errors.Join(errs...)
 	})
+}
+
+// restoreSysctl puts one back before the others, for what needs it alone.
+func restoreSysctl(r *record, ns *netns.Namespace, name string) error {
+	value, ok := r.Sysctls[name]
+	if !ok {
+		return nil
+	}
+	if err := ns.Do(func() error { return writeSysctl(name, value) }); err != nil {
+		return fmt.Errorf("restore sysctl %s: %w", name, err)
+	}
+	delete(r.Sysctls, name)
+	return nil
 }
 
 // ignoreMissing drops the errors that say that what was to be removed is not there.

@@ -21,10 +21,13 @@ import (
 //	           the kubelet's probes go on, whichever of the hooks noted them
 //	clients, admitted
 //	           likewise connections that go by the kernel alone
+//	receivers, peers, flows, older_sockets
+//	           likewise UDP; and what is captured must not be in clear while a new layout has
+//	           no peers yet
 const sharedDir = "shared"
 
 func sharedMaps() []string {
-	return []string{"listeners", "own", "kubelet", "probing", "probes", "clients", "admitted"}
+	return []string{"listeners", "own", "kubelet", "probing", "probes", "clients", "admitted", "receivers", "peers", "flows", "older_sockets"}
 }
 
 // shared makes the shared maps in dir, or opens them. The caller closes them.

@@ -246,10 +246,7 @@ func (c *Conn) await(ctx context.Context) error {
 }
 
 func (n *Namespace) socket(addr netip.Addr) (int, error) {
-	family := unix.AF_INET
-	if addr.Is6() {
-		family = unix.AF_INET6
-	}
+	family := familyOf(addr)
 	fd, ok, missing := n.sockets.take(family)
 	if ok {
 		return fd, nil
@@ -271,6 +268,13 @@ func (n *Namespace) socket(addr netip.Addr) (int, error) {
 	}
 	n.sockets.put(family, made[1:])
 	return made[0], nil
+}
+
+func familyOf(addr netip.Addr) int {
+	if addr.Is6() {
+		return unix.AF_INET6
+	}
+	return unix.AF_INET
 }
 
 func setTransparent(fd int, addr netip.Addr) error {

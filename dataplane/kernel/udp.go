@@ -1,0 +1,182 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"syscall"
+
+	"github.com/cilium/ebpf/link"
+
+	"github.com/raceway-mesh/raceway/bpf"
+	"github.com/raceway-mesh/raceway/dataplane"
+)
+
+// Capture of UDP (bpf/include/datagram.h). It is off until CaptureUDP, and reaches only those
+// that SetPeers names.
+
+// UDPConfig says what of a pod's UDP is captured.
+type UDPConfig struct {
+	// Strict refuses what peers send in clear, but answers to what the pod sent in clear.
+	Strict bool
+	// Clear is destination ports of the pod, and of its peers as the pod sees them, that are
+	// left alone; at most MaxClearPorts.
+	Clear []dataplane.PortRange
+}
+
+const (
+	progDivert    = "divert"
+	progReceive   = "receive"
+	progNoteOlder = "note_older"
+)
+
+// CaptureUDP hands the pod's UDP with peers to the agent, from now on: sockets that exist go on
+// in clear until they close. It may be called again with another configuration. It needs a
+// kernel that redirects inbound connections with SK_LOOKUP.
+func (p *Pod) CaptureUDP(cfg UDPConfig) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.captureUDP(cfg); err != nil {
+		return fmt.Errorf("capture UDP of pod %s: %w", p.uid, err)
+	}
+	return nil
+}
+
+func (p *Pod) captureUDP(cfg UDPConfig) error {
+	if err := p.usable(); err != nil {
+		return err
+	}
+	if p.d.inbound != InboundSKLookup {
+		return errors.New("it needs SK_LOOKUP with ingress_ifindex, Linux 5.17")
+	}
+	if _, err := clearPorts(cfg.Clear); err != nil {
+		return err
+	}
+	before := *p.rec
+	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPClear = true, cfg.Strict, cfg.Clear
+	err := p.d.ledger.save(p.rec)
+	if err == nil && !before.UDP {
+		err = errors.Join(p.setUpRouting(), p.openUDP(), p.noteOlderSockets())
+	}
+	if err == nil {
+		err = p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec))
+	}
+	if err == nil {
+		return nil
+	}
+	if before.UDP {
+		*p.rec = before
+		return errors.Join(err, p.d.ledger.save(p.rec))
+	}
+	return errors.Join(err, p.releaseUDP())
+}
+
+// ReleaseUDP leaves the pod's UDP alone again.
+func (p *Pod) ReleaseUDP() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	err := p.usable()
+	if err == nil && p.rec.UDP {
+		err = p.releaseUDP()
+	}
+	if err != nil {
+		return fmt.Errorf("release UDP of pod %s: %w", p.uid, err)
+	}
+	return nil
+}
+
+func (p *Pod) releaseUDP() error {
+	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPClear = false, false, nil
+	errs := []error{
+		p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)),
+		p.d.detachUDP(p.rec, p.ns),
+		p.closeUDP(),
+		p.d.forgetFlows(p.rec.Cookie),
+		restoreSysctl(p.rec, p.ns, sysctlAcceptLocal),
+	}
+	return errors.Join(append(errs, p.d.ledger.save(p.rec))...)
+}
+
+// Datagrams is the pod's captured UDP; nil while it is not captured.
+func (p *Pod) Datagrams() *Datagrams {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.udp
+}
+
+// openUDP makes the sockets and attaches the programs, or this agent's in the place of others.
+func (p *Pod) openUDP() (err error) {
+	if p.udp == nil {
+		if p.udp, err = p.openDatagrams(); err != nil {
+			return err
+		}
+	}
+	if err := p.registerUDP(); err != nil {
+		return err
+	}
+	return p.attachUDP()
+}
+
+func (p *Pod) closeUDP() error {
+	if p.udp == nil {
+		return nil
+	}
+	udp := p.udp
+	p.udp = nil
+	return udp.close()
+}
+
+func (p *Pod) registerUDP() error {
+	if p.udp == nil {
+		return nil
+	}
+	for kind, s := range p.udp.sockets() {
+		key := bpf.RacewayListenerKey{Netns: p.rec.Cookie, Kind: kind}
+		if err := withFD(s, func(fd int) error { return p.d.loaded.maps.Receivers.Put(key, uint64(fd)) }); err != nil {
+			return fmt.Errorf("register UDP socket %d: %w", kind, err)
+		}
+	}
+	return nil
+}
+
+func withFD(s syscall.Conn, fn func(fd int) error) error {
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failure error
+	err = raw.Control(func(fd uintptr) { failure = fn(int(fd)) })
+	return errors.Join(err, failure)
+}
+
+// noteOlderSockets has the pod's present UDP sockets go on in clear. One that has neither sent
+// nor bound yet is none of them.
+func (p *Pod) noteOlderSockets() error {
+	prog, err := p.d.loaded.program(p.d.loaded.spec.Programs[progNoteOlder].Copy())
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	iter, err := link.AttachIter(link.IterOptions{Program: prog})
+	if err != nil {
+		return fmt.Errorf("attach iter/udp: %w", err)
+	}
+	if err := errors.Join(p.run(iter), iter.Close()); err != nil {
+		return fmt.Errorf("note older UDP sockets: %w", err)
+	}
+	return nil
+}
+
+// run has an iterator that writes nothing go through the pod's namespace.
+func (p *Pod) run(iter *link.Iter) error {
+	var list io.ReadCloser
+	err := p.ns.Do(func() (err error) {
+		list, err = iter.Open()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, list)
+	return errors.Join(err, list.Close())
+}
