@@ -95,9 +95,9 @@ func NewClient(cfg ClientConfig) *Client {
 // Tunnel is an open stream and what is known of the way that it takes. Close must be called.
 type Tunnel struct {
 	Stream
-	Response Response
-	Conn     *Conn // shared by the streams of a session; not to be modified
-	Reused   bool  // whether the session was there before
+	Response *Response // who holds the tunnel for long need not hold it as well
+	Conn     *Conn     // shared by the streams of a session; not to be modified
+	Reused   bool      // whether the session was there before
 
 	release func()
 }
@@ -127,7 +127,7 @@ func (c *Client) OpenWith(ctx context.Context, key Key, r *Request, first *First
 	m, reused, err := c.try(ctx, key, r, func(s Session) error {
 		stream, response, err := open(ctx, s, r, first)
 		if err == nil {
-			t.Stream, t.Response = stream, *response
+			t.Stream, t.Response = stream, response
 		}
 		return err
 	})

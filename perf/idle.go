@@ -16,9 +16,6 @@ import (
 	"github.com/raceway-mesh/raceway/perf/report"
 )
 
-// settleTime is for proxies to give back what they needed only for setting connections up.
-const settleTime = 5 * time.Second
-
 // memory is what a proxy holds.
 type memory struct {
 	rss  uint64
@@ -47,6 +44,11 @@ func (st *site) sides() map[string]*lab.Process {
 // kernel's memory, and that each of them still works afterwards.
 func (st *site) idle(ctx context.Context, found *report.Report) error {
 	conns := st.config.IdleConns
+	if st.scenario.Mesh { // an agent gives back what its start took
+		if err := st.settle(ctx); err != nil {
+			return err
+		}
+	}
 	before, err := st.held(ctx)
 	if err != nil {
 		return err
@@ -64,10 +66,8 @@ func (st *site) idle(ctx context.Context, found *report.Report) error {
 	if err := w.expect(ctx, "ready"); err != nil {
 		return errors.Join(err, st.limitsReached(ctx))
 	}
-	select {
-	case <-time.After(settleTime):
-	case <-ctx.Done():
-		return ctx.Err()
+	if err := st.settle(ctx); err != nil {
+		return err
 	}
 	after, err := st.held(ctx)
 	if err != nil {
@@ -104,6 +104,16 @@ func (c Config) holding(s Scenario) (Config, error) {
 	bound := strconv.Itoa(c.IdleConns * s.ends())
 	c.AgentArgs = append([]string{"--pod-connections", bound, "--node-connections", bound}, c.AgentArgs...)
 	return c, nil
+}
+
+// settle leaves the proxies alone.
+func (st *site) settle(ctx context.Context) error {
+	select {
+	case <-time.After(st.config.Settle):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // limitsReached is an error that names the limits of agents that bit, nil when none did.

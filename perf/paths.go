@@ -22,6 +22,12 @@ type Scenario struct {
 
 func (s Scenario) name() string { return s.Name }
 
+// proxied is false where there is no proxy to measure.
+func (s Scenario) proxied() bool { return s.Mesh || s.Yardstick }
+
+// crossing is the mesh at its plainest: what has nothing to do with the path is measured there.
+func (s Scenario) crossing() bool { return s.Name == "hbone-cross" }
+
 // Scenarios lists them all, each meshed one after those that it compares with.
 func Scenarios() []Scenario {
 	return []Scenario{

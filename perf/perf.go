@@ -40,6 +40,11 @@ type Config struct {
 	// IdleConns is how many connections the idle workload holds; default 10,000. Where
 	// each takes several descriptors of a proxy, the limit of those bounds it.
 	IdleConns int
+	// Pods is how many the pods workload has captured; default 100.
+	Pods int
+	// Settle is how long proxies get to give back what they needed only for their start, or for
+	// setting idle connections or pods up; default 25 s, which is more than an agent takes to rest.
+	Settle time.Duration
 	// Rules is how many rules the policies of the rules scenario have; default 10,000.
 	Rules int
 	// BinDir holds raceway-agent and raceway-ca; needed by all scenarios but those without mesh.
@@ -77,6 +82,12 @@ func (c Config) withDefaults() Config {
 	if c.IdleConns == 0 {
 		c.IdleConns = 10000
 	}
+	if c.Pods == 0 {
+		c.Pods = 100
+	}
+	if c.Settle == 0 {
+		c.Settle = 25 * time.Second
+	}
 	if c.Rules == 0 {
 		c.Rules = 10000
 	}
@@ -102,8 +113,8 @@ func (c Config) Validate() error {
 			}
 		}
 	}
-	if c.Rounds < 0 || c.Duration < 0 || c.Warmup < 0 || c.Rate < 0 || c.IdleConns < 0 || c.Rules < 0 {
-		errs = append(errs, errors.New("rounds, duration, warm-up, rate, idle connections and rules cannot be negative"))
+	if c.Rounds < 0 || c.Duration < 0 || c.Warmup < 0 || c.Rate < 0 || c.IdleConns < 0 || c.Pods < 0 || c.Settle < 0 || c.Rules < 0 {
+		errs = append(errs, errors.New("rounds, duration, warm-up, rate, idle connections, pods, their time to settle and rules cannot be negative"))
 	}
 	if len(c.Worker) == 0 {
 		errs = append(errs, errors.New("no worker command"))

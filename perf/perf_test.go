@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 }
 
 func shortConfig(scenarios ...string) Config {
-	return Config{Scenarios: scenarios, Rounds: 2, Duration: 100 * time.Millisecond, Worker: []string{os.Args[0], "worker"}}
+	return Config{Scenarios: scenarios, Rounds: 2, Duration: 100 * time.Millisecond, Settle: 100 * time.Millisecond, Worker: []string{os.Args[0], "worker"}}
 }
 
 func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
@@ -86,10 +86,10 @@ func TestIdleConnectionsAreHeldThroughRelays(t *testing.T) {
 	}
 }
 
-func TestIdleConnectionsAreHeldInTheMesh(t *testing.T) {
+func TestIdleConnectionsAndPodsAreMeasuredInTheMesh(t *testing.T) {
 	netnstest.Require(t)
 	c := shortConfig("hbone-cross")
-	c.Workloads, c.IdleConns, c.Rounds = []string{report.IdleWorkload}, 50, 1
+	c.Workloads, c.IdleConns, c.Pods, c.Rounds = []string{report.IdleWorkload, report.PodsWorkload}, 50, 3, 1
 	c.BinDir = labtest.Build(t, "raceway-agent", "raceway-ca")
 	found, err := Run(t.Context(), c)
 	if err != nil {
@@ -100,6 +100,12 @@ func TestIdleConnectionsAreHeldInTheMesh(t *testing.T) {
 			t.Errorf("no %s was measured", metric)
 		}
 	}
+	for _, metric := range []string{"pods", "rate", "CPU proxies", "RSS", "Go memory"} {
+		if found.Find("hbone-cross", report.PodsWorkload, metric) == nil {
+			t.Errorf("no %s of pods was measured", metric)
+		}
+	}
+	c.Workloads = c.Workloads[:1]
 	c.AgentArgs = []string{"--pod-connections", "20"}
 	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), `node1 says raceway_limit_reached_total{limit="pod_connections"}`) {
 		t.Errorf("%v, want the limit that was reached", err)

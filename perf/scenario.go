@@ -41,7 +41,7 @@ func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report
 		case !slices.Contains(c.Workloads, w.Name):
 		case w.alone == nil:
 			together = append(together, w)
-		case s.Mesh || s.Yardstick: // without a proxy there is nothing to measure
+		case w.in(s):
 			holding, err := c.holding(s)
 			if err != nil {
 				return err

@@ -17,6 +17,8 @@ import (
 const (
 	// soakClients is how many things of the mixed load happen at once.
 	soakClients = 32
+	// endTime is for the load to end everywhere.
+	endTime = 5 * time.Second
 	// policyInterval is between two changes of policies.
 	policyInterval = 2 * time.Second
 	// What may be more after a long load than after a short one: pools breathe.
@@ -144,7 +146,7 @@ func (st *site) changePolicies(ctx context.Context) (changes int, err error) {
 // vitals asks every agent, after the load had time to end everywhere.
 func (st *site) vitals(ctx context.Context) (map[string]Vitals, error) {
 	select {
-	case <-time.After(settleTime):
+	case <-time.After(endTime):
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

@@ -13,8 +13,10 @@ type Workload struct {
 	Title string
 	// run makes the load for the task's duration.
 	run func(context.Context, task) (outcome, error)
-	// alone measures it, instead of run, in a lab in which nothing else ran.
+	// alone measures it, instead of run, in a lab in which nothing else ran, of those scenarios
+	// that are in it.
 	alone func(*site, context.Context, *report.Report) error
+	in    func(Scenario) bool
 }
 
 func (w Workload) name() string { return w.Name }
@@ -43,7 +45,8 @@ func Workloads() []Workload {
 		{Name: "exchange-64k", Title: "64 KiB request/response, 16 connections, saturated", run: messages(64<<10, 16)},
 		{Name: "paced", Title: "1 KiB request/response, 16 connections, fixed rate", run: paced(16)},
 		{Name: "connect", Title: "new connections, 16 at a time", run: connect(16)},
-		{Name: report.IdleWorkload, Title: "idle connections", alone: (*site).idle},
+		{Name: report.IdleWorkload, Title: "idle connections", alone: (*site).idle, in: Scenario.proxied},
+		{Name: report.PodsWorkload, Title: "pods that do nothing", alone: (*site).pods, in: Scenario.crossing},
 	}
 }
 

@@ -59,7 +59,10 @@ that the run covers. It needs root, and raceway-agent and raceway-ca beside this
 			if err != nil {
 				return err
 			}
-			return c.say("\nAll rounds are in %s, and drawn in %s.", path, plots)
+			if plots != "" {
+				plots = ", and drawn in " + plots
+			}
+			return c.say("\nAll rounds are in %s%s.", path, plots)
 		},
 	}
 	f := cmd.Flags()
@@ -69,6 +72,7 @@ that the run covers. It needs root, and raceway-agent and raceway-ca beside this
 	f.DurationVar(&r.Duration, "duration", 2*time.Second, "of one measurement")
 	f.Float64Var(&r.Rate, "rate", 1000, "requests per second of the paced workloads")
 	f.IntVar(&r.IdleConns, "idle", 10000, "connections of the idle workload")
+	f.IntVar(&r.Pods, "pods", 100, "pods of the workload that captures many")
 	f.IntVar(&r.Rules, "rules", 10000, "rules of the scenario with many policies")
 	f.BoolVar(&r.short, "short", false, "2 rounds of 300 ms of the main workloads: whether it works, not how fast")
 	f.BoolVar(&r.IPv6, "ipv6", false, "pods have IPv6 addresses")

@@ -62,8 +62,11 @@ func (c *collector) watch(ctx context.Context) {
 	}
 }
 
-func (c *collector) cycled(now time.Time) {
-	changed := c.pace.cycle(now.Sub(c.last), liveHeap())
+// cycled adapts the pace, and returns a time at which the agent rests unless another cycle ended
+// before; nil when it did already. The runtime would leave the garbage of a burst for two minutes.
+func (c *collector) cycled(now time.Time) (calm <-chan time.Time) {
+	after := now.Sub(c.last)
+	changed := c.pace.cycle(after, liveHeap())
 	c.last = now
 	switch {
 	case !changed:
@@ -72,6 +75,10 @@ func (c *collector) cycled(now time.Time) {
 	default:
 		debug.SetGCPercent(c.pace.percent)
 	}
+	if after >= restingCycle {
+		return nil
+	}
+	return time.After(restingCycle)
 }
 
 // quiet reports whether no cycle ended for a while.

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -30,6 +31,30 @@ func TestBusyAgentsCollectSeldom(t *testing.T) {
 			t.Errorf("%d: %d %%, %v, want %d: %s", i, p.percent, changed, step.percent, step.why)
 		}
 	}
+}
+
+func TestAnAgentRestsOnceAfterItWasBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCollector(false)
+		c.last = time.Now()
+		time.Sleep(time.Second)
+		calm := c.cycled(time.Now())
+		if calm == nil {
+			t.Fatal("nobody will look whether it is still busy")
+		}
+		since := time.Now()
+		if at := <-calm; at.Sub(since) != restingCycle {
+			t.Errorf("it rests after %v, want %v", at.Sub(since), restingCycle)
+		}
+		c.rest()
+		if c.cycled(time.Now()) != nil { // rest's own
+			t.Error("a resting agent is woken again")
+		}
+		time.Sleep(2 * time.Minute)
+		if c.cycled(time.Now()) != nil { // the runtime's
+			t.Error("an idle agent is woken by the runtime's cycles")
+		}
+	})
 }
 
 func TestCyclesAreToldOf(t *testing.T) {

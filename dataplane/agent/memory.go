@@ -20,13 +20,14 @@ const (
 	settleAfter = 15 * time.Second
 )
 
-// manageHeap keeps memory to what the agent does, until ctx ends. Once it gives the node back
-// what starting took and serving does not: the heap of a first look at the cluster, and the
-// pages of the program that hold what runs once.
+// manageHeap keeps memory to what the agent does, until ctx ends. After its start and after each
+// busy time it gives the node back what that took and resting does not: the heap, and the pages
+// of the program that hold what ran.
 func (a *Agent) manageHeap(ctx context.Context) error {
 	c := newCollector(a.cfg.PaceCollector)
 	defer c.restore()
 	started, settle := time.After(startingFor), time.After(settleAfter)
+	var calm <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -38,13 +39,21 @@ func (a *Agent) manageHeap(ctx context.Context) error {
 				settle = time.After(busyCycle)
 				continue
 			}
-			c.rest()
-			if err := forgetProgram("/proc/self/smaps"); err != nil {
-				a.cfg.Log.Debug("give the program's pages back", "error", err)
-			}
+			a.rest(c)
 		case <-c.cycles:
-			c.cycled(time.Now())
+			calm = c.cycled(time.Now())
+		case <-calm:
+			calm = nil
+			a.rest(c)
 		}
+	}
+}
+
+// rest gives back what an agent at rest does not use.
+func (a *Agent) rest(c *collector) {
+	c.rest()
+	if err := forgetProgram("/proc/self/smaps"); err != nil {
+		a.cfg.Log.Debug("give the program's pages back", "error", err)
 	}
 }
 

@@ -142,8 +142,9 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	identity, identityErr := certs.PeerIdentity(r.Conn.TLS)
 	client := clientOf(r)
 	ctx, f := s.inboundFlow(live, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
+	cancel := f.cancel
 	defer context.AfterFunc(r.Context, func() {
-		f.cancel(cmp.Or(context.Cause(live), errStreamEnded)) // live's end is the stream's as well
+		cancel(cmp.Or(context.Cause(live), errStreamEnded)) // live's end is the stream's as well
 	})()
 	f.attempt.Destination.Identity = s.identity
 	f.attempt.Tunnel = r.Conn.Local

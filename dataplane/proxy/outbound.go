@@ -86,7 +86,7 @@ func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg,
 			flags = endFlags(err)
 		}
 		record.Close(flags, err)
-		s.end(f)
+		s.leave(f)
 		s.work.Done()
 	}
 	s.carry(ctx, f, r)
@@ -247,6 +247,7 @@ func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, t
 		_ = tunnel.Close()
 		return nil, err
 	}
+	tunnel.Response = nil // nobody reads it: not to be held
 	return newStreamLeg(tunnel, "the peer"), nil
 }
 

@@ -142,8 +142,8 @@ func (s *servedPod) workload() (snapshot *dataplane.Snapshot, now, last *datapla
 
 // flow is a connection from its acceptance to its end.
 type flow struct {
-	cancel  context.CancelCauseFunc // of its set-up
-	relay   *relay                  // once it is set up; guarded by servedPod.mu
+	cancel  context.CancelCauseFunc // of its set-up; nil after it
+	relay   *relay                  // once it is set up; guarded by servedPod.mu, as is cancel's end
 	attempt *telemetry.Attempt      // until it is open or refused
 	guarded *guarded                // what policy looks at again when it changes; nil for outbound ones
 	tunnel  *hbone.Conn
@@ -224,25 +224,26 @@ func (s *servedPod) leave(f *flow) {
 // would keep memory.
 func (s *servedPod) carry(ctx context.Context, f *flow, r *relay) {
 	s.mu.Lock()
-	f.relay = r
+	cancel := f.cancel
+	f.relay, f.cancel = r, nil
 	s.mu.Unlock()
 	if ctx.Err() != nil { // cut in the same moment
 		r.end(context.Cause(ctx))
 	}
-	f.cancel(nil)
+	cancel(nil)
 	r.run()
 }
 
 // cut ends f for err, wherever it stands.
 func (s *servedPod) cut(f *flow, err error) {
 	s.mu.Lock()
-	r := f.relay
+	r, cancel := f.relay, f.cancel
 	s.mu.Unlock()
 	if r != nil {
 		r.end(err)
 		return
 	}
-	f.cancel(err)
+	cancel(err)
 }
 
 // limitError is a connection refused because of a limit.

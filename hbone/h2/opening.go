@@ -75,8 +75,10 @@ func (o opening) Answer(ctx context.Context) (hbone.Stream, *hbone.Response, err
 		return nil, nil, &hbone.StatusError{Status: o.status}
 	case o.closed:
 		return nil, nil, o.uncertain(ctx.Err())
-	case o.response != nil: // an end that came behind it is for the stream's user
-		return o.stream, o.response, nil
+	case o.answered: // an end that came behind it is for the stream's user
+		response := o.response
+		o.settled, o.tell, o.response = nil, nil, nil // an idle stream keeps none of it
+		return o.stream, response, nil
 	case errors.Is(o.err, hbone.ErrRefused):
 		return nil, nil, o.err
 	case c.err != nil && errors.Is(o.err, c.err):

@@ -197,7 +197,7 @@ func (c *conn) resetLocked(f *http2.RSTStreamFrame) error {
 		return nil
 	}
 	var err error = &hbone.ResetError{Code: uint32(f.ErrCode), Name: f.ErrCode.String(), Remote: true}
-	if c.client != nil && f.ErrCode == http2.ErrCodeRefusedStream && s.response == nil {
+	if c.client != nil && f.ErrCode == http2.ErrCodeRefusedStream && !s.answered {
 		err = refused(err)
 	}
 	unanswered := c.server != nil && !s.answered
@@ -268,7 +268,7 @@ func (c *conn) admitData(header http2.FrameHeader) (*stream, error) {
 		}
 	case s.recvEnd:
 		s.resetLocked(http2.ErrCodeStreamClosed)
-	case c.client != nil && s.response == nil: // before the answer to CONNECT
+	case c.client != nil && !s.answered: // before the answer to CONNECT
 		s.resetLocked(http2.ErrCodeProtocol)
 	default:
 		code := s.admitLocked(int(header.Length))

@@ -120,7 +120,7 @@ func (c *conn) responseLocked(f *http2.MetaHeadersFrame) error {
 	}
 	status, err := strconv.Atoi(f.PseudoValue("status"))
 	switch {
-	case s.response != nil, f.Truncated, err != nil, status < 100, status > 999:
+	case s.answered, f.Truncated, err != nil, status < 100, status > 999:
 		// On a connected stream there is only DATA (RFC 9113 section 8.5).
 		s.resetLocked(http2.ErrCodeProtocol)
 	case status < 200:
@@ -132,7 +132,7 @@ func (c *conn) responseLocked(f *http2.MetaHeadersFrame) error {
 		s.recvEnd = f.StreamEnded()
 		s.closeLocked(http2.ErrCodeCancel)
 	default:
-		s.response = &hbone.Response{}
+		s.answered, s.response = true, &hbone.Response{}
 		for _, field := range f.RegularFields() {
 			s.response.SetField(field.Name, field.Value)
 		}

@@ -42,16 +42,16 @@ type stream struct {
 	closed           bool
 	err              error
 
-	// A client's: settled is closed when response or err is there, and tell called.
+	answered bool // with a 200; a server's with any status
+
+	// A client's, until Answer: settled is closed when response or err is there, and tell called.
 	settled  chan struct{}
 	tell     func() // nil when nobody asked
 	early    bool   // DATA was sent before
 	response *hbone.Response
 	status   int
 
-	// A server's.
-	answered bool
-	cancel   context.CancelFunc
+	cancel context.CancelFunc // of a server's handler
 }
 
 var errWriteAfterEnd = errors.New("write on a stream after CloseWrite")

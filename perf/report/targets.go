@@ -40,10 +40,11 @@ func targets() []target {
 	return all
 }
 
-// Workloads that are of no load but of memory.
+// Workloads that are of no load, but of memory first.
 const (
 	MemoryWorkload = "proxy memory"
 	IdleWorkload   = "idle"
+	PodsWorkload   = "pods"
 )
 
 // WriteTargets writes what was reached, for the targets whose both sides were measured.
