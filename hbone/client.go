@@ -12,18 +12,20 @@ import (
 	"time"
 )
 
-// ClientConfig is what a Client needs. Dial, TLS and Transport are required.
+// ClientConfig is what a Client needs. TLS is required, and Dial and Transport or a Connector.
 type ClientConfig struct {
 	// Dial makes the TCP connection to key.Remote from key.Local. ctx ends after
 	// ConnectTimeout, or when nobody waits for the connection any more.
 	Dial func(ctx context.Context, key Key) (net.Conn, error)
 	// TLS is the configuration for a session of key: it verifies that the peer is
-	// key.Peer and shows our certificate as key.Source. NextProtos is set to h2. It may
+	// key.Peer and shows our certificate as key.Source. NextProtos is the transport's. It may
 	// wait for a certificate, and wraps ErrNoCertificate when there is none. It is called
 	// before Dial and shares HandshakeTimeout with the handshake.
 	TLS func(ctx context.Context, key Key) (*tls.Config, error)
 	// Transport makes sessions; h2.Client in practice.
 	Transport ClientTransport
+	// Connector makes sessions in place of Dial and Transport; h3.Endpoint in practice.
+	Connector Connector
 	// MaxStreamsPerConn bounds the streams of one session beside the peer's own bound.
 	// 0 means 100.
 	MaxStreamsPerConn int
@@ -37,7 +39,7 @@ type ClientConfig struct {
 	// IdleTimeout is how long a session without streams is kept. 0 means 5 minutes.
 	IdleTimeout time.Duration
 	// ConnectTimeout bounds a dial, HandshakeTimeout what follows until the session is
-	// up. 0 means 10 seconds.
+	// up; a Connector has ConnectTimeout for both. 0 means 10 seconds.
 	ConnectTimeout   time.Duration
 	HandshakeTimeout time.Duration
 	// Log receives what no caller is told. nil discards it.
@@ -255,6 +257,9 @@ func (c *Client) connect(ctx context.Context, key Key) (Session, *Conn, error) {
 	if err != nil {
 		return nil, nil, c.countTLSError(NewTLSError(key.Remote, err))
 	}
+	if c.cfg.Connector != nil {
+		return c.connectBy(ctx, c.cfg.Connector, key, cfg)
+	}
 	if len(cfg.NextProtos) != 1 || cfg.NextProtos[0] != alpn {
 		cfg = cfg.Clone()
 		cfg.NextProtos = []string{alpn}
@@ -278,20 +283,68 @@ func (c *Client) connect(ctx context.Context, key Key) (Session, *Conn, error) {
 	return session, NewConn(conn), nil
 }
 
-// handshake waits for its turn: when a node loses its connections to many, their handshakes would
-// slow down everything that it still has.
-func (c *Client) handshake(ctx context.Context, raw net.Conn, cfg *tls.Config) (*tls.Conn, error) {
+// connectBy has connector make the session. Its handshake waits for its turn when it is about to
+// verify the peer: one that does not answer must not keep others from theirs.
+func (c *Client) connectBy(ctx context.Context, connector Connector, key Key, cfg *tls.Config) (Session, *Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
+	defer cancel()
+	cfg = cfg.Clone()
+	verify := cfg.VerifyConnection
+	cfg.VerifyConnection = func(state tls.ConnectionState) error {
+		done, err := c.turn(ctx)
+		if err != nil {
+			return err
+		}
+		defer done()
+		if verify == nil {
+			return nil
+		}
+		return verify(state)
+	}
+	session, conn, err := connector.Connect(ctx, key, cfg)
+	var dial *DialError
+	var failed *TLSError
+	switch {
+	case err == nil:
+		return session, conn, nil
+	case errors.As(err, &dial):
+		c.count(func(s *PoolStats) { s.DialFailures++ })
+	case errors.As(err, &failed):
+		_ = c.countTLSError(failed) // which is wrapped in err
+	}
+	return nil, nil, err
+}
+
+// turn waits for one among the handshakes; done ends it. When a node loses its connections to
+// many, their handshakes would slow down everything that it still has.
+func (c *Client) turn(ctx context.Context) (done func(), err error) {
+	var taken []chan struct{}
+	done = func() {
+		for _, turns := range taken {
+			<-turns
+		}
+	}
 	for _, turns := range []chan struct{}{c.handshakes, c.cfg.Handshakes} {
 		if turns == nil {
 			continue
 		}
 		select {
 		case turns <- struct{}{}:
-			defer func() { <-turns }()
+			taken = append(taken, turns)
 		case <-ctx.Done():
+			done()
 			return nil, fmt.Errorf("wait for other handshakes: %w", ctx.Err())
 		}
 	}
+	return done, nil
+}
+
+func (c *Client) handshake(ctx context.Context, raw net.Conn, cfg *tls.Config) (*tls.Conn, error) {
+	done, err := c.turn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	conn := tls.Client(NewWire(raw), cfg)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, err
@@ -387,8 +440,8 @@ func (c *Client) RetireKeys(match func(Key) bool) {
 	}
 	c.mu.Unlock()
 	for _, s := range idle {
-		if err := s.Close(); err != nil {
-			c.cfg.Log.Debug("close session", "error", err)
+		if err := s.Retire(); err != nil {
+			c.cfg.Log.Debug("retire session", "error", err)
 		}
 	}
 }

@@ -5,8 +5,9 @@
 //	Client.Open ──► pool of transport sessions, one per Key ──► CONNECT ──► Stream
 //	Server.Serve ─► TLS accept ─► transport session ─► CONNECT ─► Handler(*Request) ─► Stream
 //
-// The transport (package h2 today, HTTP/3 later) sits behind ClientTransport and
-// ServerTransport and carries no policy.
+// The transports carry no policy. Package h2 is on TCP, behind ClientTransport and
+// ServerTransport; package h3 is on QUIC, which is connection and TLS in one, behind Connector
+// and Endpoint.
 package hbone
 
 import (
@@ -102,7 +103,7 @@ type Session interface {
 	// OpenDatagrams begins with an extended CONNECT for UDP to r.Authority and waits for the
 	// answer. The payloads of first are sent behind it, as far as that does not wait. It uses
 	// up a reservation; its error is as Answer's without ErrUncertain, or wraps
-	// ErrNoDatagrams.
+	// ErrNoDatagrams, or PortClosedError when the peer has found that out already.
 	OpenDatagrams(ctx context.Context, r *Request, first [][]byte) (DatagramStream, *Response, error)
 	// Reserve sets a place aside for one Start or OpenDatagrams that follows; false when it is
 	// full, draining or dead.
@@ -118,6 +119,9 @@ type Session interface {
 	// Done is closed when its connection has ended. (A draining one still carries the
 	// streams that it has: its Capacity is 0, and it ends with the last of them.)
 	Done() <-chan struct{}
+	// Retire ends it when the streams that it carries have ended, and the peer has what was
+	// sent in them. It takes no more.
+	Retire() error
 	// Close ends it at once, and its streams with an error.
 	Close() error
 }
@@ -154,12 +158,48 @@ type ClientTransport interface {
 	NewSession(ctx context.Context, conn *tls.Conn) (Session, error)
 }
 
+// Connector makes sessions of a transport that is not on TCP.
+type Connector interface {
+	// Connect makes a session with key.Remote whose peer cfg verifies; NextProtos is the
+	// connector's to set. ctx bounds the making only. Its error is or wraps a *DialError when
+	// nothing answered in time, a *TLSError when the handshake did not succeed.
+	Connect(ctx context.Context, key Key, cfg *tls.Config) (Session, *Conn, error)
+}
+
 // ServerTransport serves one TLS connection on a Wire whose handshake has completed until it ends or
 // ctx does: then it drains (GOAWAY, streams run on) until drained, or until force is done.
 // It owns the connection, returns after the last call of serve has returned, and its error
 // is nil unless the peer broke the protocol or vanished.
 type ServerTransport interface {
 	ServeConn(ctx, force context.Context, conn *tls.Conn, serve func(*ServerRequest)) error
+}
+
+// Endpoint accepts connections of a transport that is not on TCP.
+type Endpoint interface {
+	// Listen begins to accept connections as gate allows, with cfg, whose NextProtos are the
+	// endpoint's to set. It is called again after the Listener's Close.
+	Listen(cfg *tls.Config, gate *Gate) (Listener, error)
+}
+
+// Listener gives the connections of an Endpoint.
+type Listener interface {
+	// Accept waits for a connection whose handshake has completed. Its error is ctx's, or
+	// for good.
+	Accept(ctx context.Context) (Accepted, error)
+	// Close has the endpoint refuse new connections; those that Accept gave live on.
+	Close() error
+}
+
+// Accepted is a connection whose handshake has completed. Exactly one of Serve and Refuse is
+// called.
+type Accepted interface {
+	Conn() *Conn
+	// Admission is what the gate gave for it.
+	Admission() *Admission
+	// Serve is as ServerTransport.ServeConn.
+	Serve(ctx, force context.Context, serve func(*ServerRequest)) error
+	// Refuse closes it unserved.
+	Refuse()
 }
 
 // ServerRequest is a CONNECT that arrived, not yet answered.
@@ -190,7 +230,7 @@ type ServerRequest struct {
 type Conn struct {
 	Local, Remote netip.AddrPort // unmapped
 	TLS           tls.ConnectionState
-	Raw           net.Conn // for TCP_INFO; never read, written or closed
+	Raw           net.Conn // for TCP_INFO; never read, written or closed. nil where it is not TCP
 }
 
 // ServerConn is a Conn as a server sees it.
@@ -214,13 +254,13 @@ func unwrapped(c net.Conn) net.Conn {
 	return c
 }
 
-// addrPort is a TCP address unmapped, and zero for one of another kind.
+// addrPort is a TCP or UDP address unmapped, and zero for one of another kind.
 func addrPort(a net.Addr) netip.AddrPort {
-	tcp, ok := a.(*net.TCPAddr)
+	inet, ok := a.(interface{ AddrPort() netip.AddrPort })
 	if !ok {
 		return netip.AddrPort{}
 	}
-	ap := tcp.AddrPort()
+	ap := inet.AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 

@@ -285,7 +285,7 @@ func (c *Client) idleLocked(m *member) {
 		if !idle {
 			return
 		}
-		if err := m.session.Close(); err != nil {
+		if err := m.session.Retire(); err != nil {
 			c.cfg.Log.Debug("close idle session", "remote", m.pool.key.Remote, "error", err)
 		}
 	})

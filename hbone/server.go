@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
@@ -16,17 +17,18 @@ import (
 // ServerConfig is what a Server needs. TLS, Transport and Handler are required.
 type ServerConfig struct {
 	// TLS requires and verifies client certificates, in versions that its owner chose.
-	// NextProtos is set to h2; a config from its GetConfigForClient must say so itself.
+	// NextProtos is the transport's; a config from its GetConfigForClient must say so itself.
 	TLS *tls.Config
-	// Transport serves connections; h2.Server in practice.
+	// Transport serves the connections of Serve; h2.Server in practice.
 	Transport ServerTransport
 	// Handler serves each CONNECT on a goroutine of its own.
 	Handler Handler
 	// Datagrams serves each request for UDP likewise. nil answers them with 501.
 	Datagrams Handler
 	// MaxHandshakes bounds the handshakes that go on at once; more wait in the kernel's
-	// backlog. One address may have a quarter of them, and more are closed: whoever
-	// connects and says nothing must not keep everybody else out. 0 means 128.
+	// backlog, or are refused where there is none (ServeEndpoint). One address may have a
+	// quarter of them, and more are closed: whoever connects and says nothing must not keep
+	// everybody else out. 0 means 128.
 	MaxHandshakes int
 	// HandshakeTimeout bounds one. 0 means 10 seconds.
 	HandshakeTimeout time.Duration
@@ -65,47 +67,27 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	return c
 }
 
-// ErrTooManyConns is told to OnHandshakeError when a listener's MaxConns bites.
-var ErrTooManyConns = errors.New("too many tunnel connections")
-
-// ErrTooManyHandshakes is told to OnHandshakeError when one address has its share of
-// MaxHandshakes under way.
-var ErrTooManyHandshakes = errors.New("too many handshakes of one address")
-
 // Server accepts tunnels. Its bounds on handshakes are shared by all its listeners.
 type Server struct {
 	cfg        ServerConfig
 	handshakes chan struct{} // a token for each handshake that may start
 
 	mu     sync.Mutex
-	peers  map[netip.Addr]int               // handshakes under way, by address
-	live   map[*tls.Conn]context.CancelFunc // connections that are served, and what drains them
-	rounds int                              // how often Retire was called
+	peers  map[netip.Addr]int    // handshakes under way, by address
+	live   map[*serving]struct{} // connections that are served
+	rounds int                   // how often Retire was called
 }
 
-// NewServer starts nothing; Serve does.
+// serving is a connection that is served.
+type serving struct {
+	tls   tls.ConnectionState
+	drain context.CancelFunc
+}
+
+// NewServer starts nothing; Serve and ServeEndpoint do.
 func NewServer(cfg ServerConfig) *Server {
 	cfg = cfg.withDefaults()
-	return &Server{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes), peers: make(map[netip.Addr]int), live: make(map[*tls.Conn]context.CancelFunc)}
-}
-
-// admit counts a handshake of peer, unless peer has its share under way; settle ends it.
-func (s *Server) admit(peer netip.Addr) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.peers[peer] >= max(1, s.cfg.MaxHandshakes/4) {
-		return false
-	}
-	s.peers[peer]++
-	return true
-}
-
-func (s *Server) settle(peer netip.Addr) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.peers[peer]--; s.peers[peer] == 0 {
-		delete(s.peers, peer)
-	}
+	return &Server{cfg: cfg, handshakes: make(chan struct{}, cfg.MaxHandshakes), peers: make(map[netip.Addr]int), live: make(map[*serving]struct{})}
 }
 
 // Serve accepts tunnel connections on l until ctx ends. Then it accepts no more, tells its
@@ -141,7 +123,8 @@ func (s *Server) Serve(ctx, force context.Context, l net.Listener) error {
 			}
 			return fmt.Errorf("accept tunnel connections on %s: %w", l.Addr(), err)
 		}
-		if err := s.take(raw, slots); err != nil {
+		a, err := s.take(raw, slots)
+		if err != nil {
 			<-s.handshakes
 			_ = raw.Close() // its peer sees that; nothing was promised
 			s.cfg.OnHandshakeError(addrPort(raw.RemoteAddr()), err)
@@ -149,47 +132,61 @@ func (s *Server) Serve(ctx, force context.Context, l net.Listener) error {
 		}
 		work.Go(func() {
 			defer func() { <-slots }()
-			s.serveConn(ctx, force, raw)
+			s.serveConn(ctx, force, raw, a)
 		})
 	}
 }
 
 // take counts raw among the connections and its peer's handshakes, or says which bound it
 // exceeds.
-func (s *Server) take(raw net.Conn, slots chan<- struct{}) error {
-	peer := addrPort(raw.RemoteAddr()).Addr()
-	if !s.admit(peer) {
-		return ErrTooManyHandshakes
+func (s *Server) take(raw net.Conn, slots chan<- struct{}) (*Admission, error) {
+	a, err := s.admit(addrPort(raw.RemoteAddr()))
+	if err != nil {
+		return nil, err
 	}
 	select {
 	case slots <- struct{}{}:
-		return nil
+		return a, nil
 	default:
-		s.settle(peer)
-		return ErrTooManyConns
+		a.settle()
+		return nil, ErrTooManyConns
 	}
 }
 
 // serveConn owns raw.
-func (s *Server) serveConn(ctx, force context.Context, raw net.Conn) {
-	round := s.round()
+func (s *Server) serveConn(ctx, force context.Context, raw net.Conn, a *Admission) {
 	// A peer that connected before the drain gets its handshake, and is then told.
 	conn, err := s.handshake(force, raw)
-	remote := addrPort(raw.RemoteAddr())
-	s.settle(remote.Addr()) // first: whoever gets the token may be of the same address
+	a.settle() // first: whoever gets the token may be of the same address
 	<-s.handshakes
 	if err != nil {
 		if force.Err() == nil {
-			s.cfg.OnHandshakeError(remote, NewTLSError(remote, err))
+			s.cfg.OnHandshakeError(a.remote, NewTLSError(a.remote, err))
 		}
 		return
 	}
-	ctx, cancel := untilExpiry(ctx, conn)
+	s.serveUntilExpiry(ctx, conn.ConnectionState(), a, func(ctx context.Context) error {
+		return s.cfg.Transport.ServeConn(ctx, force, conn, s.serve)
+	})
+}
+
+// serveUntilExpiry has serve serve a connection until the certificate that the peer showed ends.
+// The connection drains then: streams run on, and new ones need a connection with a certificate
+// of the day. A peer that is never idle would otherwise outlive its identity for as long as it
+// likes. Retire ends it likewise.
+func (s *Server) serveUntilExpiry(ctx context.Context, state tls.ConnectionState, a *Admission, serve func(context.Context) error) {
+	var cancel context.CancelFunc
+	if shown := state.PeerCertificates; len(shown) > 0 {
+		ctx, cancel = context.WithDeadline(ctx, shown[0].NotAfter)
+	} else {
+		ctx, cancel = context.WithCancel(ctx)
+	}
 	defer cancel()
-	s.enter(conn, cancel, round)
-	defer s.leave(conn)
-	if err := s.cfg.Transport.ServeConn(ctx, force, conn, s.serve); err != nil {
-		s.cfg.Log.Debug("tunnel connection ended", "remote", remote, "error", err)
+	c := &serving{tls: state, drain: cancel}
+	s.enter(c, a.round)
+	defer s.leave(c)
+	if err := serve(ctx); err != nil {
+		s.cfg.Log.Debug("tunnel connection ended", "remote", a.remote, "error", err)
 	}
 }
 
@@ -207,46 +204,29 @@ func (s *Server) serve(r *ServerRequest) {
 func (s *Server) Retire(match func(tls.ConnectionState) bool) {
 	s.mu.Lock()
 	s.rounds++
-	live := maps.Clone(s.live)
+	live := slices.Collect(maps.Keys(s.live))
 	s.mu.Unlock()
-	for conn, drain := range live {
-		if match(conn.ConnectionState()) {
-			drain()
+	for _, c := range live {
+		if match(c.tls) {
+			c.drain()
 		}
 	}
 }
 
-func (s *Server) round() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.rounds
-}
-
 // enter makes a connection known to Retire. Its handshake began in round.
-func (s *Server) enter(conn *tls.Conn, drain context.CancelFunc, round int) {
+func (s *Server) enter(c *serving, round int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.live[conn] = drain
+	s.live[c] = struct{}{}
 	if round != s.rounds {
-		drain()
+		c.drain()
 	}
 }
 
-func (s *Server) leave(conn *tls.Conn) {
+func (s *Server) leave(c *serving) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.live, conn)
-}
-
-// untilExpiry ends when the certificate that the peer showed does. The connection drains
-// then: streams run on, and new ones need a connection with a certificate of the day. A peer
-// that is never idle would otherwise outlive its identity for as long as it likes.
-func untilExpiry(ctx context.Context, conn *tls.Conn) (context.Context, context.CancelFunc) {
-	shown := conn.ConnectionState().PeerCertificates
-	if len(shown) == 0 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithDeadline(ctx, shown[0].NotAfter)
+	delete(s.live, c)
 }
 
 // handshake closes raw when it fails.

@@ -2,10 +2,8 @@ package h2_test
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net"
-	"sync"
 	"testing"
 	"time"
 
@@ -14,6 +12,7 @@ import (
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h2"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest/conformance"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -55,6 +54,13 @@ func newPairOn(t *testing.T, a, b net.Conn, client h2.Client, server h2.Server, 
 		}
 	})
 	return p
+}
+
+func TestConformance(t *testing.T) {
+	conformance.Test(t, func(t *testing.T, handler hbone.Handler) *conformance.Pair {
+		p := newPair(t, h2.Client{}, h2.Server{}, handler)
+		return &conformance.Pair{Session: p.session, Force: p.force}
+	})
 }
 
 // openStream sends CONNECT and waits for the answer.
@@ -133,79 +139,6 @@ func readEOF(t *testing.T, s hbone.Stream) {
 	}
 }
 
-func TestRequestAndResponseCarryTheirContent(t *testing.T) {
-	got := make(chan *hbone.ServerRequest, 1)
-	p := newPair(t, h2.Client{}, h2.Server{}, func(r *hbone.ServerRequest) {
-		got <- r
-		s, err := r.Accept(hbone.Response{Baggage: hbone.Baggage{Service: "db"}})
-		if err == nil {
-			_ = s.CloseWrite()
-		}
-	})
-	req := &hbone.Request{
-		Authority:   "[2001:db8::1]:3306",
-		Baggage:     hbone.Baggage{Namespace: "demo", WorkloadKind: "deployment", WorkloadName: "web"},
-		TraceParent: hbone.NewTraceParent(),
-	}
-	s, resp, err := openStream(t.Context(), p.session, req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = s.Close() }()
-	r := <-got
-	if r.Request != *req {
-		t.Errorf("server got %+v, want %+v", r.Request, *req)
-	}
-	if r.Target.String() != "[2001:db8::1]:3306" {
-		t.Errorf("target = %s", r.Target)
-	}
-	if !r.Conn.Local.IsValid() || !r.Conn.Remote.IsValid() || len(r.Conn.TLS.PeerCertificates) != 1 || r.Conn.Raw == nil {
-		t.Errorf("connection facts are missing: %+v", r.Conn)
-	}
-	if resp.Baggage.Service != "db" {
-		t.Errorf("response baggage = %+v", resp.Baggage)
-	}
-}
-
-func TestHalfCloseByClientDrainsReturnTraffic(t *testing.T) {
-	c, s, p := both(t)
-	write(t, c, "request")
-	if err := c.CloseWrite(); err != nil {
-		t.Fatal(err)
-	}
-	read(t, s, "request")
-	readEOF(t, s)
-	write(t, s, "answer")
-	read(t, c, "answer")
-	if err := s.CloseWrite(); err != nil {
-		t.Fatal(err)
-	}
-	readEOF(t, c)
-	if _, err := c.Write([]byte("x")); err == nil {
-		t.Error("Write after CloseWrite succeeded")
-	}
-	waitStreams(t, p.session, 0)
-}
-
-func TestHalfCloseByServerLeavesRequestTrafficGoing(t *testing.T) {
-	c, s, p := both(t)
-	write(t, s, "greeting")
-	if err := s.CloseWrite(); err != nil {
-		t.Fatal(err)
-	}
-	read(t, c, "greeting")
-	readEOF(t, c)
-	for range 100 {
-		write(t, c, "still talking")
-		read(t, s, "still talking")
-	}
-	if err := c.CloseWrite(); err != nil {
-		t.Fatal(err)
-	}
-	readEOF(t, s)
-	waitStreams(t, p.session, 0)
-}
-
 func TestCleanEndKeepsUnreadBytesReadable(t *testing.T) {
 	c, s, p := both(t)
 	write(t, s, "late")
@@ -223,162 +156,6 @@ func waitStreams(t *testing.T, s hbone.Session, n int) {
 		if time.Now().After(deadline) {
 			t.Fatalf("session carries %d streams, want %d", s.Streams(), n)
 		}
-	}
-}
-
-func TestCloseWithoutCleanEndResetsThePeer(t *testing.T) {
-	steps := map[string]func(a, b hbone.Stream){
-		"at once":                  func(a, _ hbone.Stream) { _ = a.Close() },
-		"after own half-close":     func(a, _ hbone.Stream) { _ = a.CloseWrite(); _ = a.Close() },
-		"after peer's half-close":  func(a, b hbone.Stream) { _ = b.CloseWrite(); _, _ = io.ReadAll(a); _ = a.Close() },
-		"twice, from two routines": func(a, _ hbone.Stream) { go func() { _ = a.Close() }(); _ = a.Close() },
-	}
-	for name, step := range steps {
-		for _, side := range []string{"client", "server"} {
-			t.Run(side+" "+name, func(t *testing.T) {
-				c, s, _ := both(t)
-				a, b := c, s
-				if side == "server" {
-					a, b = s, c
-				}
-				step(a, b)
-				// Whatever b could still do, it must learn that the stream is broken: by
-				// reading if a's end was not clean, by writing in any case.
-				deadline := time.Now().Add(5 * time.Second)
-				for {
-					_, err := b.Write([]byte("x"))
-					var reset *hbone.ResetError
-					if errors.As(err, &reset) && reset.Remote {
-						break
-					}
-					if err != nil && name == "after peer's half-close" {
-						if n, err := b.Read(make([]byte, 1)); n != 0 || !errors.As(err, &reset) {
-							t.Fatalf("Read = %d, %v; want a reset", n, err)
-						}
-						break
-					}
-					if time.Now().After(deadline) {
-						t.Fatalf("Write = %v, want a reset", err)
-					}
-				}
-				if name == "at once" {
-					if _, err := b.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
-						t.Errorf("Read = %v, want a reset", err)
-					}
-				}
-			})
-		}
-	}
-}
-
-func TestCloseUnblocksReadAndWrite(t *testing.T) {
-	for _, side := range []string{"client", "server"} {
-		t.Run(side, func(t *testing.T) {
-			c, s, _ := both(t)
-			a := c
-			if side == "server" {
-				a = s
-			}
-			var wg sync.WaitGroup
-			wg.Go(func() {
-				if _, err := a.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
-					t.Errorf("Read = %v", err)
-				}
-			})
-			wg.Go(func() {
-				big := make([]byte, 1<<20)
-				for {
-					if _, err := a.Write(big); err != nil {
-						if !errors.Is(err, net.ErrClosed) {
-							t.Errorf("Write = %v", err)
-						}
-						return
-					}
-				}
-			})
-			time.Sleep(50 * time.Millisecond)
-			if err := a.Close(); err != nil {
-				t.Error(err)
-			}
-			wg.Wait()
-		})
-	}
-}
-
-func TestRejectAnswersWithStatus(t *testing.T) {
-	for _, status := range []int{400, 401, 503} {
-		p := newPair(t, h2.Client{}, h2.Server{}, func(r *hbone.ServerRequest) {
-			r.Reject(status)
-			r.Reject(999)
-			if _, err := r.Accept(hbone.Response{}); err == nil {
-				t.Error("Accept after Reject succeeded")
-			}
-		})
-		_, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
-		var se *hbone.StatusError
-		if !errors.As(err, &se) || se.Status != status {
-			t.Errorf("Open = %v, want status %d", err, status)
-		}
-		waitStreams(t, p.session, 0)
-	}
-}
-
-func TestUnansweredRequestIsReset(t *testing.T) {
-	p := newPair(t, h2.Client{}, h2.Server{}, func(*hbone.ServerRequest) {})
-	_, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
-	var reset *hbone.ResetError
-	if !errors.As(err, &reset) || errors.Is(err, hbone.ErrRefused) {
-		t.Errorf("Open = %v, want a reset that is no refusal", err)
-	}
-}
-
-func TestOpenContextBoundsOnlyTheOpening(t *testing.T) {
-	p := newPair(t, h2.Client{}, h2.Server{}, echo)
-	ctx, cancel := context.WithCancel(t.Context())
-	s, _, err := openStream(ctx, p.session, &hbone.Request{Authority: "10.0.0.1:80"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = s.Close() }()
-	cancel()
-	time.Sleep(20 * time.Millisecond)
-	write(t, s, "ping")
-	read(t, s, "ping")
-}
-
-func TestOpenGivesUpWithItsContext(t *testing.T) {
-	ended := make(chan struct{})
-	p := newPair(t, h2.Client{}, h2.Server{}, func(r *hbone.ServerRequest) {
-		<-r.Context.Done()
-		close(ended)
-	})
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-	defer cancel()
-	if _, _, err := openStream(ctx, p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("Open = %v", err)
-	}
-	<-ended // the server saw the reset
-	waitStreams(t, p.session, 0)
-}
-
-func TestRequestContextEnds(t *testing.T) {
-	for name, end := range map[string]func(p *pair, s hbone.Stream){
-		"with a reset":        func(_ *pair, s hbone.Stream) { _ = s.Close() },
-		"with the connection": func(p *pair, _ hbone.Stream) { _ = p.session.Close() },
-		"with force":          func(p *pair, _ hbone.Stream) { p.force() },
-	} {
-		t.Run(name, func(t *testing.T) {
-			ended := make(chan struct{})
-			p := newPair(t, h2.Client{}, h2.Server{}, func(r *hbone.ServerRequest) {
-				if _, err := r.Accept(hbone.Response{}); err == nil {
-					<-r.Context.Done()
-					close(ended)
-				}
-			})
-			s := p.open(t)
-			end(p, s)
-			<-ended
-		})
 	}
 }
 

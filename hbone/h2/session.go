@@ -192,6 +192,15 @@ func (s *session) Close() error {
 	return nil
 }
 
+// Retire ends it when its streams have ended. TCP delivers what was sent before.
+func (s *session) Retire() error {
+	s.mu.Lock()
+	defer s.release()
+	s.draining = true
+	s.conn.settleLocked()
+	return nil
+}
+
 // A session that moved busyRate bytes a second, in either direction, is busy: at that rate some
 // of what is sent waits behind the rest. It is looked at once in busyPause, when somebody asks.
 const (

@@ -1,4 +1,4 @@
-package h2_test
+package conformance
 
 import (
 	"bytes"
@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/hbone"
-	"github.com/raceway-mesh/raceway/hbone/h2"
 )
 
 // sink takes what it has room for, and keeps it.
@@ -64,8 +63,8 @@ func within[T any](t *testing.T, what string, c <-chan T) T {
 	}
 }
 
-func TestSinkGetsWhatCameBeforeItAndTheEnd(t *testing.T) {
-	client, server, _ := both(t)
+func (with Connect) testSinkGetsWhatCameBeforeItAndTheEnd(t *testing.T) {
+	client, server, _ := with.both(t)
 	write(t, client, "early ")
 	s := newSink(1 << 20)
 	server.Deliver(s)
@@ -78,8 +77,8 @@ func TestSinkGetsWhatCameBeforeItAndTheEnd(t *testing.T) {
 	}
 }
 
-func TestFullSinkGetsTheRestAndTheEndWhenItResumes(t *testing.T) {
-	client, server, _ := both(t)
+func (with Connect) testFullSinkGetsTheRestAndTheEndWhenItResumes(t *testing.T) {
+	client, server, _ := with.both(t)
 	s := newSink(3)
 	server.Deliver(s)
 	write(t, client, "abcdef")
@@ -107,14 +106,13 @@ func TestFullSinkGetsTheRestAndTheEndWhenItResumes(t *testing.T) {
 }
 
 // A sink without room holds back its own peer, by the window, and no other stream.
-func TestFullSinkHoldsUpNobodyElse(t *testing.T) {
+func (with Connect) testFullSinkHoldsUpNobodyElse(t *testing.T) {
 	streams, done := make(chan hbone.Stream, 2), make(chan struct{})
-	p := newPair(t, h2.Client{}, h2.Server{}, accepting(streams, done))
+	p := with(t, accepting(streams, done))
 	t.Cleanup(func() { close(done) })
-	stuck, flowing := p.open(t), p.open(t)
-	first := newSink(0)
+	stuck, first := p.open(t), newSink(0)
 	(<-streams).Deliver(first)
-	second := newSink(1 << 30)
+	flowing, second := p.open(t), newSink(1<<30)
 	(<-streams).Deliver(second)
 	var writers sync.WaitGroup
 	t.Cleanup(writers.Wait)
@@ -141,13 +139,13 @@ func TestFullSinkHoldsUpNobodyElse(t *testing.T) {
 	}
 }
 
-func TestSinkIsToldOfAResetAndOfALostConnection(t *testing.T) {
-	for name, breakIt := range map[string]func(client hbone.Stream, p *pair){
-		"reset":      func(c hbone.Stream, _ *pair) { _ = c.Close() },
-		"connection": func(_ hbone.Stream, p *pair) { _ = p.session.Close() },
+func (with Connect) testSinkIsToldOfAResetAndOfALostConnection(t *testing.T) {
+	for name, breakIt := range map[string]func(client hbone.Stream, p *Pair){
+		"reset":      func(c hbone.Stream, _ *Pair) { _ = c.Close() },
+		"connection": func(_ hbone.Stream, p *Pair) { _ = p.Session.Close() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			client, server, p := both(t)
+			client, server, p := with.both(t)
 			s := newSink(10)
 			server.Deliver(s)
 			breakIt(client, p)
@@ -160,8 +158,8 @@ func TestSinkIsToldOfAResetAndOfALostConnection(t *testing.T) {
 
 // What a sink has not taken is not given back to the peer: a window's worth is the most that
 // is ever unread.
-func TestWindowComesBackOnlyForWhatTheSinkTook(t *testing.T) {
-	client, server, _ := both(t)
+func (with Connect) testWindowComesBackOnlyForWhatTheSinkTook(t *testing.T) {
+	client, server, _ := with.both(t)
 	s := newSink(0)
 	server.Deliver(s)
 	written := make(chan int, 1)

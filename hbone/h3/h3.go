@@ -1,0 +1,210 @@
+// Package h3 carries HBONE over HTTP/3 (RFC 9114) on QUIC: byte streams by CONNECT, UDP by
+// CONNECT-UDP (RFC 9298) with datagrams (RFC 9297, RFC 9221). QUIC is quic-go's, QPACK as well;
+// the layer of HTTP/3 is its own, as in package h2: quic-go's http3 speaks net/http, gives every
+// stream a queue of 32 datagrams and a goroutine to wait on it, and takes a DATA frame that is
+// cut short for its stream's clean end.
+//
+//	                ┌───────────────── conn ─────────────────┐
+//	Sink ◄── pump ◄─┤ a quic.Stream: HEADERS, DATA, DATA, …  │
+//	Write ─────────►│                                        ├── QUIC ── Endpoint ── UDP 15008
+//	Sink ◄── read ◄─┤ a quic.Stream: HEADERS, capsules       │            (one socket for all
+//	Sink ◄──────────┤ one receiveDatagrams for all flows     │             peers of a pod)
+//	                └────────────────────────────────────────┘
+//
+// quic-go's reads block, so that every stream has a goroutine while it is open; it holds no
+// buffer while nothing comes. A connection has four more, beside quic-go's own.
+//
+// A connection's window is memory that is reserved from a hbone.Budget. Other than with h2, what
+// a stream's user does not read counts against the window of all its connection's streams: four
+// streams that stopped when their windows had grown to the most can hold it up.
+package h3
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// alpn is HTTP/3 (RFC 9114 section 3.1).
+const alpn = "h3"
+
+// What a connection begins with: windows in bytes, of which a stream's must hold the longest
+// datagram in a capsule.
+const (
+	initialStreamWindow = 256 << 10
+	initialConnWindow   = 512 << 10
+	maxUniStreams       = 16 // RFC 9114 section 6.2 asks for three
+)
+
+// Config is what an Endpoint needs. Conn is required.
+type Config struct {
+	// Conn is the socket for all of the endpoint's connections, as it is: quic-go finds out
+	// how to send and receive in batches (GSO, recvmmsg). It belongs to the endpoint.
+	Conn *net.UDPConn
+	// PingInterval is how long a client's connection is silent before the peer is asked for a
+	// sign of life, PingTimeout how long it may keep silent thereafter. 0 means 10 and 20
+	// seconds.
+	PingInterval, PingTimeout time.Duration
+	// MaxStreams bounds the streams and flows of a connection that a peer made. 0 means 1,000.
+	MaxStreams int
+	// StreamWindow and ConnWindow bound what a peer may send unread on a stream and on all
+	// of a connection, in bytes. 0 means 4 MiB and 16 MiB.
+	StreamWindow, ConnWindow uint64
+	// Budget bounds the memory of all unread bytes. nil means that there is no bound.
+	Budget hbone.Budget
+	// ResetKey, if set, is the secret by which a later endpoint of the same address and key
+	// tells peers of an earlier one that its connections are gone (stateless reset, RFC 9000
+	// section 10.3). nil leaves them to find out by PingTimeout.
+	ResetKey *[32]byte
+	// Datagrams announces CONNECT-UDP to clients (SETTINGS_ENABLE_CONNECT_PROTOCOL).
+	Datagrams bool
+	// Log receives what no caller is told. nil discards it.
+	Log *slog.Logger
+}
+
+func (c Config) withDefaults() Config {
+	if c.PingInterval <= 0 {
+		c.PingInterval = 10 * time.Second
+	}
+	if c.PingTimeout <= 0 {
+		c.PingTimeout = 20 * time.Second
+	}
+	if c.MaxStreams <= 0 {
+		c.MaxStreams = 1000
+	}
+	if c.StreamWindow == 0 {
+		c.StreamWindow = 4 << 20
+	}
+	if c.ConnWindow == 0 {
+		c.ConnWindow = 16 << 20
+	}
+	c.StreamWindow = max(c.StreamWindow, initialStreamWindow)
+	c.ConnWindow = max(c.ConnWindow, initialConnWindow)
+	if c.Budget == nil {
+		c.Budget = unlimited{}
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// Endpoint is one UDP socket and the connections on it, those that it makes and those that it
+// accepts. It is a hbone.Connector and a hbone.Endpoint, and safe for concurrent use.
+type Endpoint struct {
+	cfg       Config
+	transport *quic.Transport
+
+	mu       sync.Mutex
+	gate     *hbone.Gate // nil while it does not listen
+	sessions sync.WaitGroup
+}
+
+var (
+	_ hbone.Connector = (*Endpoint)(nil)
+	_ hbone.Endpoint  = (*Endpoint)(nil)
+)
+
+// New makes an endpoint of cfg.Conn, which is closed by its Close.
+func New(cfg Config) (*Endpoint, error) {
+	if cfg.Conn == nil {
+		return nil, errors.New("HTTP/3 endpoint: no socket")
+	}
+	e := &Endpoint{cfg: cfg.withDefaults()}
+	e.transport = &quic.Transport{
+		Conn:                e.cfg.Conn,
+		ConnectionIDLength:  8,
+		VerifySourceAddress: e.crowded,
+		ConnContext:         e.admit,
+	}
+	if key := e.cfg.ResetKey; key != nil {
+		e.transport.StatelessResetKey = (*quic.StatelessResetKey)(key)
+	}
+	var token quic.TokenGeneratorKey
+	rand.Read(token[:]) // never returns an error (Go 1.24)
+	e.transport.TokenGeneratorKey = &token
+	return e, nil
+}
+
+// Close ends all connections at once, and the socket.
+func (e *Endpoint) Close() error {
+	err := e.transport.Close()
+	e.sessions.Wait()
+	if err = errors.Join(err, e.cfg.Conn.Close()); err != nil && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("close HTTP/3 endpoint: %w", err)
+	}
+	return nil
+}
+
+// config is the transport's configuration with what both ends have in common. grow is asked
+// before the window of all streams grows.
+func (e *Endpoint) config(grow func(conn *quic.Conn, delta uint64) bool) *quic.Config {
+	return &quic.Config{
+		MaxIdleTimeout:                 e.cfg.PingInterval + e.cfg.PingTimeout,
+		InitialStreamReceiveWindow:     initialStreamWindow,
+		MaxStreamReceiveWindow:         e.cfg.StreamWindow,
+		InitialConnectionReceiveWindow: initialConnWindow,
+		MaxConnectionReceiveWindow:     e.cfg.ConnWindow,
+		AllowConnectionWindowIncrease:  grow,
+		MaxIncomingUniStreams:          maxUniStreams,
+		EnableDatagrams:                true,
+	}
+}
+
+// window is the memory that a connection has of a budget.
+type window struct {
+	budget hbone.Budget
+	mu     sync.Mutex
+	held   int // -1 after it was given back
+}
+
+// newWindow reserves what a connection begins with.
+func (e *Endpoint) newWindow() (*window, error) {
+	if !e.cfg.Budget.Take(initialConnWindow) {
+		e.cfg.Budget.Short()
+		return nil, hbone.ErrNoBuffers
+	}
+	return &window{budget: e.cfg.Budget, held: initialConnWindow}, nil
+}
+
+// grow reserves more, and leaves as much to the growth of others as it has.
+func (w *window) grow(delta uint64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.held < 0 || delta > math.MaxInt32 {
+		return false
+	}
+	if !w.budget.Grow(int(delta), w.held) {
+		w.budget.Short()
+		return false
+	}
+	w.held += int(delta)
+	return true
+}
+
+// give returns all of it.
+func (w *window) give() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.held >= 0 {
+		w.budget.Give(w.held)
+	}
+	w.held = -1
+}
+
+// unlimited is the Budget of those who set none.
+type unlimited struct{}
+
+func (unlimited) Take(int) bool      { return true }
+func (unlimited) Grow(int, int) bool { return true }
+func (unlimited) Give(int)           {}
+func (unlimited) Short()             {}
