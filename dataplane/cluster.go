@@ -59,12 +59,16 @@ type Workload struct {
 	// it can be captured without a pause. Only its own node knows.
 	Starting bool
 
+	UDPClear []PortRange // UDP ports that are left alone, those of the pod and those it asks others at
+
 	// Identity is what its certificate carries. Set by NewSnapshot.
 	Identity spiffe.ID
 	// Enrolled says that its labels and its namespace's ask for capture. Set by NewSnapshot.
 	Enrolled bool
 	// Captured says that the agent of its node published it as ready for tunnels. Set by NewSnapshot.
 	Captured bool
+	// UDP says that it published as well that it takes UDP in tunnels. Set by NewSnapshot.
+	UDP bool
 }
 
 // Protocol is how this workload is reached now.
@@ -99,7 +103,7 @@ const (
 	PreferClose    TrafficDistribution = "PreferClose" // the older name of PreferSameZone
 )
 
-// ServicePort is one TCP port of a service.
+// ServicePort is one port of a service.
 type ServicePort struct {
 	Name     string
 	Port     uint16
@@ -125,12 +129,23 @@ type Service struct {
 	Addrs           []netip.Addr // cluster IPs: all of their ports are the service's
 	External        []netip.Addr // of load balancers and external IPs: its own ports there are
 	Ports           []ServicePort
+	UDPPorts        []ServicePort
 	Selector        map[string]string
 	InternalTraffic TrafficPolicy
 	SessionAffinity bool // ClientIP: a client keeps to one endpoint
 	Distribution    TrafficDistribution
 	PublishNotReady bool
 	Endpoints       []Endpoint
+}
+
+// UDPPort returns the service's UDP port with that number.
+func (s *Service) UDPPort(number uint16) (ServicePort, bool) {
+	for _, p := range s.UDPPorts {
+		if p.Port == number {
+			return p, true
+		}
+	}
+	return ServicePort{}, false
 }
 
 // Port returns the service's port with that number.

@@ -22,6 +22,18 @@ const (
 	RedirectionAnnotation = "raceway.dev/redirection"
 	RedirectionEnabled    = "enabled"
 
+	// UDPAnnotation on a pod says that its agent takes UDP for it in tunnels, when it is
+	// UDPEnabled. Only the agent of the pod's node writes it. The label of that name on a
+	// namespace leaves the UDP of its pods alone, when it is UDPOff.
+	UDPAnnotation = "raceway.dev/udp"
+	UDPEnabled    = "enabled"
+	UDPLabel      = UDPAnnotation
+	UDPOff        = "off"
+
+	// UDPClearAnnotation on a pod names UDP ports that are left alone, those of the pod and
+	// those that it asks others at: "123,10000-20000".
+	UDPClearAnnotation = "raceway.dev/udp-clear-ports"
+
 	// SameNodeLabel on a namespace says how its pods talk to others of their node: a
 	// SameNodeMode.
 	SameNodeLabel = "raceway.dev/same-node"
@@ -99,6 +111,8 @@ const (
 	ProtocolTCP Protocol = "TCP"
 	// ProtocolHBONE reaches the workload through a tunnel to its port 15008.
 	ProtocolHBONE Protocol = "HBONE"
+	// ProtocolHBONEUDP is a flow of UDP through a tunnel.
+	ProtocolHBONEUDP Protocol = "HBONE/UDP"
 	// ProtocolKernel is a connection between two captured pods of a node that goes by the
 	// kernel alone, authorized but not encrypted.
 	ProtocolKernel Protocol = "KERNEL"

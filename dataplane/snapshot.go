@@ -28,6 +28,8 @@ type Contents struct {
 	Authentications []PeerAuthentication
 	// Captured holds the UIDs of the workloads whose node's agent published them as captured.
 	Captured map[string]bool
+	// UDP holds the UIDs of those of them that were published as taking UDP.
+	UDP map[string]bool
 }
 
 // Snapshot is one immutable view of the cluster. All its methods are safe for concurrent
@@ -46,7 +48,7 @@ type Snapshot struct {
 }
 
 // NewSnapshot indexes c and derives what depends on more than one object: each workload's
-// identity, whether it is to be enrolled, and whether it is captured.
+// identity, whether it is to be enrolled, and whether it is captured, UDP included.
 func NewSnapshot(c Contents) *Snapshot {
 	s := &Snapshot{
 		contents:   c,
@@ -80,6 +82,7 @@ func NewSnapshot(c Contents) *Snapshot {
 		w.Identity = spiffe.ID{TrustDomain: c.TrustDomain, Namespace: w.Name.Namespace, ServiceAccount: w.ServiceAccount}
 		w.Enrolled = s.wantsCapture(w)
 		w.Captured = c.Captured[w.UID] && w.Live() && !w.HostNetwork
+		w.UDP = w.Captured && c.UDP[w.UID]
 		s.byUID[w.UID] = w
 		if w.Live() && !w.HostNetwork {
 			s.indexAddrs(w)

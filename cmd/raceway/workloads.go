@@ -70,7 +70,7 @@ func mergeWorkloads(all []tagged[admin.Workload]) []admin.Workload {
 }
 
 func protocolCell(p dataplane.Protocol) cell {
-	if p == dataplane.ProtocolHBONE {
+	if p == dataplane.ProtocolHBONE || p == dataplane.ProtocolHBONEUDP {
 		return cell{string(p), toneGood}
 	}
 	return plain(string(p))

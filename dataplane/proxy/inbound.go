@@ -55,20 +55,24 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 
 // inboundFlow is a connection to the pod, before anything is decided.
 func (s *servedPod) inboundFlow(live context.Context, source telemetry.Peer, destination netip.AddrPort, from netip.Addr) (context.Context, *flow) {
+	f := &flow{}
+	f.describe(s, source, destination, from)
+	ctx, cancel := context.WithCancelCause(live)
+	f.cancel = cancel
+	return ctx, f
+}
+
+// describe notes what is known of an inbound flow before anything is decided.
+func (f *flow) describe(s *servedPod, source telemetry.Peer, destination netip.AddrPort, from netip.Addr) {
 	snapshot, _, own := s.workload()
 	if snapshot != nil {
 		source.Workload = snapshot.WorkloadAt(from)
 	}
-	f := &flow{
-		attempt: &telemetry.Attempt{
-			ID: telemetry.NewID(), Direction: telemetry.Inbound, Started: time.Now(), Source: source,
-			Destination: telemetry.Peer{Addr: destination, Workload: own},
-		},
-		guarded: &guarded{request: authz.Request{Peer: source.Identity, Source: from, Destination: destination}},
+	f.attempt = &telemetry.Attempt{
+		ID: telemetry.NewID(), Direction: telemetry.Inbound, Started: time.Now(), Source: source,
+		Destination: telemetry.Peer{Addr: destination, Workload: own},
 	}
-	ctx, cancel := context.WithCancelCause(live)
-	f.cancel = cancel
-	return ctx, f
+	f.guarded = &guarded{request: authz.Request{Peer: source.Identity, Source: from, Destination: destination}}
 }
 
 // errNotServed is a pod that is not one of this node's any more.
@@ -119,6 +123,7 @@ func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
 		TLS:           s.cfg.Certs.ServerTLS(s.identity),
 		Transport:     transport,
 		Handler:       func(r *hbone.ServerRequest) { s.serveTunnel(live, r) },
+		Datagrams:     s.serveDatagrams,
 		MaxHandshakes: s.cfg.Limits.PodHandshakes,
 		MaxConns:      s.cfg.Limits.PodTunnels,
 		OnHandshakeError: func(remote netip.AddrPort, err error) {

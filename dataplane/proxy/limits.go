@@ -18,6 +18,9 @@ type Limits struct {
 	// PodConnections and NodeConnections bound the connections carried at one time; more
 	// are reset. 10,000 and 50,000.
 	PodConnections, NodeConnections int
+	// PodFlows bounds a pod's flows of UDP, which count among NodeConnections as well; datagrams
+	// of more are dropped. 16,384.
+	PodFlows int
 	// PodFiles and NodeFiles bound the open files of connections: one for each in a tunnel,
 	// which shares the tunnel's, and two for each in clear; more are reset. No bound.
 	PodFiles, NodeFiles int64
@@ -86,6 +89,7 @@ func (l Limits) withDefaults() Limits {
 	}
 	set(&l.PodConnections, 10_000)
 	set(&l.NodeConnections, 50_000)
+	set(&l.PodFlows, 16_384)
 	if l.PodFiles <= 0 {
 		l.PodFiles = math.MaxInt64
 	}
@@ -116,6 +120,7 @@ func (l Limits) withDefaults() Limits {
 const (
 	limitPodConnections  = "pod_connections"
 	limitNodeConnections = "node_connections"
+	limitPodFlows        = "pod_udp_flows"
 	limitPodFiles        = "pod_files"
 	limitNodeFiles       = "node_files"
 	limitPodPending      = "pod_pending"

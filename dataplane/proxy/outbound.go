@@ -211,25 +211,7 @@ func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPo
 
 // openTunnel asks the peer at d.Target for a stream to it, which first may begin.
 func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, trace string, first *hbone.First) (leg, error) {
-	remote := netip.AddrPortFrom(d.Target.Addr(), dataplane.PortTunnel)
-	f.attempt.Tunnel = remote
-	f.attempt.Source.Identity, f.attempt.Destination.Identity = s.identity, d.Workload.Identity
-	source := f.attempt.Source
-	key := hbone.Key{
-		Source: s.identity.String(), Peer: d.Workload.Identity.String(),
-		Remote: remote, Local: sourceAddr(source, remote.Addr()),
-	}
-	request := &hbone.Request{
-		Authority:   d.Target.String(),
-		Forwarded:   hbone.Forwarded{For: source.Addr},
-		TraceParent: trace,
-	}
-	if d.Service != nil {
-		request.Forwarded.Host = d.Service.Host
-	}
-	if source.Workload != nil {
-		request.Baggage = s.baggage(source.Workload)
-	}
+	key, request := s.tunnelRequest(f, d, trace)
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
 	defer cancel()
 	if err := s.cfg.Certs.Ready(ctx, s.identity); err != nil {
@@ -249,6 +231,30 @@ func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, t
 	}
 	tunnel.Response = nil // nobody reads it: not to be held
 	return newStreamLeg(tunnel, "the peer"), nil
+}
+
+// tunnelRequest is what f asks the peer at d.Target for, and in which session.
+func (s *servedPod) tunnelRequest(f *flow, d route.Decision, trace string) (hbone.Key, *hbone.Request) {
+	remote := netip.AddrPortFrom(d.Target.Addr(), dataplane.PortTunnel)
+	f.attempt.Tunnel = remote
+	f.attempt.Source.Identity, f.attempt.Destination.Identity = s.identity, d.Workload.Identity
+	source := f.attempt.Source
+	key := hbone.Key{
+		Source: s.identity.String(), Peer: d.Workload.Identity.String(),
+		Remote: remote, Local: sourceAddr(source, remote.Addr()),
+	}
+	request := &hbone.Request{
+		Authority:   d.Target.String(),
+		Forwarded:   hbone.Forwarded{For: source.Addr},
+		TraceParent: trace,
+	}
+	if d.Service != nil {
+		request.Forwarded.Host = d.Service.Host
+	}
+	if source.Workload != nil {
+		request.Baggage = s.baggage(source.Workload)
+	}
+	return key, request
 }
 
 // sourceAddr is the pod's address of the same family as remote: the application's own

@@ -36,10 +36,13 @@ type servedPod struct {
 	work     sync.WaitGroup // connections accepted as plain TCP; tunnels are the server's
 	tlsError atomic.Pointer[hbone.TLSError]
 	retire   retirement
+	udp      atomic.Pointer[datagramPod] // nil while the pod's UDP is not served
 
 	mu    sync.Mutex
 	flows map[*flow]struct{}
-	known *dataplane.Workload // as of the last snapshot that had it
+	// datagramFlows is how many of flows are of UDP, which nobody waits for.
+	datagramFlows int
+	known         *dataplane.Workload // as of the last snapshot that had it
 }
 
 // errForced is an end that nobody but this agent wanted.
@@ -114,6 +117,8 @@ func (p *Proxy) add(s *servedPod) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.pods[s.uid] = append(p.pods[s.uid], s)
+	close(p.added)
+	p.added = make(chan struct{})
 }
 
 func (p *Proxy) remove(s *servedPod) {
@@ -149,6 +154,8 @@ type flow struct {
 	tunnel  *hbone.Conn
 	settled bool  // it no longer counts as pending
 	files   int64 // taken of the budgets
+	// datagrams says that it is of UDP.
+	datagrams bool
 }
 
 // begin admits a connection or says which limit it exceeds. end must be called after nil.
@@ -163,7 +170,7 @@ func (s *servedPod) begin(f *flow) error {
 		return s.exceeded(limitPodPending, int64(limits.PodPending))
 	}
 	s.mu.Lock()
-	admitted := len(s.flows) < limits.PodConnections
+	admitted := len(s.flows)-s.datagramFlows < limits.PodConnections
 	if admitted {
 		s.flows[f] = struct{}{}
 	}
@@ -214,6 +221,9 @@ func (s *servedPod) leave(f *flow) {
 	s.settle(f)
 	s.mu.Lock()
 	delete(s.flows, f)
+	if f.datagrams {
+		s.datagramFlows--
+	}
 	s.mu.Unlock()
 	s.conns.Add(-1)
 	s.files.give(f.files)
@@ -264,7 +274,7 @@ func (s *servedPod) exceeded(limit string, bound int64) error {
 func (s *servedPod) liveCount() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.flows)
+	return len(s.flows) - s.datagramFlows
 }
 
 func (s *servedPod) liveFlows() []*flow {

@@ -89,6 +89,10 @@ type Config struct {
 	ConnectTimeout time.Duration
 	// TunnelIdle is how long a tunnel connection without streams is kept. 0 means 5 minutes.
 	TunnelIdle time.Duration
+	// DatagramIdle is how long a flow of UDP without datagrams is kept, and DNSIdle one to or
+	// from port 53. 0 means 5 minutes and 30 seconds; DatagramIdle is 2 minutes at least (RFC
+	// 4787 REQ-5).
+	DatagramIdle, DNSIdle time.Duration
 	// ClientTransport and ServerTransport carry the tunnels. nil means HTTP/2, each pod's
 	// within its buffers.
 	ClientTransport hbone.ClientTransport
@@ -108,6 +112,13 @@ func (c Config) withDefaults() Config {
 	}
 	if c.ConnectTimeout <= 0 {
 		c.ConnectTimeout = 10 * time.Second
+	}
+	if c.DatagramIdle <= 0 {
+		c.DatagramIdle = 5 * time.Minute
+	}
+	c.DatagramIdle = max(c.DatagramIdle, 2*time.Minute)
+	if c.DNSIdle <= 0 {
+		c.DNSIdle = 30 * time.Second
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -147,6 +158,8 @@ type Proxy struct {
 
 	mu   sync.Mutex
 	pods map[string][]*servedPod // by UID; more than one while an older one still drains
+	// added is closed, and made anew, when a pod is served.
+	added chan struct{}
 
 	policyMu sync.Mutex
 	snapshot *dataplane.Snapshot // of policies
@@ -168,6 +181,7 @@ func New(cfg Config) (*Proxy, error) {
 		handshakes: make(chan struct{}, cfg.Limits.NodeHandshakes),
 		addresses:  socketAddresses,
 		pods:       make(map[string][]*servedPod),
+		added:      make(chan struct{}),
 	}, nil
 }
 

@@ -51,6 +51,8 @@ type Flow struct {
 	Node string
 	// Dst is the original destination; a v4-mapped address is unmapped.
 	Dst netip.AddrPort
+	// UDP says that it is of datagrams, which only some workloads take in tunnels.
+	UDP bool
 	// Exclude holds the targets that were tried for this connection already, so that
 	// another one is chosen. Empty the first time.
 	Exclude []netip.AddrPort
@@ -90,7 +92,13 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 	case s == nil:
 		return Decision{Action: Wait, Target: f.Dst, Reason: "the state of the cluster is not known yet"}
 	}
-	if svc := s.ServiceAt(f.Dst.Addr()); svc != nil {
+	if svc := s.ServiceAt(f.Dst.Addr()); svc != nil && f.UDP {
+		port, ok := svc.UDPPort(f.Dst.Port())
+		if !ok {
+			return Decision{Service: svc, Reason: fmt.Sprintf("service %s has no UDP port %d", svc.Name, f.Dst.Port())}
+		}
+		return decideService(s, f, svc, port, svc.InternalTraffic, pick)
+	} else if svc != nil {
 		port, ok := svc.Port(f.Dst.Port())
 		if !ok {
 			return Decision{Service: svc, Reason: fmt.Sprintf("service %s has no TCP port %d", svc.Name, f.Dst.Port())}
@@ -171,6 +179,9 @@ func decideWorkload(s *dataplane.Snapshot, f Flow, w *dataplane.Workload, target
 		d.Reason = fmt.Sprintf("%s is on the network %s and this pod on %s; connections between networks are not supported", w.Name, networkName(w.Network), networkName(f.network()))
 	case w.Captured && dataplane.IsDataPlanePort(target.Port()):
 		d.Reason = fmt.Sprintf("port %d of %s belongs to the data plane", target.Port(), w.Name)
+	case w.Captured && f.UDP && !w.UDP:
+		d.Action = Passthrough
+		d.Reason = fmt.Sprintf("%s is captured, but its agent has not published that it takes UDP", w.Name)
 	case w.Captured:
 		d.Action = Tunnel
 		d.Reason = fmt.Sprintf("%s is captured", w.Name)

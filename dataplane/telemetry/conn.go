@@ -86,6 +86,8 @@ type Attempt struct {
 	Tunnel netip.AddrPort
 	// Kernel says that it goes by the kernel alone, between two pods of this node.
 	Kernel bool
+	// UDP says that it is a flow of datagrams.
+	UDP bool
 	// Policy is what allowed or denied it, "" for none.
 	Policy string
 	// Started is when it was accepted; zero means now.

@@ -110,5 +110,13 @@ func (t *Telemetry) HandshakeFailed(d Direction, cause string) {
 // Repaired counts that a part of the capture was missing and was put back.
 func (t *Telemetry) Repaired(part string) { t.metrics.repairs.WithLabelValues(part).Inc() }
 
+// DatagramMoved counts a datagram of a flow of UDP that begins in that direction.
+func (t *Telemetry) DatagramMoved(d Direction) { t.metrics.moved[d].Inc() }
+
+// DatagramsDropped counts n that were not. cause is a short stable word.
+func (t *Telemetry) DatagramsDropped(d Direction, cause string, n uint64) {
+	t.metrics.dropped.WithLabelValues(string(d), cause).Add(float64(n))
+}
+
 // LimitReached counts that a limit bit. limit is a short stable word.
 func (t *Telemetry) LimitReached(limit string) { t.metrics.limits.WithLabelValues(limit).Inc() }

@@ -15,6 +15,7 @@ type labels struct {
 	service             string // host name
 	serviceName         string
 	serviceNamespace    string
+	protocol            string // of the application: tcp or udp
 	security            string
 }
 
@@ -24,6 +25,11 @@ type peerLabels struct {
 }
 
 const labelFlags = "response_flags"
+
+const (
+	protocolTCP = "tcp"
+	protocolUDP = "udp"
+)
 
 // labelNames is the order of values, then response_flags.
 func labelNames() []string {
@@ -48,14 +54,17 @@ func (l *labels) values(flags Flags) []string {
 		values = append(values, p.workload, p.canonicalService, p.canonicalRevision, p.namespace,
 			p.principal, p.app, p.version, p.cluster)
 	}
-	return append(values, l.service, l.serviceName, l.serviceNamespace, "tcp", l.security, string(flags))
+	return append(values, l.service, l.serviceName, l.serviceNamespace, l.protocol, l.security, string(flags))
 }
 
 func (m *metrics) labels(a *Attempt) labels {
 	l := labels{
 		reporter: "source", service: unknown, serviceName: unknown, serviceNamespace: unknown,
 		source: m.peer(&a.Source), destination: m.peer(&a.Destination),
-		security: unknown,
+		protocol: protocolTCP, security: unknown,
+	}
+	if a.UDP {
+		l.protocol = protocolUDP
 	}
 	if a.Direction == Inbound {
 		l.reporter = "destination"

@@ -26,6 +26,9 @@ type metrics struct {
 	rtt         *prometheus.HistogramVec
 	retransmits *prometheus.CounterVec
 	repairs     *prometheus.CounterVec
+	datagrams   *prometheus.CounterVec
+	moved       map[Direction]prometheus.Counter // of datagrams
+	dropped     *prometheus.CounterVec
 
 	mu        sync.RWMutex
 	series    map[labels]*series
@@ -61,12 +64,21 @@ func newMetrics(cfg Config, grown func()) *metrics {
 	m.repairs = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "raceway_capture_repairs_total", Help: "What somebody took from the capture and the agent put back, by its part.",
 	}, []string{"part"})
+	m.datagrams = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "raceway_udp_datagrams_total", Help: "UDP datagrams that tunnels carried, by direction of their flow.",
+	}, []string{"direction"})
+	m.moved = map[Direction]prometheus.Counter{
+		Inbound: m.datagrams.WithLabelValues(string(Inbound)), Outbound: m.datagrams.WithLabelValues(string(Outbound)),
+	}
+	m.dropped = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "raceway_udp_dropped_datagrams_total", Help: "UDP datagrams that were captured and dropped, by direction of their flow and cause.",
+	}, []string{"direction", "cause"})
 	return m
 }
 
 func (m *metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{
-		m.connections, m.decisions, m.handshakes, m.limits, m.rtt, m.retransmits, m.repairs,
+		m.connections, m.decisions, m.handshakes, m.limits, m.rtt, m.retransmits, m.repairs, m.datagrams, m.dropped,
 	}
 }
 
@@ -96,7 +108,7 @@ func (m *metrics) seriesLocked(l labels) *series {
 		m.limits.WithLabelValues("metric_series").Inc()
 		l = labels{
 			reporter: l.reporter, source: unknownPeer(), destination: unknownPeer(), service: unknown,
-			serviceName: unknown, serviceNamespace: unknown, security: l.security,
+			serviceName: unknown, serviceNamespace: unknown, protocol: l.protocol, security: l.security,
 		}
 		if s := m.series[l]; s != nil {
 			return s

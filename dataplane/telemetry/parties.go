@@ -15,7 +15,7 @@ type parties struct {
 	source, destination party
 	service             string // host name
 	policy              string
-	kernel              bool
+	kernel, udp         bool
 	series              *series
 }
 
@@ -33,19 +33,19 @@ type partiesKey struct {
 	sourceIdentity, destinationID spiffe.ID
 	service                       *dataplane.Service
 	policy                        string
-	tunnelled, kernel             bool
+	tunnelled, kernel, udp        bool
 }
 
 func (a *Attempt) key() partiesKey {
 	return partiesKey{
 		direction: a.Direction, source: a.Source.Workload, destination: a.Destination.Workload,
 		sourceIdentity: a.Source.Identity, destinationID: a.Destination.Identity,
-		service: a.Service, policy: a.Policy, tunnelled: a.Tunnel.IsValid(), kernel: a.Kernel,
+		service: a.Service, policy: a.Policy, tunnelled: a.Tunnel.IsValid(), kernel: a.Kernel, udp: a.UDP,
 	}
 }
 
 func newParties(a *Attempt, s *series) *parties {
-	p := &parties{direction: a.Direction, source: a.Source.party(), destination: a.Destination.party(), policy: a.Policy, kernel: a.Kernel, series: s}
+	p := &parties{direction: a.Direction, source: a.Source.party(), destination: a.Destination.party(), policy: a.Policy, kernel: a.Kernel, udp: a.UDP, series: s}
 	if a.Service != nil {
 		p.service = a.Service.Host
 	}

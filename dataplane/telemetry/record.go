@@ -38,6 +38,8 @@ func (r *record) connection() admin.Connection {
 		Sent: r.sent, Received: r.received, RTTMicros: r.rtt, Retransmits: r.retransmits,
 	}
 	switch {
+	case p.udp:
+		c.Protocol = dataplane.ProtocolHBONEUDP
 	case r.tunnel.IsValid():
 		c.Protocol = dataplane.ProtocolHBONE
 	case p.kernel:

@@ -1,0 +1,303 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/telemetry"
+)
+
+// Datagrams is the captured UDP of a pod; *kernel.Datagrams is one. Nothing but Receive and
+// Refused waits.
+type Datagrams interface {
+	// Receive waits for what an application sends to a peer and reads it into b.
+	Receive(b []byte) (int, dataplane.Datagram, error)
+	// Deliver gives payload to the application at to, which sees from as its sender.
+	Deliver(from, to netip.AddrPort, payload []byte) error
+	// Refuse tells the application at app that nothing listens at peer's port, TooBig that of a
+	// datagram of size bytes to peer only longest would have fit.
+	Refuse(app, peer netip.AddrPort) error
+	TooBig(app, peer netip.AddrPort, size, longest int) error
+	// Refused waits until what Deliver gave in client's name met a closed port of the pod; one
+	// call waits for one address family, of which Families has those that there are.
+	Refused(v4 bool) (client, app netip.AddrPort, err error)
+	Families() (v4, v6 bool)
+	// Keep has what the application at app says to client come to Receive, whoever client is.
+	// Forget undoes it.
+	Keep(app, client netip.AddrPort) error
+	Forget(app, client netip.AddrPort) error
+	// SetDeadline has Receive and Refused fail with os.ErrDeadlineExceeded from t on.
+	SetDeadline(t time.Time) error
+}
+
+// maxDatagrams is the longest that Receive may read: several in one buffer included.
+const maxDatagrams = 65535
+
+// datagramPod is the UDP of a pod that is served:
+//
+//	application ─► Receive ─┬─► its flow's queue ─► tunnel
+//	                        └─► no flow: a new one, through route
+//	tunnel ─► flow ─► Deliver ─► application
+//
+// A flow is two addresses and ports, the application's and the peer's. Either side may have
+// begun it: what an application says to a client that came by the tunnel is that flow's answer.
+type datagramPod struct {
+	s       *servedPod
+	d       Datagrams
+	ctx     context.Context // of its flows
+	workers sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	flows  map[ends]*datagramFlow
+	live   map[*datagramFlow]struct{} // those included that others took the place of
+}
+
+// ends are the addresses of a flow.
+type ends struct{ app, peer netip.AddrPort }
+
+// errNotCaptured is a pod whose UDP is left alone, or not yet captured.
+var errNotCaptured = errors.New("the pod's UDP is not captured")
+
+// ServeUDP carries the UDP of a pod that ServePod serves, or is about to, until ctx ends or d is
+// closed. Its flows end with it: UDP has no drain, and a flow begins anew with each datagram.
+func (p *Proxy) ServeUDP(ctx context.Context, uid string, d Datagrams) error {
+	s, err := p.awaitServed(ctx, uid)
+	if err != nil {
+		return nil // it was ctx that ended
+	}
+	if err := d.SetDeadline(time.Time{}); err != nil {
+		return fmt.Errorf("serve UDP of pod %s: %w", uid, err)
+	}
+	live, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	u := &datagramPod{s: s, d: d, ctx: live, flows: make(map[ends]*datagramFlow), live: make(map[*datagramFlow]struct{})}
+	s.udp.Store(u)
+	defer context.AfterFunc(ctx, func() { _ = d.SetDeadline(time.Unix(1, 0)) })()
+
+	var group errgroup.Group
+	stop := func(err error) error {
+		_ = d.SetDeadline(time.Unix(1, 0)) // the others end as well
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		return err
+	}
+	group.Go(func() error { return stop(u.receive(ctx)) })
+	v4, v6 := d.Families()
+	for family, there := range map[bool]bool{true: v4, false: v6} {
+		if there {
+			group.Go(func() error { return stop(u.hearRefusals(family)) })
+		}
+	}
+	err = group.Wait()
+	s.udp.CompareAndSwap(u, nil)
+	u.close()
+	cancel(errForced)
+	u.workers.Wait()
+	if err != nil {
+		err = fmt.Errorf("serve UDP of pod %s: %w", uid, err)
+	}
+	return err
+}
+
+// awaitServed waits for the pod's latest serving.
+func (p *Proxy) awaitServed(ctx context.Context, uid string) (*servedPod, error) {
+	for {
+		p.mu.Lock()
+		pods, changed := p.pods[uid], p.added
+		p.mu.Unlock()
+		if len(pods) > 0 {
+			return pods[len(pods)-1], nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// receive hands what applications send to its flows.
+func (u *datagramPod) receive(ctx context.Context) error {
+	b := make([]byte, maxDatagrams)
+	for {
+		n, d, err := u.d.Receive(b)
+		switch {
+		case err == nil:
+			u.dispatch(b[:n], d)
+		case ctx.Err() != nil, errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrDeadlineExceeded):
+			return err
+		default: // a datagram that makes no sense, as one with a forged source
+			u.drop(telemetry.Outbound, dropForeign, 1)
+			u.s.cfg.Log.Debug("datagram of an application", "pod", u.s.uid, "error", err)
+		}
+	}
+}
+
+func (u *datagramPod) dispatch(b []byte, d dataplane.Datagram) {
+	f, fresh := u.flowFor(ends{app: d.From, peer: d.To})
+	if f == nil {
+		u.drop(telemetry.Outbound, dropLimit, 1)
+		return
+	}
+	size := d.Segment
+	if size <= 0 || size > len(b) {
+		size = len(b)
+	}
+	for {
+		f.push(b[:size], !d.Whole)
+		b = b[size:]
+		if len(b) == 0 {
+			break
+		}
+		size = min(size, len(b))
+	}
+	if fresh {
+		u.workers.Go(f.open)
+	}
+}
+
+// flowFor is the flow between e, a new one of the application's if there is none; nil when there
+// are too many.
+func (u *datagramPod) flowFor(e ends) (f *datagramFlow, fresh bool) {
+	u.mu.Lock()
+	f = u.flows[e]
+	u.mu.Unlock()
+	if f != nil {
+		return f, false
+	}
+	f = u.newFlow(e, telemetry.Outbound)
+	if err := u.enter(f); err != nil {
+		f.flow.cancel(nil)
+		return nil, false
+	}
+	u.install(f)
+	return f, true
+}
+
+// enter counts f, whose end must be called after nil.
+func (u *datagramPod) enter(f *datagramFlow) error {
+	if err := u.s.beginDatagrams(f.flow); err != nil {
+		return err
+	}
+	u.mu.Lock()
+	closed, full := u.closed, len(u.live) >= u.s.cfg.Limits.PodFlows
+	if !closed && !full {
+		u.live[f] = struct{}{}
+	}
+	u.mu.Unlock()
+	switch {
+	case closed:
+		u.s.end(f.flow)
+		return errNotCaptured
+	case full:
+		u.s.end(f.flow)
+		return u.s.exceeded(limitPodFlows, int64(u.s.cfg.Limits.PodFlows))
+	}
+	return nil
+}
+
+// install makes f the flow between its ends. An earlier one that the peer began ends: the peer
+// has forgotten it, or it would not begin another.
+func (u *datagramPod) install(f *datagramFlow) {
+	u.mu.Lock()
+	before := u.flows[f.ends]
+	u.flows[f.ends] = f
+	u.mu.Unlock()
+	if before != nil && before.direction == telemetry.Inbound {
+		before.end(nil)
+	}
+}
+
+// leave forgets f.
+func (u *datagramPod) leave(f *datagramFlow) {
+	u.mu.Lock()
+	last := u.flows[f.ends] == f
+	if last {
+		delete(u.flows, f.ends)
+	}
+	delete(u.live, f)
+	u.mu.Unlock()
+	if last && f.direction == telemetry.Inbound {
+		if err := u.d.Forget(f.ends.app, f.ends.peer); err != nil {
+			u.s.cfg.Log.Error("answers of a flow that has ended still come to the agent", "pod", u.s.uid, "error", err)
+		}
+	}
+	u.s.end(f.flow)
+}
+
+func (u *datagramPod) close() {
+	u.mu.Lock()
+	u.closed = true
+	flows := slices.Collect(maps.Keys(u.live))
+	u.mu.Unlock()
+	for _, f := range flows {
+		f.end(errForced)
+	}
+}
+
+// hearRefusals ends flows whose application is not there.
+func (u *datagramPod) hearRefusals(v4 bool) error {
+	for {
+		client, app, err := u.d.Refused(v4)
+		if err != nil {
+			return err
+		}
+		u.mu.Lock()
+		f := u.flows[ends{app: app, peer: client}]
+		u.mu.Unlock()
+		if f != nil {
+			f.refuse()
+		}
+	}
+}
+
+// Why a datagram was dropped, as metric labels.
+const (
+	dropForeign = "foreign"   // from an address that is none of the pod's
+	dropLimit   = "limit"     // too many flows
+	dropQueue   = "queue"     // the tunnel is slower than the application
+	dropRoute   = "no_route"  // its flow did not come up, or has ended
+	dropTooBig  = "too_big"   // it does not fit and must not be fragmented; its sender was told
+	dropDeliver = "deliver"   // the pod's lo has no room
+	dropSend    = "transport" // the tunnel dropped it, on either side of it
+)
+
+func (u *datagramPod) drop(d telemetry.Direction, cause string, n uint64) {
+	if n > 0 {
+		u.s.cfg.Telemetry.DatagramsDropped(d, cause, n)
+	}
+}
+
+// datagrams is the pod's captured UDP, or nil.
+func (s *servedPod) datagrams() *datagramPod { return s.udp.Load() }
+
+// beginDatagrams is begin for a flow of UDP, which needs no file of its own.
+func (s *servedPod) beginDatagrams(f *flow) error {
+	limits := &s.cfg.Limits
+	if n := s.conns.Add(1); n > int64(limits.NodeConnections) {
+		s.conns.Add(-1)
+		return s.exceeded(limitNodeConnections, int64(limits.NodeConnections))
+	}
+	if !s.pending.take(1) {
+		s.conns.Add(-1)
+		return s.exceeded(limitPodPending, int64(limits.PodPending))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f.datagrams = true
+	s.flows[f] = struct{}{}
+	s.datagramFlows++
+	return nil
+}

@@ -1,0 +1,164 @@
+package proxy
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/raceway-mesh/raceway/certs"
+	"github.com/raceway-mesh/raceway/dataplane/route"
+	"github.com/raceway-mesh/raceway/dataplane/telemetry"
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// open brings up a flow that the application began, and sends what it has said by then.
+func (f *datagramFlow) open() {
+	s := f.u.s
+	trace := hbone.NewTraceParent()
+	f.flow.attempt = &telemetry.Attempt{
+		ID: traceParentID(trace), Direction: telemetry.Outbound, Started: f.begin, UDP: true,
+		Source: telemetry.Peer{Addr: f.ends.app}, Destination: telemetry.Peer{Addr: f.ends.peer},
+	}
+	_, _, f.flow.attempt.Source.Workload = s.workload()
+	stream, sent, err := f.reach(trace)
+	if err != nil {
+		s.refused(f.ctx, f.flow, err)
+		f.fail()
+		return
+	}
+	if !f.up(stream) {
+		return
+	}
+	for _, p := range sent {
+		f.moved(len(p), true)
+	}
+	f.send()
+}
+
+// reach opens the tunnel: endpoints of a service are tried one after the other. The datagrams
+// that it returns have gone along.
+func (f *datagramFlow) reach(trace string) (hbone.DatagramStream, [][]byte, error) {
+	s := f.u.s
+	query := route.Flow{Source: f.flow.attempt.Source.Workload, Node: s.cfg.Node, Dst: f.ends.peer, UDP: true}
+	first := f.firsts()
+	var failed error
+	for range maxEndpoints {
+		d, err := s.route(f.ctx, query)
+		f.flow.routed(d, f.ends.peer)
+		switch {
+		case err != nil:
+			return nil, nil, then(failed, err)
+		case d.Action == route.Passthrough:
+			return nil, nil, then(failed, &routeError{d.Reason + ", so that it carries no UDP in tunnels"})
+		}
+		stream, err := s.openDatagrams(f.ctx, f.flow, d, trace, first)
+		if err == nil {
+			return stream, first, nil
+		}
+		failed = then(failed, err)
+		if d.Alternates == 0 || f.ctx.Err() != nil || isFinal(err) {
+			break
+		}
+		query.Exclude = append(slices.Clone(query.Exclude), d.Target)
+	}
+	return nil, nil, failed
+}
+
+// openDatagrams asks the peer at d.Target for a flow to it.
+func (s *servedPod) openDatagrams(ctx context.Context, f *flow, d route.Decision, trace string, first [][]byte) (hbone.DatagramStream, error) {
+	key, request := s.tunnelRequest(f, d, trace)
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
+	defer cancel()
+	if err := s.cfg.Certs.Ready(ctx, s.identity); err != nil {
+		return nil, &credentialError{err}
+	}
+	s.retireOld()
+	tunnel, err := s.client.OpenDatagrams(ctx, key, request, first)
+	if err != nil {
+		s.countTLSError(err)
+		return nil, err
+	}
+	f.setTunnel(s, tunnel.Conn)
+	if err := s.revoked(tunnel.Conn); err != nil {
+		_ = tunnel.Close()
+		return nil, err
+	}
+	return tunnel, nil
+}
+
+// serveDatagrams serves one request for UDP to the pod, and returns when its flow has ended.
+func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
+	u := s.datagrams()
+	if u == nil {
+		r.Reject(statusNoUDP)
+		return
+	}
+	identity, identityErr := certs.PeerIdentity(r.Conn.TLS)
+	client := clientOf(r)
+	f := u.newFlow(ends{app: r.Target, peer: client}, telemetry.Inbound)
+	f.flow.describe(s, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
+	f.flow.attempt.UDP = true
+	f.flow.attempt.Destination.Identity = s.identity
+	f.flow.attempt.Tunnel = r.Conn.Local
+	f.flow.attempt.Socket = tcpOf(r.Conn)
+	f.flow.attempt.Service = s.requestedService(r, f.flow.attempt.Destination.Workload)
+	f.flow.tunnel = r.Conn
+	stop := context.AfterFunc(r.Context, func() { f.flow.cancel(cmp.Or(context.Cause(u.ctx), errStreamEnded)) })
+	defer stop()
+	if err := u.enter(f); err != nil {
+		f.flow.cancel(nil)
+		r.Reject(503)
+		s.refused(f.ctx, f.flow, err)
+		return
+	}
+	err := f.admit(r, identityErr)
+	if err == nil {
+		u.install(f)
+		err = u.d.Keep(f.ends.app, f.ends.peer)
+	}
+	if err != nil {
+		r.Reject(statusOf(err))
+		s.refused(f.ctx, f.flow, err)
+		f.end(err)
+		return
+	}
+	var own hbone.Baggage
+	if w := f.flow.attempt.Destination.Workload; w != nil {
+		own = s.baggage(w)
+	}
+	stream, err := r.AcceptDatagrams(hbone.Response{Baggage: own})
+	if err != nil {
+		s.refused(f.ctx, f.flow, fmt.Errorf("answer the peer: %w", err))
+		f.end(err)
+		return
+	}
+	if f.up(stream) {
+		u.workers.Go(f.send) // what the application said meanwhile
+		<-f.done
+	}
+}
+
+// statusNoUDP is the answer where UDP is not captured: 501, as from an agent that knows none.
+const statusNoUDP = 501
+
+// admit is in the order of HBONE's checks.
+func (f *datagramFlow) admit(r *hbone.ServerRequest, identityErr error) error {
+	s := f.u.s
+	if err := checkRequest(r); err != nil {
+		return err
+	}
+	if identityErr != nil {
+		return &deniedError{cause: identityErr.Error()}
+	}
+	if err := s.revoked(r.Conn); err != nil {
+		return err
+	}
+	if err := s.authorize(f.flow); err != nil {
+		return err
+	}
+	if _, now, _ := s.workload(); now == nil || now.Node != s.cfg.Node && s.cfg.Node != "" {
+		return errNotServed
+	}
+	return nil
+}
