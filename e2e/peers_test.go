@@ -266,7 +266,7 @@ func TestClientRefusesBadServers(t *testing.T) {
 		}
 		publisher, err := file.NewPublisher(c.StatusDir(), "node3")
 		if err == nil {
-			err = publisher.PublishCaptured(t.Context(), []string{rogue.UID})
+			err = publisher.PublishCaptured(t.Context(), []string{rogue.UID}, nil)
 		}
 		if err != nil {
 			t.Fatal(err)

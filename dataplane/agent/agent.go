@@ -223,7 +223,12 @@ func (a *Agent) newCapture() (err error) {
 	a.stopServing, a.cutServing = stop, cut
 	a.pods = &pods{
 		datapath: a.datapath, keeper: a.keeper, proxy: a.proxy, publisher: a.publisher,
-		log: a.cfg.Log.With("part", "pods"), serve: serve, force: force, served: map[string]*servedPod{},
+		log: a.cfg.Log.With("part", "pods"), serve: serve, force: force, served: map[string]*servedPod{}, udp: a.cfg.UDP,
+	}
+	if a.cfg.UDP {
+		a.lead(a.followUDP)
+	} else if err := a.datapath.SetPeers(nil); err != nil {
+		return err
 	}
 	a.own(a.pods)
 	if a.cluster != nil {

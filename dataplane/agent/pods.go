@@ -37,6 +37,12 @@ type pods struct {
 	// mu also keeps the identities that the keeper is asked for in step with served.
 	mu     sync.Mutex
 	served map[string]*servedPod
+
+	// udp says that followUDP captures UDP. Otherwise what an earlier agent captured is let go.
+	udp bool
+	// publishing guards what was published last.
+	publishing              sync.Mutex
+	published, publishedUDP []string
 }
 
 var _ enroll.Target = (*pods)(nil)
@@ -50,6 +56,12 @@ type servedPod struct {
 	stop     context.CancelFunc // ends the latest serving gracefully
 	serving  sync.WaitGroup     // the latest, and earlier ones whose connections live
 	mute     bool               // it has to listen anew; for Prepare alone
+
+	// udpMu guards the rest.
+	udpMu     sync.Mutex
+	serve     context.Context   // the latest serving's
+	udp       *kernel.UDPConfig // as UDP is captured; nil: not, or not known
+	datagrams *kernel.Datagrams // what is served of it
 }
 
 // Prepare opens the pod's namespace, serves its listeners and waits for its certificate.
@@ -88,6 +100,9 @@ func (p *pods) open(ctx context.Context, w *dataplane.Workload) error {
 	p.keeper.Want(s.identity)
 	p.mu.Unlock()
 	p.start(s, w.Name)
+	if !p.udp {
+		return pod.ReleaseUDP()
+	}
 	return nil
 }
 
@@ -104,6 +119,10 @@ func (p *pods) namespace(ctx context.Context, w *dataplane.Workload) (string, er
 func (p *pods) start(s *servedPod, name dataplane.Name) {
 	serve, stop := context.WithCancel(p.serve)
 	s.stop = stop
+	s.udpMu.Lock()
+	defer s.udpMu.Unlock()
+	s.serve, s.datagrams = serve, nil
+	p.serveUDPLocked(s, name)
 	s.serving.Go(func() {
 		defer stop()
 		if err := p.proxy.ServePod(serve, s.force, s.Pod); err != nil {
@@ -129,7 +148,12 @@ func (p *pods) revive(s *servedPod, name dataplane.Name) error {
 
 // Publish tells the other agents which pods take tunnels.
 func (p *pods) Publish(ctx context.Context, uids []string) error {
-	return p.publisher.PublishCaptured(ctx, uids)
+	p.publishing.Lock()
+	defer p.publishing.Unlock()
+	if uids == nil {
+		uids = []string{}
+	}
+	return p.publishLocked(ctx, uids, p.udpOf(uids))
 }
 
 // CaptureOutbound, CaptureInbound, Guard and their opposites switch one part of the capture.

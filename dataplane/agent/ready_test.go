@@ -67,7 +67,7 @@ func (f *fakeCluster) Problems() []discovery.Problem               { return nil 
 func (f *fakeCluster) Stopped(dataplane.Name, string)              {}
 func (f *fakeCluster) Staleness() time.Duration                    { return 0 }
 
-func (f *fakeCluster) PublishCaptured(context.Context, []string) error { return nil }
+func (f *fakeCluster) PublishCaptured(context.Context, []string, []string) error { return nil }
 
 func (f *fakeCluster) Started(context.Context, discovery.Sandbox) (dataplane.Workload, error) {
 	return dataplane.Workload{}, nil

@@ -30,8 +30,9 @@ func (p Problem) String() string { return p.Where + ": " + p.Cause }
 // Publisher tells the agents of all nodes which pods of this one take tunnels.
 type Publisher interface {
 	// PublishCaptured makes uids the published set: pods of this node that are not in it are
-	// unpublished. It may be called again with the same set.
-	PublishCaptured(ctx context.Context, uids []string) error
+	// unpublished. udp are those of them that take UDP in tunnels as well. It may be called
+	// again with the same sets.
+	PublishCaptured(ctx context.Context, uids, udp []string) error
 }
 
 // Sandbox is the network of a pod, as the container runtime made it.

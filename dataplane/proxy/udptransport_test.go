@@ -87,6 +87,14 @@ func (s *datagramSession) Capacity() int {
 	return 1
 }
 
+// Retire has nothing to wait for: its one flow ends the connection.
+func (s *datagramSession) Retire() error {
+	if s.Reserve() {
+		return s.Close()
+	}
+	return nil
+}
+
 func (s *datagramSession) Streams() int          { return 1 - s.Capacity() }
 func (s *datagramSession) Busy() bool            { return false }
 func (s *datagramSession) Done() <-chan struct{} { return s.done }

@@ -206,7 +206,7 @@ func TestPublicationReachesOtherAgents(t *testing.T) {
 		if captured {
 			uids = []string{"u"}
 		}
-		if err := p.PublishCaptured(t.Context(), uids); err != nil {
+		if err := p.PublishCaptured(t.Context(), uids, nil); err != nil {
 			t.Fatal(err)
 		}
 		l.until(fmt.Sprintf("with captured = %v", captured), func(s *dataplane.Snapshot) bool {

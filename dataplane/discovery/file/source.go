@@ -34,13 +34,13 @@ type Source struct {
 	problems []problem
 
 	// What follows belongs to Run.
-	cluster   directory[manifest]
-	nodes     directory[status]
-	set       object.Set
-	captured  map[string]bool
-	published bool
-	waiting   bool // it was said that nothing is published yet
-	ignored   map[string]bool
+	cluster       directory[manifest]
+	nodes         directory[status]
+	set           object.Set
+	captured, udp map[string]bool
+	published     bool
+	waiting       bool // it was said that nothing is published yet
+	ignored       map[string]bool
 }
 
 // New checks the configuration and the directories.
@@ -173,14 +173,14 @@ func (s *Source) pass(watcher *fsnotify.Watcher, store *dataplane.Store) (retry 
 	for _, c := range conflicts {
 		problems = append(problems, problem{file: s.config.Dir, cause: c.Key.String() + " " + c.Cause})
 	}
-	captured := s.capturedIn(&contents)
+	captured, udp := s.capturedIn(&contents)
 	s.report(problems)
 	switch {
 	case !ready:
 		s.wait(cluster.retry || nodes.retry)
-	case changed || !s.published || !maps.Equal(captured, s.captured):
-		s.captured, s.published = captured, true
-		contents.Captured = captured
+	case changed || !s.published || !maps.Equal(captured, s.captured) || !maps.Equal(udp, s.udp):
+		s.captured, s.udp, s.published = captured, udp, true
+		contents.Captured, contents.UDP = captured, udp
 		store.Publish(dataplane.NewSnapshot(contents))
 		s.config.Log.Debug("published a snapshot", "workloads", len(contents.Workloads),
 			"services", len(contents.Services), "captured", len(captured))
@@ -279,20 +279,22 @@ func (s *Source) logIgnored(path string, kinds []string) {
 }
 
 // capturedIn takes from each node's status the pods of that node: an agent speaks for no others.
-func (s *Source) capturedIn(contents *dataplane.Contents) map[string]bool {
+func (s *Source) capturedIn(contents *dataplane.Contents) (captured, udp map[string]bool) {
 	nodes := make(map[string]string, len(contents.Workloads))
 	for i := range contents.Workloads {
 		nodes[contents.Workloads[i].UID] = contents.Workloads[i].Node
 	}
-	captured := make(map[string]bool)
+	captured, udp = make(map[string]bool), make(map[string]bool)
 	for _, e := range s.nodes.files {
-		for _, uid := range e.value.Captured {
-			if node, known := nodes[uid]; known && node == e.value.Node {
-				captured[uid] = true
+		for set, uids := range map[*map[string]bool][]string{&captured: e.value.Captured, &udp: e.value.UDP} {
+			for _, uid := range uids {
+				if node, known := nodes[uid]; known && node == e.value.Node {
+					(*set)[uid] = true
+				}
 			}
 		}
 	}
-	return captured
+	return captured, udp
 }
 
 // report makes problems the current ones and logs what is new among them, and what is solved.

@@ -25,8 +25,10 @@ type status struct {
 	Node string `json:"node"`
 	// Captured holds the UIDs of the node's pods that take tunnels. Those of another node's
 	// pods count for nothing.
-	Captured []string  `json:"captured"`
-	Updated  time.Time `json:"updated"`
+	Captured []string `json:"captured"`
+	// UDP holds those of them that take UDP as well.
+	UDP     []string  `json:"udp,omitempty"`
+	Updated time.Time `json:"updated"`
 }
 
 // parseStatus reads a status file, which is named after its node. Fields that a later
@@ -84,14 +86,14 @@ func NewPublisher(statusDir, node string) (*Publisher, error) {
 }
 
 // PublishCaptured tells the agents of all nodes that exactly the pods with these UIDs take
-// tunnels. A reader sees the old list or the new one, never a part. The file need not
+// tunnels, and those of udp UDP as well. A reader sees the old list or the new one, never a part. The file need not
 // outlive a crash of the machine, as the pods do not.
-func (p *Publisher) PublishCaptured(_ context.Context, uids []string) error {
-	captured := slices.Compact(slices.Sorted(slices.Values(uids)))
-	if captured == nil {
-		captured = []string{}
+func (p *Publisher) PublishCaptured(_ context.Context, uids, udp []string) error {
+	s := status{Node: p.node, Captured: sortedSet(uids), UDP: sortedSet(udp), Updated: time.Now().UTC()}
+	if s.Captured == nil {
+		s.Captured = []string{}
 	}
-	data, err := json.MarshalIndent(status{Node: p.node, Captured: captured, Updated: time.Now().UTC()}, "", "  ")
+	data, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return fmt.Errorf("publish captured pods: %w", err)
 	}
@@ -106,3 +108,5 @@ func (p *Publisher) PublishCaptured(_ context.Context, uids []string) error {
 	}
 	return nil
 }
+
+func sortedSet(uids []string) []string { return slices.Compact(slices.Sorted(slices.Values(uids))) }

@@ -69,14 +69,14 @@ func TestPublisherWritesTheFileOfItsNode(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := p.PublishCaptured(t.Context(), []string{"b", "a", "b"}); err != nil {
+	if err := p.PublishCaptured(t.Context(), []string{"b", "a", "b"}, nil); err != nil {
 		t.Fatal(err)
 	}
 	s, faults := readStatus(t, filepath.Join(dir, "n1.json"))
 	if len(faults) > 0 || !slices.Equal(s.Captured, []string{"a", "b"}) || s.Updated.IsZero() {
 		t.Errorf("status = %+v, faults = %v", s, faults)
 	}
-	if err := p.PublishCaptured(t.Context(), nil); err != nil {
+	if err := p.PublishCaptured(t.Context(), nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	if s, _ = readStatus(t, filepath.Join(dir, "n1.json")); s.Captured == nil || len(s.Captured) > 0 {
@@ -102,13 +102,13 @@ func TestPublisherSaysWhatFailed(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "n1.json"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.PublishCaptured(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "publish captured pods") {
+	if err := p.PublishCaptured(t.Context(), nil, nil); err == nil || !strings.Contains(err.Error(), "publish captured pods") {
 		t.Errorf("error = %v", err)
 	}
 	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.PublishCaptured(t.Context(), nil); err == nil {
+	if err := p.PublishCaptured(t.Context(), nil, nil); err == nil {
 		t.Error("published into nothing")
 	}
 }
@@ -124,7 +124,7 @@ func TestPublicationIsAtomic(t *testing.T) {
 	for i := range 5000 {
 		long = append(long, fmt.Sprintf("uid-%05d", i))
 	}
-	if err := p.PublishCaptured(t.Context(), long); err != nil {
+	if err := p.PublishCaptured(t.Context(), long, nil); err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan struct{})
@@ -132,7 +132,7 @@ func TestPublicationIsAtomic(t *testing.T) {
 	writer.Go(func() {
 		defer close(done)
 		for i := range 50 {
-			if err := p.PublishCaptured(t.Context(), long[:(i%2)*len(long)]); err != nil {
+			if err := p.PublishCaptured(t.Context(), long[:(i%2)*len(long)], nil); err != nil {
 				t.Error(err)
 			}
 		}

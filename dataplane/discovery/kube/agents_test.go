@@ -172,7 +172,7 @@ func TestCaptureDoesNotPassToASuccessor(t *testing.T) {
 			r := newRig(t, shop(), withAnnotation(running("db", node, "10.0.0.1"), true))
 			r.run()
 			r.until("the capture", captured("db"))
-			if err := r.source.PublishCaptured(t.Context(), []string{"uid-db"}); err != nil {
+			if err := r.source.PublishCaptured(t.Context(), []string{"uid-db"}, nil); err != nil {
 				t.Fatal(err)
 			}
 			next := running("db", node, "10.0.0.2")
@@ -184,7 +184,7 @@ func TestCaptureDoesNotPassToASuccessor(t *testing.T) {
 				t.Error("it is captured")
 			}
 			// The API server refuses to annotate what the agent does not mean.
-			if err := r.source.PublishCaptured(t.Context(), []string{"uid-db"}); err != nil || r.annotated("db") {
+			if err := r.source.PublishCaptured(t.Context(), []string{"uid-db"}, nil); err != nil || r.annotated("db") {
 				t.Errorf("annotated = %v, %v", r.annotated("db"), err)
 			}
 		})
@@ -209,7 +209,7 @@ func TestPartOfThePodsCannotBeAnnotated(t *testing.T) {
 	r.client.PrependReactor("patch", "pods", refuse("b"))
 	r.run()
 	r.until("a snapshot", func(*dataplane.Snapshot) bool { return true })
-	err := r.source.PublishCaptured(t.Context(), []string{"uid-a", "uid-b", "uid-c"})
+	err := r.source.PublishCaptured(t.Context(), []string{"uid-a", "uid-b", "uid-c"}, nil)
 	if err == nil || !strings.Contains(err.Error(), "pod shop/b: ") || strings.Contains(err.Error(), "shop/a") {
 		t.Errorf("error = %v", err)
 	}

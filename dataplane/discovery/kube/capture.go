@@ -27,20 +27,28 @@ const (
 // capturedLocked tells which pods take tunnels. Another node's pod that did and is still
 // wanted goes on, whoever removed its annotation; its agent puts it back. Of this node's pods
 // this agent knows, once it has said so, whatever their annotations say.
-func (s *Source) capturedLocked(workloads []dataplane.Workload) map[string]bool {
-	captured := make(map[string]bool, len(s.captured))
+//
+// UDP is taken to be in tunnels by the same rule: a peer that is spoken to in clear, as its
+// annotation went for a moment, would get what is not meant for others' eyes.
+func (s *Source) capturedLocked(workloads []dataplane.Workload) (captured, udp map[string]bool) {
+	captured, udp = make(map[string]bool, len(s.captured)), make(map[string]bool, len(s.udp))
 	for i := range workloads {
 		w := &workloads[i]
-		pod := s.pods[object.Key{Kind: object.KindPod, Name: w.Name}]
-		takes := pod.annotated || s.captured[w.UID] && s.wantsLocked(w)
+		takes := s.pods[object.Key{Kind: object.KindPod, Name: w.Name}].annotated
+		if !takes.captured && s.captured[w.UID] && s.wantsLocked(w) {
+			takes = mark{captured: true, udp: s.udp[w.UID]}
+		}
 		if s.wanted != nil && w.Node == s.config.Node {
 			takes = s.wanted[w.UID]
 		}
-		if takes {
+		if takes.captured {
 			captured[w.UID] = true
 		}
+		if takes.captured && takes.udp {
+			udp[w.UID] = true
+		}
 	}
-	return captured
+	return captured, udp
 }
 
 // wantsLocked reports whether labels ask for the pod's capture.
@@ -53,10 +61,10 @@ func (s *Source) wantsLocked(w *dataplane.Workload) bool {
 // PublishCaptured annotates the pods of this node with these UIDs and removes the annotation
 // from the others, and keeps it so while Run runs. A pod that is gone needs nothing. It
 // returns an error at once while the API server is away.
-func (s *Source) PublishCaptured(ctx context.Context, uids []string) error {
-	wanted := make(map[string]bool, len(uids))
+func (s *Source) PublishCaptured(ctx context.Context, uids, udp []string) error {
+	wanted, datagrams := make(map[string]mark, len(uids)), setOf(udp)
 	for _, uid := range uids {
-		wanted[uid] = true
+		wanted[uid] = mark{captured: true, udp: datagrams[uid]}
 	}
 	s.mu.Lock()
 	s.wanted = wanted
@@ -65,11 +73,19 @@ func (s *Source) PublishCaptured(ctx context.Context, uids []string) error {
 	return s.annotate(ctx)
 }
 
-// annotation is the change that a pod needs.
+func setOf(uids []string) map[string]bool {
+	set := make(map[string]bool, len(uids))
+	for _, uid := range uids {
+		set[uid] = true
+	}
+	return set
+}
+
+// annotation is what a pod is to be marked with, and is not.
 type annotation struct {
 	key object.Key
 	uid string
-	on  bool
+	on  mark
 }
 
 // annotate makes the annotations of this node's pods what they are wanted to be.
@@ -122,11 +138,7 @@ func (s *Source) unpublished() []annotation {
 }
 
 func (s *Source) patchAnnotation(ctx context.Context, a annotation) error {
-	var value any // null removes
-	if a.on {
-		value = dataplane.RedirectionEnabled
-	}
-	err := s.patchPod(ctx, a.key.Name, a.uid, dataplane.RedirectionAnnotation, value)
+	err := s.patchPod(ctx, a.key.Name, a.uid, a.on.annotations())
 	if err != nil {
 		return err
 	}
@@ -141,10 +153,30 @@ func (s *Source) patchAnnotation(ctx context.Context, a annotation) error {
 	return nil
 }
 
-// patchPod sets one annotation of the pod with that UID, "" for any. A pod that is gone, or
+// annotations are m as a merge patch has it: null removes.
+func (m mark) annotations() map[string]any {
+	all := map[string]any{dataplane.RedirectionAnnotation: nil, dataplane.UDPAnnotation: nil}
+	if m.captured {
+		all[dataplane.RedirectionAnnotation] = dataplane.RedirectionEnabled
+	}
+	if m.captured && m.udp {
+		all[dataplane.UDPAnnotation] = dataplane.UDPEnabled
+	}
+	return all
+}
+
+// markOf reads what annotations wrote.
+func markOf(annotations map[string]string) mark {
+	return mark{
+		captured: annotations[dataplane.RedirectionAnnotation] == dataplane.RedirectionEnabled,
+		udp:      annotations[dataplane.UDPAnnotation] == dataplane.UDPEnabled,
+	}
+}
+
+// patchPod changes annotations of the pod with that UID, "" for any. A pod that is gone, or
 // has another's place, needs none.
-func (s *Source) patchPod(ctx context.Context, pod dataplane.Name, uid, key string, value any) error {
-	meta := map[string]any{"annotations": map[string]any{key: value}}
+func (s *Source) patchPod(ctx context.Context, pod dataplane.Name, uid string, annotations map[string]any) error {
+	meta := map[string]any{"annotations": annotations}
 	if uid != "" {
 		meta["uid"] = uid // the API server refuses another's
 	}

@@ -16,7 +16,7 @@ func TestCapturedPodsAreAnnotated(t *testing.T) {
 	r.until("a snapshot", func(*dataplane.Snapshot) bool { return true })
 	publish := func(uids ...string) {
 		t.Helper()
-		if err := r.source.PublishCaptured(t.Context(), uids); err != nil {
+		if err := r.source.PublishCaptured(t.Context(), uids, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -45,7 +45,7 @@ func TestPodThatCannotBeAnnotatedIsNamed(t *testing.T) {
 	r.run()
 	r.until("a snapshot", func(*dataplane.Snapshot) bool { return true })
 	r.answers("patch pods", forbidden("pods"))
-	err := r.source.PublishCaptured(t.Context(), []string{"uid-web"})
+	err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}, nil)
 	if err == nil || !strings.Contains(err.Error(), "shop/web") || !strings.Contains(err.Error(), "no RBAC rule") {
 		t.Errorf("error = %v", err)
 	}
@@ -62,7 +62,7 @@ func TestPodThatCannotBeAnnotatedIsNamed(t *testing.T) {
 			r.client.ClearActions()
 			r.answers("get pods", apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "web"))
 		}
-		if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}); err != nil {
+		if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}, nil); err != nil {
 			t.Errorf("a pod that is gone: %v", err)
 		}
 	}
@@ -73,7 +73,7 @@ func TestEditedAnnotationIsRepaired(t *testing.T) {
 	r := newRig(t, shop(), running("web", "node-1", "10.0.0.1"), running("job", "node-1", "10.0.0.2"))
 	r.run()
 	r.until("a snapshot", func(*dataplane.Snapshot) bool { return true })
-	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}); err != nil {
+	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}, nil); err != nil {
 		t.Fatal(err)
 	}
 	r.updatePod(withAnnotation(r.pod("web"), false))

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,7 +31,8 @@ const savingFactor = 20
 type header struct {
 	Version  int       `json:"version"`
 	Written  time.Time `json:"written"`
-	Captured []string  `json:"captured"` // UIDs
+	Captured []string  `json:"captured"`      // UIDs
+	UDP      []string  `json:"udp,omitempty"` // those of them that take UDP
 	Objects  int       `json:"objects"`
 }
 
@@ -59,14 +61,11 @@ func (s *Source) restore() {
 	for _, it := range items {
 		s.takeLocked(it)
 	}
-	s.captured = make(map[string]bool, len(head.Captured))
-	for _, uid := range head.Captured {
-		s.captured[uid] = true
-	}
+	s.captured, s.udp = setOf(head.Captured), setOf(head.UDP)
 	// Who was captured and is not wanted any more was being released: peers go on tunnelling
 	// until its annotation is seen to be gone.
 	for key, pod := range s.pods {
-		pod.annotated = s.captured[pod.uid]
+		pod.annotated = mark{captured: s.captured[pod.uid], udp: s.udp[pod.uid]}
 		s.pods[key] = pod
 	}
 	s.stale = head.Written
@@ -190,10 +189,9 @@ func (s *Source) state() (header, []any, bool) {
 		return header{}, nil, false
 	}
 	head := header{Version: snapshotVersion, Written: time.Now(), Captured: []string{}}
-	for uid := range s.captured {
-		head.Captured = append(head.Captured, uid)
-	}
+	head.Captured = slices.AppendSeq(head.Captured, maps.Keys(s.captured))
 	slices.Sort(head.Captured)
+	head.UDP = slices.Sorted(maps.Keys(s.udp))
 	keys := s.set.Keys()
 	list := make([]any, 0, len(keys))
 	for _, key := range keys {

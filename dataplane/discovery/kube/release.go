@@ -42,7 +42,7 @@ func (s *Source) MarkReleased(ctx context.Context) error {
 	if s.config.Pod == (dataplane.Name{}) {
 		return nil
 	}
-	if err := s.patchPod(ctx, s.config.Pod, "", ReleasedAnnotation, strconv.FormatBool(true)); err != nil {
+	if err := s.patchPod(ctx, s.config.Pod, "", map[string]any{ReleasedAnnotation: strconv.FormatBool(true)}); err != nil {
 		return fmt.Errorf("annotate pod %s: %w", s.config.Pod, err)
 	}
 	return nil

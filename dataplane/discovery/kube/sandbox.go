@@ -49,7 +49,9 @@ func (s *Source) Started(ctx context.Context, started discovery.Sandbox) (datapl
 	w.Cluster = s.config.Cluster
 	w.Identity = spiffe.ID{TrustDomain: s.config.TrustDomain, Namespace: w.Name.Namespace, ServiceAccount: w.ServiceAccount}
 	w.Enrolled = w.Live() && s.wantsLocked(&w)
-	w.Captured = w.Live() && !w.HostNetwork && len(s.capturedLocked(list)) > 0
+	captured, udp := s.capturedLocked(list)
+	w.Captured = w.Live() && !w.HostNetwork && captured[w.UID]
+	w.UDP = w.Captured && udp[w.UID]
 	return w, nil
 }
 

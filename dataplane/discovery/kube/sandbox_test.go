@@ -50,7 +50,7 @@ func TestPodThatStartsHasItsAddressesBeforeTheClusterHas(t *testing.T) {
 		t.Error("its address is nobody's")
 	}
 	// Its agent takes tunnels for it, and peers on this node may use them.
-	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}); err != nil {
+	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}, nil); err != nil {
 		t.Fatal(err)
 	}
 	r.until("the capture", captured("web"))

@@ -43,10 +43,11 @@ type Source struct {
 	health health
 	// What comes from the node itself.
 	sandboxes map[dataplane.Name]*sandbox
-	wanted    map[string]bool // by PublishCaptured; nil before its first call
+	wanted    map[string]mark // by PublishCaptured; nil before its first call
 	// What was published last.
 	snapshot  *dataplane.Snapshot
 	captured  map[string]bool
+	udp       map[string]bool // those of captured that take UDP
 	conflicts []object.Conflict
 	due       schedule
 	// edits counts the changes of policies, judged those that the last snapshot has.
@@ -57,8 +58,14 @@ type Source struct {
 type podState struct {
 	uid       string
 	created   time.Time
-	annotated bool
+	annotated mark
 	running   bool
+}
+
+// mark is what a pod is published as.
+type mark struct {
+	captured bool
+	udp      bool // it takes UDP in tunnels as well
 }
 
 var (
@@ -196,8 +203,8 @@ func (s *Source) contentsLocked() dataplane.Contents {
 	contents.Stale = !s.stale.IsZero()
 	s.conflicts = conflicts
 	s.overlayLocked(contents.Workloads)
-	s.captured = s.capturedLocked(contents.Workloads)
-	contents.Captured = s.captured
+	s.captured, s.udp = s.capturedLocked(contents.Workloads)
+	contents.Captured, contents.UDP = s.captured, s.udp
 	return contents
 }
 

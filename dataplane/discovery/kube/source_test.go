@@ -108,14 +108,14 @@ func TestOutageKeepsEverythingInForce(t *testing.T) {
 		return policies(1)(s) && captured("db")(s) && workload(s, "web").Enrolled
 	})
 	start := time.Now()
-	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}); err == nil || time.Since(start) > time.Second {
+	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}, nil); err == nil || time.Since(start) > time.Second {
 		t.Errorf("published with %v after %v, want an error at once", err, time.Since(start))
 	}
 	r.deletePolicy("deny") // while nobody looks
 	r.away(false)
 	r.until("the policy is gone", policies(0))
 	r.eventually("no problem", func() bool { return len(r.source.Problems()) == 0 && r.source.Staleness() == 0 })
-	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}); err != nil {
+	if err := r.source.PublishCaptured(t.Context(), []string{"uid-web"}, nil); err != nil {
 		t.Error(err)
 	}
 }

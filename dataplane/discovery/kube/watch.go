@@ -339,7 +339,7 @@ type item struct {
 	fault     string // why there is no object
 	uid       string
 	created   time.Time
-	annotated bool // a pod is published as captured
+	annotated mark // what a pod is published as
 	running   bool // a container of a pod has started
 	policy    *policy
 	released  bool // the mesh config says so
@@ -388,6 +388,9 @@ func convert(kind object.Kind, in any) *item {
 func (i *item) pod(in *corev1.Pod) (err error) {
 	trimmed := *in
 	trimmed.Annotations = nil
+	if clear, ok := in.Annotations[dataplane.UDPClearAnnotation]; ok {
+		trimmed.Annotations = map[string]string{dataplane.UDPClearAnnotation: clear}
+	}
 	if in.Annotations[corev1.MirrorPodAnnotationKey] != "" {
 		trimmed.Annotations = make(map[string]string, len(in.Annotations))
 		for k, v := range in.Annotations {
@@ -397,7 +400,7 @@ func (i *item) pod(in *corev1.Pod) (err error) {
 		}
 	}
 	i.object, err = object.FromPod(&trimmed)
-	i.annotated = in.Annotations[dataplane.RedirectionAnnotation] == dataplane.RedirectionEnabled
+	i.annotated = markOf(in.Annotations)
 	for _, list := range [][]corev1.ContainerStatus{in.Status.InitContainerStatuses, in.Status.ContainerStatuses} {
 		for j := range list {
 			i.running = i.running || list[j].State.Running != nil

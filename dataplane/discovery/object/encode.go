@@ -1,7 +1,9 @@
 package object
 
 import (
+	"fmt"
 	"net/netip"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -88,14 +90,31 @@ func encodePod(p pod) *corev1.Pod {
 	for _, a := range p.Addrs {
 		out.Status.PodIPs = append(out.Status.PodIPs, corev1.PodIP{IP: a.String()})
 	}
-	if len(p.ports) > 0 {
+	if len(p.ports)+len(p.udpPorts) > 0 {
 		var c corev1.Container
 		for name, port := range p.ports {
 			c.Ports = append(c.Ports, corev1.ContainerPort{Name: name, ContainerPort: int32(port)})
 		}
+		for name, port := range p.udpPorts {
+			c.Ports = append(c.Ports, corev1.ContainerPort{Name: name, ContainerPort: int32(port), Protocol: corev1.ProtocolUDP})
+		}
 		out.Spec.Containers = []corev1.Container{c}
 	}
+	if len(p.UDPClear) > 0 {
+		if out.Annotations == nil {
+			out.Annotations = make(map[string]string)
+		}
+		out.Annotations[dataplane.UDPClearAnnotation] = encodeClearPorts(p.UDPClear)
+	}
 	return out
+}
+
+func encodeClearPorts(ranges []dataplane.PortRange) string {
+	parts := make([]string, len(ranges))
+	for i, r := range ranges {
+		parts[i] = fmt.Sprintf("%d-%d", r.First, r.Last)
+	}
+	return strings.Join(parts, ",")
 }
 
 func encodeService(s service) *corev1.Service {
@@ -133,15 +152,23 @@ func encodeService(s service) *corev1.Service {
 		out.Spec.IPFamilies = append(out.Spec.IPFamilies, corev1.IPv6Protocol)
 	}
 	for i, p := range s.Ports {
-		port := corev1.ServicePort{Name: p.Name, Port: int32(p.Port), NodePort: int32(p.NodePort)}
-		if t := s.targets[i]; t.named != "" {
-			port.TargetPort = intstr.FromString(t.named)
-		} else {
-			port.TargetPort = intstr.FromInt32(int32(t.port))
-		}
-		out.Spec.Ports = append(out.Spec.Ports, port)
+		out.Spec.Ports = append(out.Spec.Ports, encodePort(p, s.targets[i]))
+	}
+	for i, p := range s.UDPPorts {
+		out.Spec.Ports = append(out.Spec.Ports, encodePort(p, s.udpTargets[i]))
 	}
 	return out
+}
+
+func encodePort(p dataplane.ServicePort, t target) corev1.ServicePort {
+	port := corev1.ServicePort{Name: p.Name, Port: int32(p.Port), NodePort: int32(p.NodePort), TargetPort: intstr.FromInt32(int32(t.port))}
+	if t.named != "" {
+		port.TargetPort = intstr.FromString(t.named)
+	}
+	if t.udp {
+		port.Protocol = corev1.ProtocolUDP
+	}
+	return port
 }
 
 func addrStrings(list []netip.Addr) []string {

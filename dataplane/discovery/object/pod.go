@@ -3,6 +3,7 @@ package object
 import (
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -30,6 +31,7 @@ type pod struct {
 	dataplane.Workload
 	uidDerived bool
 	ports      map[string]uint16 // named TCP container ports
+	udpPorts   map[string]uint16 // likewise of UDP
 }
 
 // FromPod converts a Pod.
@@ -53,8 +55,10 @@ func FromPod(in *corev1.Pod) (Object, error) {
 			Network:        in.Labels[networkLabel],
 			NetNS:          in.Annotations[dataplane.NetNSAnnotation],
 			StaticHash:     staticHash(in),
+			UDPClear:       clearPorts(in.Annotations[dataplane.UDPClearAnnotation]),
 		},
-		ports: namedPorts(&in.Spec),
+		ports:    namedPorts(&in.Spec, corev1.ProtocolTCP),
+		udpPorts: namedPorts(&in.Spec, corev1.ProtocolUDP),
 	}
 	if out.Phase == "" {
 		out.Phase = dataplane.PodPending
@@ -145,7 +149,7 @@ func owner(meta *metav1.ObjectMeta) dataplane.Owner {
 
 // namedPorts collects what a service's targetPort can name: ports of containers, and of
 // init containers that go on running beside them. The first of a name counts, as in Kubernetes.
-func namedPorts(spec *corev1.PodSpec) map[string]uint16 {
+func namedPorts(spec *corev1.PodSpec, protocol corev1.Protocol) map[string]uint16 {
 	containers := make([]corev1.Container, 0, len(spec.Containers)+len(spec.InitContainers))
 	containers = append(containers, spec.Containers...)
 	for _, c := range spec.InitContainers {
@@ -157,7 +161,7 @@ func namedPorts(spec *corev1.PodSpec) map[string]uint16 {
 	for _, c := range containers {
 		for _, p := range c.Ports {
 			port, err := parsePort(p.Name, p.ContainerPort)
-			if p.Name == "" || !isTCP(p.Protocol) || err != nil {
+			if p.Name == "" || !isProtocol(p.Protocol, protocol) || err != nil {
 				continue // a port that cannot be is a target of nothing
 			}
 			if _, taken := out[p.Name]; taken {
@@ -172,4 +176,34 @@ func namedPorts(spec *corev1.PodSpec) map[string]uint16 {
 	return out
 }
 
-func isTCP(p corev1.Protocol) bool { return p == "" || p == corev1.ProtocolTCP }
+// isProtocol takes what says nothing for TCP, as Kubernetes does.
+func isProtocol(p, want corev1.Protocol) bool {
+	return p == want || p == "" && want == corev1.ProtocolTCP
+}
+
+// isCarried reports whether a port is of a protocol that tunnels carry.
+func isCarried(p corev1.Protocol) bool {
+	return isProtocol(p, corev1.ProtocolTCP) || isProtocol(p, corev1.ProtocolUDP)
+}
+
+// maxClearPorts is how many ranges the kernel's side takes.
+const maxClearPorts = 8
+
+// clearPorts reads ports and ranges of them: "123,10000-20000". Of a list that cannot be read as
+// a whole none is left alone: that is safe, and the pod stays known.
+func clearPorts(text string) []dataplane.PortRange {
+	var ranges []dataplane.PortRange
+	for part := range strings.SplitSeq(text, ",") {
+		first, last, isRange := strings.Cut(strings.TrimSpace(part), "-")
+		if !isRange {
+			last = first
+		}
+		from, fromErr := strconv.ParseUint(first, 10, 16)
+		to, toErr := strconv.ParseUint(last, 10, 16)
+		if fromErr != nil || toErr != nil || from == 0 || from > to || len(ranges) == maxClearPorts {
+			return nil
+		}
+		ranges = append(ranges, dataplane.PortRange{First: uint16(from), Last: uint16(to)})
+	}
+	return ranges
+}

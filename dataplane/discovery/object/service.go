@@ -19,8 +19,9 @@ type service struct {
 	balanced     []netip.Addr // load balancer ingress, which a controller has written
 	external     []netip.Addr // externalIPs, which whoever writes the Service chooses
 	externalName bool
-	v4, v6       bool // the IP families of its endpoints
-	targets      []target
+	v4, v6       bool     // the IP families of its endpoints
+	targets      []target // of Ports
+	udpTargets   []target // of UDPPorts
 }
 
 // target is where a service port leads on a pod.
@@ -28,10 +29,14 @@ type target struct {
 	name  string // the service port's
 	port  uint16 // 0: by container port
 	named string
+	udp   bool
 }
 
 func (t target) on(p pod) uint16 {
-	if t.named != "" {
+	switch {
+	case t.named != "" && t.udp:
+		return p.udpPorts[t.named]
+	case t.named != "":
 		return p.ports[t.named]
 	}
 	return t.port
@@ -41,7 +46,7 @@ func (s *service) wants(a netip.Addr) bool {
 	return a.Is4() && s.v4 || a.Is6() && s.v6
 }
 
-// FromService converts a Service. Only its TCP ports are read.
+// FromService converts a Service. Its TCP and UDP ports are read.
 func FromService(in *corev1.Service) (Object, error) {
 	name, err := namespacedName(&in.ObjectMeta)
 	if err != nil {
@@ -108,7 +113,7 @@ func (s *service) readAddrs(in *corev1.Service) error {
 
 func (s *service) readPorts(ports []corev1.ServicePort) error {
 	for i, p := range ports {
-		if !isTCP(p.Protocol) {
+		if !isCarried(p.Protocol) {
 			continue
 		}
 		number, err := parsePort(fmt.Sprintf("spec.ports[%d].port", i), p.Port)
@@ -121,8 +126,7 @@ func (s *service) readPorts(ports []corev1.ServicePort) error {
 				return err
 			}
 		}
-		s.Ports = append(s.Ports, port)
-		t := target{name: p.Name, port: number}
+		t := target{name: p.Name, port: number, udp: isProtocol(p.Protocol, corev1.ProtocolUDP)}
 		switch {
 		case p.TargetPort.Type == intstr.String && p.TargetPort.StrVal != "":
 			t.port, t.named = 0, p.TargetPort.StrVal
@@ -131,7 +135,11 @@ func (s *service) readPorts(ports []corev1.ServicePort) error {
 				return err
 			}
 		}
-		s.targets = append(s.targets, t)
+		if t.udp {
+			s.UDPPorts, s.udpTargets = append(s.UDPPorts, port), append(s.udpTargets, t)
+		} else {
+			s.Ports, s.targets = append(s.Ports, port), append(s.targets, t)
+		}
 	}
 	return nil
 }
@@ -194,7 +202,7 @@ func FromEndpointSlice(in *discoveryv1.EndpointSlice) (Object, error) {
 func slicePorts(in []discoveryv1.EndpointPort) (map[string]uint16, error) {
 	out := make(map[string]uint16, len(in))
 	for i, p := range in {
-		if p.Protocol != nil && !isTCP(*p.Protocol) || p.Port == nil {
+		if p.Protocol != nil && !isCarried(*p.Protocol) || p.Port == nil {
 			continue
 		}
 		port, err := parsePort(fmt.Sprintf("ports[%d].port", i), *p.Port)

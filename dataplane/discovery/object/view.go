@@ -208,13 +208,14 @@ func (v *view) selectEndpoints(s service) []dataplane.Endpoint {
 		if !p.Live() || !matches(s.Selector, p.Labels) {
 			continue
 		}
-		ports := make(map[string]uint16, len(s.targets))
-		for _, t := range s.targets {
+		targets := slices.Concat(s.targets, s.udpTargets)
+		ports := make(map[string]uint16, len(targets))
+		for _, t := range targets {
 			if port := t.on(p); port != 0 {
 				ports[t.name] = port
 			}
 		}
-		if len(ports) == 0 && len(s.targets) > 0 {
+		if len(ports) == 0 && len(targets) > 0 {
 			continue // none of its ports has the target's name
 		}
 		for _, a := range p.Addrs {
