@@ -37,7 +37,15 @@ type succession struct {
 	yielded  atomic.Bool              // a successor has the node
 	heir     chan *handover.Successor // delivers it to Serve, which closes it
 	relieved chan struct{}            // closed when a later agent of this process serves all pods
+	ears     atomic.Int32             // whether this agent accepts, as one that has yielded
 }
+
+// The states of ears.
+const (
+	earsOpen   = iota // until the successor serves every pod
+	earsNeeded        // the successor is gone: until a later agent of this process does
+	earsShut
+)
 
 const (
 	// acceptGrace is how long connections whose handshake was under way when the listeners
@@ -93,9 +101,14 @@ func (a *Agent) comeBack(ctx context.Context, heir *handover.Successor) *Agent {
 		log.Debug("close the connection to the successor", "error", err)
 	}
 	a.closeMetrics() // it is the next one's
+	// The listeners first: that takes no time. Nobody would accept from those of an agent that
+	// has stopped.
+	accepts := a.ears.CompareAndSwap(earsOpen, earsNeeded)
 	for told := ""; ctx.Err() == nil; {
-		// The listeners first: that takes no time.
-		err := a.datapath.Reclaim()
+		var err error
+		if accepts {
+			err = a.datapath.Reclaim()
+		}
 		if err == nil {
 			var next *Agent
 			if next, err = newAgent(a.cfg, a); err == nil {
@@ -359,13 +372,19 @@ func (a *Agent) grant(s *handover.Successor) {
 // every pod, and carries what was accepted until it has ended or ctx ends.
 func (a *Agent) carryOn(ctx, parts context.Context, s *handover.Successor) {
 	a.heir <- s
-	select {
-	case <-s.Done():
-	case <-a.relieved:
-	case <-ctx.Done():
-	case <-parts.Done():
+	wait := func(done <-chan struct{}) {
+		select {
+		case <-done:
+		case <-a.relieved:
+		case <-ctx.Done():
+		case <-parts.Done():
+		}
+		pause(parts, acceptGrace)
 	}
-	pause(parts, acceptGrace)
+	wait(s.Done())
+	if !a.ears.CompareAndSwap(earsOpen, earsShut) {
+		wait(nil)
+	}
 	a.stopServing()
 	a.cfg.Log.Info("every pod is served by another agent", "connections", a.telemetry.Live())
 	idle := make(chan struct{})
