@@ -18,6 +18,7 @@ func TestService(t *testing.T) {
 			dataplane.Service{
 				Addrs:           addrs("10.96.0.7", "fd00::7"),
 				Ports:           []dataplane.ServicePort{{Name: "http", Port: 80}},
+				UDPPorts:        []dataplane.ServicePort{{Name: "dns", Port: 53}},
 				InternalTraffic: dataplane.TrafficLocal,
 				Distribution:    dataplane.PreferClose,
 			},
@@ -123,7 +124,7 @@ metadata: {name: web-1, namespace: other, labels: {kubernetes.io/service-name: w
 addressType: IPv4
 endpoints: [{addresses: [10.9.9.9]}]
 `)
-	both := map[string]uint16{"http": 8080, "metrics": 9090}
+	both := map[string]uint16{"http": 8080, "metrics": 9090, "dns": 53}
 	derived := derivedUID(dataplane.Name{Namespace: "shop", Name: "b"})
 	equal(t, "endpoints", c.Services[0].Endpoints, []dataplane.Endpoint{
 		{Addr: addrs("10.244.1.5")[0], WorkloadUID: "u-a", Node: "n1", Zone: "z1", Ready: true, Serving: true, Ports: both},
