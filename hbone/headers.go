@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 )
 
@@ -35,6 +36,28 @@ func (r *Request) Fields(emit func(name, value string)) {
 	if r.TraceParent != "" {
 		emit(headerTraceParent, r.TraceParent)
 	}
+}
+
+// ConnectFields calls emit with all header fields of a CONNECT for r on a connection with peer. For
+// TCP there is no :scheme and no :path (RFC 9113 section 8.5, RFC 9114 section 4.4), for UDP there
+// are both, and the target is in the path (RFC 9298 section 3.4).
+func (r *Request) ConnectFields(protocol Protocol, peer netip.AddrPort, emit func(name, value string)) error {
+	emit(":method", "CONNECT")
+	if protocol == UDP {
+		target, err := ParseAuthority(r.Authority)
+		if err != nil {
+			return err
+		}
+		emit(":protocol", ConnectUDP)
+		emit(":scheme", "https")
+		emit(":authority", peer.String())
+		emit(":path", UDPPath(target))
+		emit(CapsuleProtocol, CapsuleProtocolOn)
+	} else {
+		emit(":authority", r.Authority)
+	}
+	r.Fields(emit)
+	return nil
 }
 
 // SetField takes a header field that arrived, its name in lower case. A field that it does

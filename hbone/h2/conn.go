@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -48,6 +49,7 @@ type values struct {
 	budget                    hbone.Budget
 	maxStreams                uint32 // a server's
 	maxHeaderList             uint32
+	datagrams                 bool // a server's: it serves UDP
 }
 
 func (v values) withDefaults() values {
@@ -81,6 +83,7 @@ type conn struct {
 	wire   *hbone.Wire // beneath tls
 	values values
 	start  time.Time
+	remote netip.AddrPort // a client's
 
 	// Owned by readLoop.
 	in          input
@@ -135,10 +138,11 @@ type conn struct {
 
 // peerSettings is what the peer asked for in SETTINGS.
 type peerSettings struct {
-	initialWindow int64
-	maxFrame      int
-	maxStreams    uint32
-	maxHeaderList uint64
+	initialWindow   int64
+	maxFrame        int
+	maxStreams      uint32
+	maxHeaderList   uint64
+	connectProtocol bool // it takes extended CONNECT (RFC 8441 section 3)
 }
 
 // control is a frame other than DATA that waits to be written.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h2"
@@ -59,6 +60,21 @@ func seeds() [][]byte {
 		_ = f.WritePriority(5, http2.PriorityParam{StreamDep: 5})
 		_ = f.WriteRawFrame(http2.FrameData, http2.FlagDataPadded, 1, nil)
 	})
+	var block bytes.Buffer
+	udp := hpack.NewEncoder(&block)
+	for _, field := range [][2]string{
+		{":method", "CONNECT"}, {":protocol", "connect-udp"}, {":scheme", "https"}, {":authority", "10.0.0.1:15008"},
+		{":path", "/.well-known/masque/udp/10.0.0.1/53/"}, {"capsule-protocol", "?1"},
+	} {
+		_ = udp.WriteField(hpack.HeaderField{Name: field[0], Value: field[1]})
+	}
+	add(func(f *http2.Framer) {
+		headers(f, 1, block.Bytes())
+		_ = f.WriteData(1, false, hbone.AppendCapsule(hbone.AppendCapsule(nil, []byte("one")), nil))
+		_ = f.WriteData(1, false, []byte{0x29, 2, 'x'})
+		_ = f.WriteData(1, false, []byte{'y', 0, 2, 4, 'z', 0, 0x80})
+		_ = f.WriteData(1, true, nil)
+	})
 	return all
 }
 
@@ -86,6 +102,23 @@ func feed(conn *tls.Conn, preface string, data []byte) {
 	<-drained
 }
 
+// echoEither serves both protocols.
+func echoEither(r *hbone.ServerRequest) {
+	if r.Protocol == hbone.TCP {
+		echo(r)
+		return
+	}
+	if f, err := r.AcceptDatagrams(hbone.Response{}); err == nil {
+		f.Deliver(echoed{f})
+	}
+}
+
+// echoed sends a flow's datagrams back.
+type echoed struct{ flow hbone.DatagramStream }
+
+func (e echoed) Datagram(p []byte) { _ = e.flow.Send(p, true) }
+func (e echoed) End(error)         { _ = e.flow.Close() }
+
 func FuzzServerFrames(f *testing.F) {
 	for _, s := range seeds() {
 		f.Add(s)
@@ -97,7 +130,7 @@ func FuzzServerFrames(f *testing.F) {
 		budget := &counted{limit: 1 << 20}
 		go func() {
 			defer close(done)
-			_ = h2.Server{MaxStreams: 4, Budget: budget}.ServeConn(context.Background(), context.Background(), server, echo)
+			_ = h2.Server{MaxStreams: 4, Budget: budget, Datagrams: true}.ServeConn(context.Background(), context.Background(), server, echoEither)
 		}()
 		feed(client, http2.ClientPreface, data)
 		select {

@@ -48,6 +48,8 @@ type Server struct {
 	Budget                    hbone.Budget
 	// MaxStreams bounds the streams of one connection. 0 means 200.
 	MaxStreams uint32
+	// Datagrams announces CONNECT-UDP to clients (RFC 8441, RFC 9298).
+	Datagrams bool
 }
 
 var (

@@ -2,6 +2,7 @@ package h2_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"testing"
@@ -59,8 +60,25 @@ func newPairOn(t *testing.T, a, b net.Conn, client h2.Client, server h2.Server, 
 func TestConformance(t *testing.T) {
 	conformance.Test(t, func(t *testing.T, handler hbone.Handler) *conformance.Pair {
 		p := newPair(t, h2.Client{}, h2.Server{}, handler)
+		t.Cleanup(p.force) // which waits for nobody
 		return &conformance.Pair{Session: p.session, Force: p.force}
 	})
+}
+
+func TestDatagramConformance(t *testing.T) {
+	conformance.TestDatagrams(t, func(t *testing.T, handler hbone.Handler) *conformance.Pair {
+		p := newPair(t, h2.Client{}, h2.Server{Datagrams: true}, handler)
+		t.Cleanup(p.force)
+		return &conformance.Pair{Session: p.session, Force: p.force}
+	})
+}
+
+func TestServerThatCarriesNoDatagrams(t *testing.T) {
+	p := newPair(t, h2.Client{}, h2.Server{}, echo)
+	if _, _, err := p.session.OpenDatagrams(t.Context(), &hbone.Request{Authority: "10.0.0.1:53"}, nil); !errors.Is(err, hbone.ErrNoDatagrams) {
+		t.Errorf("OpenDatagrams = %v, want ErrNoDatagrams", err)
+	}
+	p.open(t) // the session is as it was
 }
 
 // openStream sends CONNECT and waits for the answer.

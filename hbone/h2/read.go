@@ -122,6 +122,9 @@ func (c *conn) settingsLocked(f *http2.SettingsFrame) error {
 		return err
 	}
 	c.pushLocked(control{kind: controlSettingsAck, reply: true})
+	if c.client != nil {
+		c.client.settled.Do(func() { close(c.client.settings) })
+	}
 	return nil
 }
 
@@ -145,6 +148,11 @@ func (c *conn) settingLocked(s http2.Setting) error {
 		c.peer.maxStreams = s.Val
 	case http2.SettingMaxHeaderListSize:
 		c.peer.maxHeaderList = uint64(s.Val)
+	case http2.SettingEnableConnectProtocol:
+		if c.peer.connectProtocol && s.Val == 0 { // RFC 8441 section 3
+			return http2.ConnectionError(http2.ErrCodeProtocol)
+		}
+		c.peer.connectProtocol = s.Val == 1
 	case http2.SettingHeaderTableSize:
 		// Applied where the encoder is, in order with the header blocks.
 		c.pushLocked(control{kind: controlTableSize, n: s.Val, reply: true})

@@ -36,13 +36,17 @@ func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*h
 	c, err := newConn(t, values{
 		pingInterval: s.PingInterval, pingTimeout: s.PingTimeout,
 		streamWindow: s.StreamWindow, connWindow: s.ConnWindow, budget: s.Budget,
-		maxStreams: s.MaxStreams, maxHeaderList: hbone.MaxHeaderList,
+		maxStreams: s.MaxStreams, maxHeaderList: hbone.MaxHeaderList, datagrams: s.Datagrams,
 	}.withDefaults())
 	if err != nil {
 		return err
 	}
 	c.server = &serverState{info: hbone.NewConn(t), force: force, serve: serve}
-	c.hello("", http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: c.values.maxStreams})
+	settings := []http2.Setting{{ID: http2.SettingMaxConcurrentStreams, Val: c.values.maxStreams}}
+	if s.Datagrams {
+		settings = append(settings, http2.Setting{ID: http2.SettingEnableConnectProtocol, Val: 1})
+	}
+	c.hello("", settings...)
 	stopDrain := context.AfterFunc(ctx, c.drain)
 	defer stopDrain()
 	stopForce := context.AfterFunc(force, func() { c.shut(errForced, http2.ErrCodeNo) })
@@ -141,7 +145,7 @@ func (c *conn) requestLocked(f *http2.MetaHeadersFrame) error {
 	}
 	c.lastID = id
 	switch {
-	case f.HasPriority() && f.Priority.StreamDep == id, !f.Truncated && malformed(f):
+	case f.HasPriority() && f.Priority.StreamDep == id, !f.Truncated && malformed(f, c.values.datagrams):
 		c.rejectLocked(f, http2.ErrCodeProtocol)
 	case len(c.streams) >= int(c.values.maxStreams), c.server.handlers >= 2*int(c.values.maxStreams):
 		c.rejectLocked(f, http2.ErrCodeRefusedStream)
@@ -169,8 +173,9 @@ func (c *conn) answerLocked(f *http2.MetaHeadersFrame, status int) {
 }
 
 // malformed is RFC 9113 section 8.1.1 as far as the Framer does not judge: the pseudo-header
-// fields of section 8.3.1 and 8.5, and the fields of section 8.2.2.
-func malformed(f *http2.MetaHeadersFrame) bool {
+// fields of section 8.3.1 and 8.5, and the fields of section 8.2.2. With extended, :protocol may
+// be there, which RFC 8441 section 4 has instead of section 8.5.
+func malformed(f *http2.MetaHeadersFrame, extended bool) bool {
 	var path, scheme, authority, protocol, method int
 	for _, field := range f.PseudoFields() {
 		switch field.Name {
@@ -185,7 +190,7 @@ func malformed(f *http2.MetaHeadersFrame) bool {
 			scheme++
 		case ":authority":
 			authority++
-		default: // :protocol needs a setting that we do not send (RFC 8441 section 3)
+		default: // :protocol
 			protocol++
 		}
 	}
@@ -199,20 +204,43 @@ func malformed(f *http2.MetaHeadersFrame) bool {
 			}
 		}
 	}
-	if protocol > 0 || method != 1 || authority > 1 {
+	if protocol > 1 || protocol > 0 && !extended || method != 1 || authority > 1 {
 		return true
 	}
-	if f.PseudoValue("method") == "CONNECT" {
+	connect := f.PseudoValue("method") == "CONNECT"
+	switch {
+	case protocol > 0 && !connect:
+		return true
+	case protocol == 0 && connect:
 		return path > 0 || scheme > 0
 	}
 	return path != 1 || scheme != 1
 }
 
+// target is what a CONNECT asks for, or the status that refuses it.
+func target(f *http2.MetaHeadersFrame) (to hbone.Authority, protocol hbone.Protocol, status int) {
+	to, err := hbone.ParseAuthority(f.PseudoValue("authority"))
+	switch f.PseudoValue("protocol") {
+	case "":
+	case hbone.ConnectUDP:
+		protocol = hbone.UDP
+		if err == nil {
+			to, err = hbone.ParseUDPPath(f.PseudoValue("path"))
+		}
+	default:
+		return to, 0, 501 // as RFC 9220 section 3 has it
+	}
+	if err != nil {
+		return to, 0, 400
+	}
+	return to, protocol, 0
+}
+
 // connectLocked starts the handler of a CONNECT.
 func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
-	authority, err := hbone.ParseAuthority(f.PseudoValue("authority"))
-	if err != nil {
-		c.answerLocked(f, 400)
+	authority, protocol, status := target(f)
+	if status != 0 {
+		c.answerLocked(f, status)
 		return
 	}
 	s := c.newStreamLocked(f.StreamID)
@@ -223,11 +251,18 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 	ctx, cancel := context.WithCancel(c.server.force)
 	s.cancel = cancel
 	r := &hbone.ServerRequest{
-		Target:  authority.AddrPort(),
-		Conn:    c.server.info,
-		Context: ctx,
-		Accept:  s.accept,
-		Reject:  s.reject,
+		Protocol: protocol,
+		Target:   authority.AddrPort(),
+		Conn:     c.server.info,
+		Context:  ctx,
+		Reject:   s.reject,
+	}
+	var fl *flow
+	if protocol == hbone.UDP {
+		fl = &flow{stream: s}
+		r.AcceptDatagrams = fl.accept
+	} else {
+		r.Accept = s.accept
 	}
 	r.Authority = authority.String()
 	for _, field := range f.RegularFields() {
@@ -237,6 +272,9 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 	c.server.work.Go(func() {
 		defer cancel()
 		c.server.serve(r)
+		if fl != nil && !fl.inbox.Delivered() {
+			fl.abandon()
+		}
 		c.mu.Lock()
 		defer c.release()
 		s.cancel = nil

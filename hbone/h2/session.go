@@ -1,11 +1,11 @@
 package h2
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"strconv"
+	"sync"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -16,6 +16,8 @@ import (
 
 // clientState is what only a client's connection has, guarded by conn.mu.
 type clientState struct {
+	settings chan struct{} // closed, by settled, when the peer's are there
+	settled  sync.Once
 	reserved int
 	load     struct {
 		at    time.Duration // when it was looked at, after start
@@ -36,7 +38,8 @@ func newSession(cfg Client, t *tls.Conn) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.client = &clientState{}
+	c.client = &clientState{settings: make(chan struct{})}
+	c.remote = hbone.NewConn(t).Remote
 	c.hello(http2.ClientPreface, http2.Setting{ID: http2.SettingEnablePush, Val: 0})
 	go func() {
 		// What ended it reaches whoever has a stream; a session without one just ends.
@@ -58,14 +61,23 @@ func errGoAway(f *http2.GoAwayFrame) error {
 
 // Start uses up the reservation and queues CONNECT.
 func (s *session) Start(r *hbone.Request) (hbone.Opening, error) {
-	// RFC 9113 section 8.5: no :scheme and no :path.
-	fields := []hpack.HeaderField{{Name: ":method", Value: "CONNECT"}, {Name: ":authority", Value: r.Authority}}
-	r.Fields(func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
+	o, err := s.begin(r, hbone.TCP)
+	if err != nil {
+		return nil, err
+	}
+	return o, nil
+}
+
+func (s *session) begin(r *hbone.Request, protocol hbone.Protocol) (*opening, error) {
+	var fields []hpack.HeaderField
+	err := r.ConnectFields(protocol, s.remote, func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.client.reserved = max(0, s.client.reserved-1)
 	switch {
+	case err != nil:
+		return nil, err
 	case s.conn.err != nil:
 		return nil, refused(s.conn.err)
 	case s.draining:
@@ -91,13 +103,7 @@ func (s *session) Start(r *hbone.Request) (hbone.Opening, error) {
 	st.settled = make(chan struct{})
 	s.pushLocked(control{kind: controlHeaders, stream: st.id, fields: fields})
 	st.startLocked()
-	return opening{st}, nil
-}
-
-// OpenDatagrams gives the reservation back: this transport does not send extended CONNECT.
-func (s *session) OpenDatagrams(context.Context, *hbone.Request, [][]byte) (hbone.DatagramStream, *hbone.Response, error) {
-	s.Release()
-	return nil, nil, hbone.ErrNoDatagrams
+	return &opening{st}, nil
 }
 
 // listSize is a header list's size as RFC 9113 section 6.5.2 counts.

@@ -1,48 +1,33 @@
 package h3
 
 import (
-	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
-	"sync"
+	"sync/atomic"
 
 	"github.com/quic-go/quic-go"
 
 	"github.com/raceway-mesh/raceway/hbone"
 )
 
-// What waits for a flow's Deliver.
-const (
-	maxWaiting     = 16
-	maxWaitingSize = 128 << 10
-)
-
-// flow is a hbone.DatagramStream. rmu serialises its two receivers, the connection's for QUIC
-// DATAGRAM frames and its own for capsules, and guards what they share.
+// flow is a hbone.DatagramStream. Its inbox has two receivers, the connection's for QUIC DATAGRAM
+// frames and its own for capsules.
 type flow struct {
 	*exchange
 	prefix []byte // of every datagram: the stream's number divided by four (RFC 9297 section 2.1)
 
+	inbox    hbone.Inbox
 	capsules hbone.Capsules // of its reader
 
-	rmu      sync.Mutex
-	sink     hbone.DatagramSink // nil until Deliver
-	waiting  [][]byte
-	waitingN int // their bytes
-	over     bool
-	end      error // after over
+	out []byte // of Send; guarded by wmu
 
-	out []byte // of Send, which one goroutine calls; in use under wmu
-
-	mu     sync.Mutex
-	closed bool
-	drops  hbone.DatagramDrops
+	sendFull, foreign atomic.Uint64 // datagrams dropped
 }
 
 func newFlow(x *exchange) *flow {
-	prefix := hbone.AppendVarint(nil, uint64(x.q.StreamID())/4)
-	return &flow{exchange: x, prefix: prefix}
+	return &flow{exchange: x, prefix: hbone.AppendVarint(nil, uint64(x.q.StreamID())/4)}
 }
 
 // Send sends p as a QUIC DATAGRAM frame, else as a capsule.
@@ -74,12 +59,10 @@ func (f *flow) Send(p []byte, fragment bool) error {
 
 // sendable says why nothing can be sent.
 func (f *flow) sendable() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.closed {
+	if f.inbox.Closed() {
 		return net.ErrClosed
 	}
-	if err := f.q.Context().Err(); err != nil {
+	if err := context.Cause(f.q.Context()); err != nil {
 		return f.conn.fault(err)
 	}
 	return nil
@@ -93,7 +76,7 @@ func (f *flow) sendCapsule(p []byte) error {
 	f.out = nil // they are rare, and large
 	switch {
 	case errors.Is(err, quic.ErrWouldBlock):
-		f.count(func(d *hbone.DatagramDrops) { d.SendFull++ })
+		f.sendFull.Add(1)
 		return nil
 	case err != nil:
 		return f.conn.fault(err)
@@ -101,80 +84,28 @@ func (f *flow) sendCapsule(p []byte) error {
 	return nil
 }
 
-func (f *flow) count(add func(*hbone.DatagramDrops)) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	add(&f.drops)
-}
-
 // receive takes the payload of an HTTP datagram, which is the flow's own.
 func (f *flow) receive(payload []byte) {
 	p, err := hbone.ParseDatagram(payload)
 	switch {
 	case errors.Is(err, hbone.ErrForeignContext):
-		f.count(func(d *hbone.DatagramDrops) { d.Foreign++ })
+		f.foreign.Add(1)
 	case err != nil:
 		f.reset(codeDatagram) // its reader tells the user
 	default:
-		f.arrived(p)
-	}
-}
-
-// arrived hands a UDP payload on, or keeps it until Deliver.
-func (f *flow) arrived(p []byte) {
-	f.rmu.Lock()
-	defer f.rmu.Unlock()
-	switch {
-	case f.over:
-	case f.sink != nil:
-		if !f.isClosed() {
-			f.sink.Datagram(p)
-		}
-	case len(f.waiting) == maxWaiting || f.waitingN+len(p) > maxWaitingSize:
-		f.count(func(d *hbone.DatagramDrops) { d.ReceiveFull++ })
-	default:
-		f.waiting = append(f.waiting, bytes.Clone(p))
-		f.waitingN += len(p)
+		f.inbox.Arrived(p)
 	}
 }
 
 // Deliver hands over what waits, and then what arrives.
-func (f *flow) Deliver(sink hbone.DatagramSink) {
-	f.rmu.Lock()
-	defer f.rmu.Unlock()
-	for _, p := range f.waiting {
-		sink.Datagram(p)
-	}
-	f.waiting, f.waitingN = nil, 0
-	f.sink = sink
-	if f.over && !f.isClosed() {
-		sink.End(f.end)
-	}
-}
-
-func (f *flow) isClosed() bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.closed
-}
-
-func (f *flow) hasSink() bool {
-	f.rmu.Lock()
-	defer f.rmu.Unlock()
-	return f.sink != nil
-}
+func (f *flow) Deliver(sink hbone.DatagramSink) { f.inbox.Deliver(sink) }
 
 // read reads capsules until the flow's end, which the stream's is.
 func (f *flow) read() {
 	err := f.readCapsules()
 	f.in.release()
 	f.leave()
-	f.rmu.Lock()
-	defer f.rmu.Unlock()
-	f.over, f.end = true, err
-	if f.sink != nil && !f.isClosed() {
-		f.sink.End(err)
-	}
+	f.inbox.End(err)
 }
 
 // readCapsules returns how the flow ended, as DatagramSink.End is told.
@@ -186,10 +117,9 @@ func (f *flow) readCapsules() error {
 		case isEnd(err):
 			err = f.capsules.End()
 		case err == nil:
-			if err = f.capsules.Feed(p, f.arrived); err == nil {
-				if n := f.capsules.Foreign - foreign; n > 0 {
-					f.count(func(d *hbone.DatagramDrops) { d.Foreign += n })
-				}
+			err = f.capsules.Feed(p, f.inbox.Arrived)
+			f.foreign.Add(f.capsules.Foreign - foreign)
+			if err == nil {
 				continue
 			}
 		case codeOf(err) == codeConnect:
@@ -206,9 +136,7 @@ func (f *flow) readCapsules() error {
 
 // Drops is what was dropped so far.
 func (f *flow) Drops() hbone.DatagramDrops {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.drops
+	return hbone.DatagramDrops{SendFull: f.sendFull.Load(), ReceiveFull: f.inbox.Full(), Foreign: f.foreign.Load()}
 }
 
 // Refuse resets the stream with H3_CONNECT_ERROR, as RFC 9114 section 4.4 has it for TCP.
@@ -227,13 +155,8 @@ func (f *flow) Close() error {
 }
 
 func (f *flow) finish(how func()) {
-	f.mu.Lock()
-	if f.closed {
-		f.mu.Unlock()
-		return
+	if f.inbox.Close() {
+		how()
+		f.leave()
 	}
-	f.closed = true
-	f.mu.Unlock()
-	how()
-	f.leave()
 }

@@ -10,26 +10,11 @@ import (
 	"github.com/raceway-mesh/raceway/hbone"
 )
 
-// connectFields are the header fields of r: CONNECT has no :scheme and no :path (RFC 9114
-// section 4.4), for UDP it has both, and the target is in its path (RFC 9298 section 3.4).
+// connectFields are the header fields of r.
 func connectFields(r *hbone.Request, protocol hbone.Protocol, peer netip.AddrPort) ([]qpack.HeaderField, error) {
-	fields := []qpack.HeaderField{{Name: ":method", Value: "CONNECT"}}
-	if protocol == hbone.UDP {
-		target, err := hbone.ParseAuthority(r.Authority)
-		if err != nil {
-			return nil, err
-		}
-		fields = append(fields,
-			qpack.HeaderField{Name: ":protocol", Value: hbone.ConnectUDP},
-			qpack.HeaderField{Name: ":scheme", Value: "https"},
-			qpack.HeaderField{Name: ":authority", Value: peer.String()},
-			qpack.HeaderField{Name: ":path", Value: hbone.UDPPath(target)},
-			qpack.HeaderField{Name: hbone.CapsuleProtocol, Value: hbone.CapsuleProtocolOn})
-	} else {
-		fields = append(fields, qpack.HeaderField{Name: ":authority", Value: r.Authority})
-	}
-	r.Fields(func(name, value string) { fields = append(fields, qpack.HeaderField{Name: name, Value: value}) })
-	return fields, nil
+	var fields []qpack.HeaderField
+	err := r.ConnectFields(protocol, peer, func(name, value string) { fields = append(fields, qpack.HeaderField{Name: name, Value: value}) })
+	return fields, err
 }
 
 // request is a CONNECT that arrived.

@@ -452,7 +452,7 @@ func (a *asked) finish() {
 	case !accepted: // it was rejected, or could not be answered
 	case s != nil && !s.hasSink():
 		_ = s.Close() // never fails
-	case a.flow != nil && !a.flow.hasSink():
+	case a.flow != nil && !a.flow.inbox.Delivered():
 		_ = a.flow.Close() // never fails
 	}
 	if reset {
