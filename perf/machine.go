@@ -19,21 +19,27 @@ import (
 // is the proxies' own: of agents or of a yardstick (their user and system time; softirq is
 // nobody's).
 type usage struct {
-	user, system, softirq time.Duration
-	proxies               time.Duration
+	User    time.Duration `json:"user"`
+	System  time.Duration `json:"system"`
+	Softirq time.Duration `json:"softirq"`
+	Proxies time.Duration `json:"proxies,omitempty"`
 }
 
 func (u usage) minus(o usage) usage {
-	return usage{u.user - o.user, u.system - o.system, u.softirq - o.softirq, u.proxies - o.proxies}
+	return usage{u.User - o.User, u.System - o.System, u.Softirq - o.Softirq, u.Proxies - o.Proxies}
+}
+
+func (u usage) plus(o usage) usage {
+	return usage{u.User + o.User, u.System + o.System, u.Softirq + o.Softirq, u.Proxies + o.Proxies}
 }
 
 func (u usage) each(yield func(kind string, t time.Duration)) {
-	yield("user", u.user)
-	yield("system", u.system)
-	yield("softirq", u.softirq)
-	yield("total", u.user+u.system+u.softirq)
-	if u.proxies > 0 {
-		yield("proxies", u.proxies)
+	yield("user", u.User)
+	yield("system", u.System)
+	yield("softirq", u.Softirq)
+	yield("total", u.User+u.System+u.Softirq)
+	if u.Proxies > 0 {
+		yield("proxies", u.Proxies)
 	}
 }
 
@@ -65,9 +71,9 @@ func parseUsage(stat string) (usage, error) {
 		ticks[i] = time.Duration(n) * clockTick
 	}
 	return usage{
-		user:    ticks[1] + ticks[2],
-		system:  ticks[3],
-		softirq: ticks[6] + ticks[7],
+		User:    ticks[1] + ticks[2],
+		System:  ticks[3],
+		Softirq: ticks[6] + ticks[7],
 	}, nil
 }
 

@@ -203,7 +203,7 @@ func TestUsageIsTheWholeMachines(t *testing.T) {
 		{
 			"nice is user time and irq counts with softirq",
 			"cpu  100 20 300 9999 50 4 60 7 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n",
-			usage{user: 1200 * time.Millisecond, system: 3 * time.Second, softirq: 640 * time.Millisecond},
+			usage{User: 1200 * time.Millisecond, System: 3 * time.Second, Softirq: 640 * time.Millisecond},
 			false,
 		},
 		{"empty", "", usage{}, true},

@@ -68,7 +68,7 @@ func (st *site) pods(ctx context.Context, found *report.Report) error {
 	own, was := after["client"], before["client"]
 	add("pods", "captured", float64(n))
 	add("rate", "1/s", float64(n)/took.Seconds())
-	add("CPU proxies", "µs each", micros(spent.minus(cpu).proxies)/float64(n))
+	add("CPU proxies", "µs each", micros(spent.minus(cpu).Proxies)/float64(n))
 	add("RSS", "kB each", each(own.rss, was.rss))
 	add("Go memory", "kB each", each(own.heap, was.heap))
 	return nil

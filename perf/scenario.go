@@ -205,12 +205,18 @@ func (st *site) measure(ctx context.Context, w Workload, found *report.Report) e
 	if err != nil {
 		return err
 	}
-	add := func(metric, unit string, value float64) { found.Add(st.scenario.Name, w.Name, metric, unit, value) }
+	record(found, st.scenario.Name, w.Name, got, used)
+	return nil
+}
+
+// record adds what a client found and what the machines used meanwhile.
+func record(found *report.Report, scenario, workload string, got outcome, used usage) {
+	add := func(metric, unit string, value float64) { found.Add(scenario, workload, metric, unit, value) }
 	if got.Bytes > 0 {
 		gb := float64(got.Bytes) / 1e9
 		add("throughput", "Gbit/s", gb*8/got.Elapsed.Seconds())
 		used.each(func(kind string, t time.Duration) { add("CPU "+kind, "s/GB", t.Seconds()/gb) })
-		return nil
+		return
 	}
 	count := float64(got.Latency.Count)
 	add("rate", "1/s", count/got.Elapsed.Seconds())
@@ -218,7 +224,6 @@ func (st *site) measure(ctx context.Context, w Workload, found *report.Report) e
 	add("p99", "µs", micros(got.Latency.P99))
 	add("p99.9", "µs", micros(got.Latency.P999))
 	used.each(func(kind string, t time.Duration) { add("CPU "+kind, "µs each", micros(t)/count) })
-	return nil
 }
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
@@ -291,7 +296,7 @@ func (st *site) usage() (usage, error) {
 		if err != nil {
 			return u, err
 		}
-		u.proxies += own.User + own.System
+		u.Proxies += own.User + own.System
 	}
 	return u, nil
 }

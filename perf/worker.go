@@ -36,14 +36,18 @@ type outcome struct {
 	Latency traffic.Latency `json:"latency,omitzero"`
 }
 
-// Worker is the process inside a pod: `serve`, `load TASK`, `hold TASK`, `mix TASK`, or `relay` with the arguments of
-// yardstick.Relay. A client warms up, writes a
-// line, waits for one on in, makes its load and writes the outcome: so its start-up is not
-// in the measurement.
+// Worker is the process inside a pod: `serve`, `load TASK`, `hold TASK`, `mix TASK`, or `relay`
+// with the arguments of yardstick.Relay. A client warms up, writes a line, waits for one on in,
+// makes its load and writes the outcome: so its start-up is not in the measurement. `meter` and
+// `machine` tell of the machine that the pod is on, the former once for each line on in.
 func Worker(ctx context.Context, args []string, in io.Reader, out io.Writer) error {
 	switch {
 	case len(args) == 1 && args[0] == "serve":
 		return serve(ctx, out)
+	case len(args) == 1 && args[0] == "meter":
+		return meter(in, out)
+	case len(args) == 1 && args[0] == "machine":
+		return json.NewEncoder(out).Encode(ThisMachine())
 	case len(args) > 0 && args[0] == "relay":
 		return yardstick.Relay(ctx, args[1:])
 	case len(args) == 2 && (args[0] == "load" || args[0] == "hold" || args[0] == "mix"):
@@ -59,7 +63,7 @@ func Worker(ctx context.Context, args []string, in io.Reader, out io.Writer) err
 		}
 		return load(ctx, t, in, out)
 	}
-	return fmt.Errorf("worker %q: want serve, relay, or load, hold or mix and a task", args)
+	return fmt.Errorf("worker %q: want serve, meter, machine, relay, or load, hold or mix and a task", args)
 }
 
 func serve(ctx context.Context, out io.Writer) error {
@@ -71,6 +75,21 @@ func serve(ctx context.Context, out io.Writer) error {
 		return errors.Join(err, l.Close())
 	}
 	return traffic.Serve(ctx, l)
+}
+
+// meter writes the machine's CPU time for each line that it is sent.
+func meter(in io.Reader, out io.Writer) error {
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		u, err := machineUsage()
+		if err != nil {
+			return err
+		}
+		if err := json.NewEncoder(out).Encode(u); err != nil {
+			return err
+		}
+	}
+	return lines.Err()
 }
 
 func load(ctx context.Context, t task, in io.Reader, out io.Writer) error {

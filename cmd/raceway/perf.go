@@ -15,11 +15,12 @@ func newPerf(c *cli) *cobra.Command {
 		Long: `Measure throughput, latency, new connections and memory with the mesh, without it and beside
 others, all in one run; and compare the results of two runs.`,
 		Example: `  raceway perf run --short
+  raceway perf job --client-node a --server-node b
   raceway perf compare before.json after.json`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newPerfRun(c), newPerfSoak(c), newPerfCompare(c), newPerfShow(c))
+	cmd.AddCommand(newPerfRun(c), newPerfJob(c), newPerfSoak(c), newPerfCompare(c), newPerfShow(c))
 	addPerfWorkers(cmd)
 	return cmd
 }

@@ -17,6 +17,15 @@ func newPerfRun(*cli) *cobra.Command {
 	}
 }
 
+func newPerfJob(*cli) *cobra.Command {
+	return &cobra.Command{
+		Use:     "job",
+		Short:   "Measure between two nodes of a cluster",
+		Example: "  raceway perf job --client-node a --server-node b",
+		RunE:    func(*cobra.Command, []string) error { return errors.New("the benchmark needs Linux") },
+	}
+}
+
 func newPerfSoak(*cli) *cobra.Command {
 	return &cobra.Command{
 		Use:     "soak",

@@ -26,7 +26,15 @@ func (c *Cluster) Dial(ctx context.Context, a Agent) (net.Conn, error) {
 	if a.Trouble != "" {
 		return nil, fmt.Errorf("pod %s/%s does not run: %s", c.Namespace, a.Pod, a.Trouble)
 	}
-	executor, err := c.executor(a.Pod, "raceway", PipeVerb)
+	return c.exec(ctx, container{c.Namespace, a.Pod, agentContainer}, "raceway", PipeVerb)
+}
+
+// container is one of a pod.
+type container struct{ namespace, pod, name string }
+
+// exec runs a command, joined to its input and output until Close. Read says why it failed.
+func (c *Cluster) exec(ctx context.Context, in container, command ...string) (net.Conn, error) {
+	executor, err := c.executor(in, command...)
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +42,7 @@ func (c *Cluster) Dial(ctx context.Context, a Agent) (net.Conn, error) {
 	// client-go would tell the terminal of every connection that is closed at the end.
 	ctx = klog.NewContext(context.WithoutCancel(ctx), logr.Discard())
 	ctx, cancel := context.WithCancel(ctx)
-	conn := &execConn{Conn: near, cancel: cancel, pod: c.Namespace + "/" + a.Pod, ended: make(chan struct{})}
+	conn := &execConn{Conn: near, cancel: cancel, pod: in.namespace + "/" + in.pod, ended: make(chan struct{})}
 	go func() {
 		var complaint bytes.Buffer
 		err := executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: far, Stdout: far, Stderr: &complaint})
@@ -45,18 +53,18 @@ func (c *Cluster) Dial(ctx context.Context, a Agent) (net.Conn, error) {
 }
 
 // executor prefers a WebSocket (Kubernetes 1.31 and later take it) to SPDY, as kubectl does.
-func (c *Cluster) executor(pod string, command ...string) (remotecommand.Executor, error) {
-	request := c.client.CoreV1().RESTClient().Post().Namespace(c.Namespace).Resource("pods").Name(pod).SubResource("exec").
+func (c *Cluster) executor(in container, command ...string) (remotecommand.Executor, error) {
+	request := c.client.CoreV1().RESTClient().Post().Namespace(in.namespace).Resource("pods").Name(in.pod).SubResource("exec").
 		VersionedParams(&corev1.PodExecOptions{
-			Container: agentContainer, Command: command, Stdin: true, Stdout: true, Stderr: true,
+			Container: in.name, Command: command, Stdin: true, Stdout: true, Stderr: true,
 		}, scheme.ParameterCodec)
 	spdy, err := remotecommand.NewSPDYExecutor(c.config, "POST", request.URL())
 	if err != nil {
-		return nil, fmt.Errorf("exec in pod %s/%s: %w", c.Namespace, pod, err)
+		return nil, fmt.Errorf("exec in pod %s/%s: %w", in.namespace, in.pod, err)
 	}
 	socket, err := remotecommand.NewWebSocketExecutor(c.config, "GET", request.URL().String())
 	if err != nil {
-		return nil, fmt.Errorf("exec in pod %s/%s: %w", c.Namespace, pod, err)
+		return nil, fmt.Errorf("exec in pod %s/%s: %w", in.namespace, in.pod, err)
 	}
 	return remotecommand.NewFallbackExecutor(socket, spdy, func(err error) bool {
 		return httpstream.IsUpgradeFailure(err) || httpstream.IsHTTPSProxyError(err)
