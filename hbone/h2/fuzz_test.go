@@ -63,8 +63,12 @@ func seeds() [][]byte {
 	var block bytes.Buffer
 	udp := hpack.NewEncoder(&block)
 	for _, field := range [][2]string{
-		{":method", "CONNECT"}, {":protocol", "connect-udp"}, {":scheme", "https"}, {":authority", "10.0.0.1:15008"},
-		{":path", "/.well-known/masque/udp/10.0.0.1/53/"}, {"capsule-protocol", "?1"},
+		{":method", "CONNECT"},
+		{":protocol", "connect-udp"},
+		{":scheme", "https"},
+		{":authority", "10.0.0.1:15008"},
+		{":path", "/.well-known/masque/udp/10.0.0.1/53/"},
+		{"capsule-protocol", "?1"},
 	} {
 		_ = udp.WriteField(hpack.HeaderField{Name: field[0], Value: field[1]})
 	}

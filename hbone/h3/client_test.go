@@ -416,3 +416,51 @@ func (b *counted) taken() int {
 	defer b.mu.Unlock()
 	return b.used
 }
+
+// However a stream ends, the peer may open another in its place.
+func TestEveryEndGivesThePlaceBack(t *testing.T) {
+	ends := map[string]func(r *hbone.ServerRequest){
+		"unanswered": func(*hbone.ServerRequest) {},
+		"rejected":   func(r *hbone.ServerRequest) { r.Reject(503) },
+		"served":     echo,
+		"refused": func(r *hbone.ServerRequest) {
+			if f, err := r.AcceptDatagrams(hbone.Response{}); err == nil {
+				_ = f.Refuse()
+			}
+		},
+		"closed": func(r *hbone.ServerRequest) {
+			if f, err := r.AcceptDatagrams(hbone.Response{}); err == nil {
+				_ = f.Close()
+			}
+		},
+	}
+	for name, end := range ends {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, "127.0.0.1", end, func(c *h3.Config, _ *hbone.ServerConfig) { c.MaxStreams = 2 })
+			s := w.connect(t)
+			deadline := time.Now().Add(20 * time.Second)
+			for done := 0; done < 10; {
+				if time.Now().After(deadline) {
+					t.Fatalf("no place after %d streams", done)
+				}
+				var err error
+				if name == "refused" || name == "closed" {
+					var f hbone.DatagramStream
+					if f, _, err = s.OpenDatagrams(t.Context(), request, nil); err == nil {
+						_ = f.Close()
+					}
+				} else {
+					var st hbone.Stream
+					if st, _, err = conformance.Open(t.Context(), s, request); err == nil {
+						_ = st.Close()
+					}
+				}
+				if errors.Is(err, hbone.ErrRefused) { // it is not told yet that there is one
+					time.Sleep(5 * time.Millisecond)
+					continue
+				}
+				done++
+			}
+		})
+	}
+}

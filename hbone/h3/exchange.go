@@ -26,7 +26,8 @@ func newExchange(c *conn, q *quic.Stream, leave func()) *exchange {
 	return &exchange{conn: c, q: q, in: input{from: q}, leave: sync.OnceFunc(leave)}
 }
 
-// reset ends both directions.
+// reset ends both directions. What has ended stays as it is, but quic-go keeps a stream, and the
+// peer's place for it, until its user has ended both.
 func (x *exchange) reset(code code) {
 	x.q.CancelWrite(quic.StreamErrorCode(code))
 	x.q.CancelRead(quic.StreamErrorCode(code))

@@ -210,6 +210,7 @@ func (r *reply) wait(ctx context.Context) (*hbone.Response, error) {
 	defer r.mu.Unlock()
 	switch {
 	case r.err != nil:
+		r.reset(codeCancelled) // both directions, or quic-go keeps the stream
 		r.leave()
 		return nil, r.err
 	case r.status != 0:

@@ -312,6 +312,7 @@ func (c *conn) request(x *exchange) {
 		x.reset(codeIncomplete)
 	default:
 		_ = x.judge(err) // nobody is to be told but the peer
+		x.reset(codeCancelled)
 	}
 	x.in.release()
 	x.leave()
@@ -331,6 +332,8 @@ func (c *conn) forgetUnread(id quic.StreamID) {
 func (x *exchange) answer(status int) {
 	if x.sendHeaders(responseFields(status, hbone.Response{})) == nil {
 		_ = x.q.Close() // fails when it was reset
+	} else {
+		x.q.CancelWrite(quic.StreamErrorCode(codeCancelled)) // quic-go keeps it otherwise
 	}
 	x.q.CancelRead(quic.StreamErrorCode(codeNo))
 }
