@@ -13,8 +13,9 @@ import (
 	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
-// wireSize is how much a Wire moves with one system call.
-const wireSize = 128 << 10
+// wireSize is how much a Wire moves with one system call: eight full records, of 16,406 bytes each
+// in TLS 1.3 (RFC 8446 section 5.2), and so the 128 KiB that fill a transport's buffer at once.
+const wireSize = 132 << 10
 
 // Wire is the connection beneath TLS. crypto/tls reads and writes record by record, 16 KiB at
 // the most; a Wire moves many with one system call, and holds no memory while nothing comes.
@@ -46,7 +47,7 @@ type Wire struct {
 
 var (
 	wireInputs  = sync.Pool{New: func() any { return new([wireSize]byte) }}
-	wireOutputs = sync.Pool{New: func() any { b := make([]byte, 0, wireSize+wireSize/8); return &b }}
+	wireOutputs = sync.Pool{New: func() any { b := make([]byte, 0, wireSize+12<<10); return &b }}
 )
 
 // recordHeader is the size of a TLS record's header (RFC 8446 section 5.1).

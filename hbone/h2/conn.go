@@ -120,7 +120,9 @@ type conn struct {
 	credit     int64  // what arrived and was not yet told to the peer
 	promised   int    // the windows of all streams
 	moved      uint64 // bytes of DATA, both ways
-	probing    bool   // the PING of a probe is on its way
+	probing    bool   // a probe goes on
+	answered   bool   // its PING was answered
+	asked      int64  // when that was sent, on the clock of lastRead
 	probe      uint32
 	acked      bool // the peer has seen our SETTINGS
 

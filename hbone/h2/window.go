@@ -13,7 +13,8 @@ import (
 // is what holds it back, and no longer when nobody reads it:
 //
 //	open ─► floorWindow, which SETTINGS announces ─► startWindow, with the 200 or the CONNECT
-//	   ─► ×4 … StreamWindow       while half of the window is read within a PING's round trip
+//	   ─► ×4 … StreamWindow       while half of the window is read within a PING's round trip,
+//	                              or within leastProbe where that is longer
 //	   ─► startWindow             when it was idle: given back with the bytes that come next
 //	   ─► what is unread ─► 0     after the end
 //
@@ -31,6 +32,10 @@ const (
 	// many streams of that size: the larger a stream, the earlier it stops.
 	startSpare = 256
 	growSpare  = 4
+
+	// leastProbe is how long a probe lasts at least. Between two nodes of a rack a round trip is
+	// shorter than it takes to wake either end: a window for no longer has both of them wait.
+	leastProbe = time.Millisecond
 
 	// maxPause windows at most are read before a stream that did not grow asks again.
 	maxPause = 8
@@ -209,18 +214,24 @@ func (s *stream) probeLocked(n int) {
 	}
 	w.read += n
 	w.ask -= n
+	if c.answered {
+		c.probedLocked()
+	}
 	if w.ask > 0 || c.probing || w.target >= int(c.values.streamWindow) {
 		return
 	}
 	w.ask, w.pause = w.pause*w.target, min(2*w.pause, maxPause)
-	c.probing = true
+	c.probing, c.answered, c.asked = true, false, c.lastRead.Load()
 	c.probe++
 	c.pushLocked(control{kind: controlPing, ping: growPing})
 }
 
-// probedLocked ends a measurement: a stream that read half of its window within a round trip
-// was held back by it.
+// probedLocked ends a measurement whose PING was answered, if it lasted long enough: a stream
+// that read half of its window meanwhile was held back by it.
 func (c *conn) probedLocked() {
+	if c.answered = c.lastRead.Load()-c.asked < int64(leastProbe); c.answered {
+		return // goes on with what is read next
+	}
 	c.probing = false
 	limit := int(c.values.streamWindow)
 	for _, s := range c.streams {

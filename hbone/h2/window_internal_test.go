@@ -69,22 +69,46 @@ func newWindow() (*ledger, *conn, *stream) {
 
 func TestWindowGrowsOnlyIfHalfOfItIsReadInARoundTrip(t *testing.T) {
 	for read, want := range map[int]int{startWindow/2 - 1: startWindow, startWindow / 2: 4 * startWindow} {
-		_, c, s := newWindow()
-		s.startLocked()
-		s.window.ask = 1
-		for _, n := range []int{1, read} { // the first starts the probe
-			if code := s.admitLocked(n); code != http2.ErrCodeNo {
-				t.Fatal(code)
-			}
-			s.consumedLocked(n)
-		}
-		if !c.probing {
-			t.Fatal("nothing was asked")
-		}
-		if c.probedLocked(); s.window.target != want {
+		c, s := probed(t, read)
+		c.lastRead.Store(int64(leastProbe))
+		if c.probedLocked(); s.window.target != want || c.probing {
 			t.Errorf("window is %d after %d bytes were read in a round trip, want %d", s.window.target, read, want)
 		}
 	}
+}
+
+func TestRoundTripCountsForAtLeastAMillisecond(t *testing.T) {
+	c, s := probed(t, startWindow/4)
+	c.lastRead.Store(int64(leastProbe) - 1)
+	if c.probedLocked(); s.window.target != startWindow || !c.probing {
+		t.Fatalf("window is %d after less than %v", s.window.target, leastProbe)
+	}
+	c.lastRead.Store(int64(leastProbe))
+	if receive(t, s, startWindow/4); s.window.target != 4*startWindow || c.probing {
+		t.Errorf("window is %d after half of it was read in %v", s.window.target, leastProbe)
+	}
+}
+
+// probed is a stream of which n bytes were read since a probe began.
+func probed(t *testing.T, n int) (*conn, *stream) {
+	t.Helper()
+	_, c, s := newWindow()
+	s.startLocked()
+	s.window.ask = 1
+	receive(t, s, 1) // starts it
+	receive(t, s, n)
+	if !c.probing {
+		t.Fatal("nothing was asked")
+	}
+	return c, s
+}
+
+func receive(t *testing.T, s *stream, n int) {
+	t.Helper()
+	if code := s.admitLocked(n); code != http2.ErrCodeNo {
+		t.Fatalf("peer within its window gets %s", code)
+	}
+	s.consumedLocked(n)
 }
 
 func TestPeerMayExceedTheWindowOnlyBeforeItKnowsIt(t *testing.T) {
@@ -113,21 +137,14 @@ func TestIdleStreamGivesItsGrowthBackWithTheNextBytes(t *testing.T) {
 	if !s.growLocked(defaultStreamWindow, growSpare) {
 		t.Fatal("window does not grow")
 	}
-	receive := func(n int) {
-		t.Helper()
-		if code := s.admitLocked(n); code != http2.ErrCodeNo {
-			t.Fatalf("peer within its window gets %s", code)
-		}
-		s.consumedLocked(n)
-	}
 	c.lastRead.Store(int64(time.Second))
-	receive(largeChunk)
+	receive(t, s, largeChunk)
 	if budget.used < defaultStreamWindow {
 		t.Fatalf("%d bytes are taken for a window of %d", budget.used, defaultStreamWindow)
 	}
 	c.lastRead.Store(int64(time.Second + idleAfter + 1))
 	for range defaultStreamWindow/largeChunk - 1 { // the peer may use what it got
-		receive(largeChunk)
+		receive(t, s, largeChunk)
 		if budget.used < s.window.open {
 			t.Fatalf("%d bytes are taken while the peer may send %d", budget.used, s.window.open)
 		}
