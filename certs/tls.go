@@ -9,8 +9,12 @@ import (
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 )
 
-// protocol is the one ALPN protocol of an HBONE tunnel over TCP.
-const protocol = "h2"
+// protocol is the one ALPN protocol of an HBONE tunnel over TCP, protocolQUIC of one over QUIC.
+// Which of them a connection has its transport sees to; there is no third.
+const (
+	protocol     = "h2"
+	protocolQUIC = "h3"
+)
 
 // ClientTLS returns the configuration to reach, as self, a peer that must prove one of the
 // identities peers (one at least). It fails with a *NoCertificateError when there is no

@@ -40,7 +40,7 @@ func (v *verifier) connection(state tls.ConnectionState, usage x509.ExtKeyUsage,
 	if err != nil {
 		return err
 	}
-	if state.NegotiatedProtocol != protocol {
+	if state.NegotiatedProtocol != protocol && state.NegotiatedProtocol != protocolQUIC {
 		return refuse(CauseALPN, id, "it offers no %q in ALPN", protocol)
 	}
 	if err := v.chain(id, state.PeerCertificates, usage); err != nil {

@@ -201,9 +201,15 @@ func (a *Agent) newTelemetry() (err error) {
 }
 
 func (a *Agent) newProxy() (err error) {
+	var reset *[32]byte
+	if a.cfg.UDP {
+		if reset, err = resetKey(a.cfg.StateDir); err != nil {
+			return err
+		}
+	}
 	a.proxy, err = proxy.New(proxy.Config{
 		Node: a.cfg.Node, Store: &a.store, Certs: a.keeper, Telemetry: a.telemetry,
-		Limits: a.cfg.Limits, Cluster: a.cfg.ClusterID, KernelPath: offers{a}, Log: a.cfg.Log.With("part", "proxy"),
+		Limits: a.cfg.Limits, Cluster: a.cfg.ClusterID, KernelPath: offers{a}, ResetKey: reset, Log: a.cfg.Log.With("part", "proxy"),
 	})
 	if err != nil {
 		return err

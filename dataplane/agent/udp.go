@@ -2,8 +2,13 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -37,6 +42,28 @@ func (a *Agent) followUDP(ctx context.Context) error {
 		case <-ticker.C:
 		}
 	}
+}
+
+// resetKeyFile holds what QUIC connections of an earlier agent of the node are reset by.
+const resetKeyFile = "quic-reset-key"
+
+// resetKey is the node's, made by its first agent.
+func resetKey(stateDir string) (*[32]byte, error) {
+	path := filepath.Join(stateDir, resetKeyFile)
+	data, err := os.ReadFile(path)
+	var key [32]byte
+	if err == nil && len(data) == len(key) {
+		copy(key[:], data)
+		return &key, nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read the key that resets QUIC connections: %w", err)
+	}
+	rand.Read(key[:]) // never returns an error (Go 1.24)
+	if err := errors.Join(os.MkdirAll(stateDir, 0o700), os.WriteFile(path, key[:], 0o600)); err != nil {
+		return nil, fmt.Errorf("write the key that resets QUIC connections: %w", err)
+	}
+	return &key, nil
 }
 
 // udpKeeper brings the capture of UDP in line with snapshots.

@@ -311,8 +311,19 @@ func (d *Datagrams) Families() (v4, v6 bool) {
 }
 
 // QUIC is the socket for the tunnel's port: what comes to UDP port 15008 of the pod's addresses,
-// and by which the agent may speak to that of others. It is closed with the pod.
-func (d *Datagrams) QUIC() *net.UDPConn { return d.quic }
+// and by which the agent may speak to that of others. It is the caller's descriptor, who closes it.
+func (d *Datagrams) QUIC() (*net.UDPConn, error) {
+	file, err := d.quic.File()
+	if err != nil {
+		return nil, fmt.Errorf("take the socket of the tunnel's UDP port: %w", err)
+	}
+	defer func() { _ = file.Close() }() // FilePacketConn has its own copy
+	conn, err := net.FilePacketConn(file)
+	if err != nil {
+		return nil, fmt.Errorf("take the socket of the tunnel's UDP port: %w", err)
+	}
+	return conn.(*net.UDPConn), nil
+}
 
 func (d *Datagrams) close() error {
 	var errs []error

@@ -637,7 +637,11 @@ func TestUDPTunnelPort(t *testing.T) {
 		forFamilies(t, func(t *testing.T, fam family) {
 			peer := bindUDP(t, f.db.Namespace, at(fam.of(f.db), 15008))
 			say(t, peer, at(fam.of(f.web), 15008), "initial")
-			quic := f.pod.Datagrams().QUIC()
+			quic, err := f.pod.Datagrams().QUIC()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer quic.Close()
 			if from := hear(t, quic, "initial"); from != localOf(peer) {
 				t.Errorf("from %v, want %v", from, localOf(peer))
 			}

@@ -88,7 +88,16 @@ func (r *retirement) due(now time.Time) bool {
 // retireOld takes the pooled connections out of use when their certificate is old.
 func (s *servedPod) retireOld() {
 	if s.retire.due(time.Now()) {
-		s.client.RetireKeys(func(hbone.Key) bool { return true })
+		s.retireTunnels()
+	}
+}
+
+// retireTunnels takes all pooled connections out of use, whatever they are on.
+func (s *servedPod) retireTunnels() {
+	all := func(hbone.Key) bool { return true }
+	s.client.RetireKeys(all)
+	if u := s.datagrams(); u != nil && u.quic != nil {
+		u.quic.client.RetireKeys(all)
 	}
 }
 

@@ -99,18 +99,24 @@ func (p *Proxy) newServedPod(pod Pod, w *dataplane.Workload) *servedPod {
 	if clientTransport == nil {
 		clientTransport = h2.Client{Budget: windows{&s.buffers}}
 	}
-	s.client = hbone.NewClient(hbone.ClientConfig{
-		Dial:           s.dialTunnel,
+	cfg := s.clientConfig()
+	cfg.Dial, cfg.Transport = s.dialTunnel, clientTransport
+	s.client = hbone.NewClient(cfg)
+	return s
+}
+
+// clientConfig has all but the transport.
+func (s *servedPod) clientConfig() hbone.ClientConfig {
+	limits := s.cfg.Limits
+	return hbone.ClientConfig{
 		TLS:            s.clientTLS,
-		Transport:      clientTransport,
 		Stripes:        limits.PairTunnels,
 		MaxHandshakes:  max(1, limits.NodeHandshakes/2),
-		Handshakes:     p.handshakes,
-		IdleTimeout:    p.cfg.TunnelIdle,
-		ConnectTimeout: p.cfg.ConnectTimeout,
-		Log:            p.cfg.Log,
-	})
-	return s
+		Handshakes:     s.handshakes,
+		IdleTimeout:    s.cfg.TunnelIdle,
+		ConnectTimeout: s.cfg.ConnectTimeout,
+		Log:            s.cfg.Log,
+	}
 }
 
 func (p *Proxy) add(s *servedPod) {

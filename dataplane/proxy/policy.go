@@ -168,7 +168,7 @@ func (p *Proxy) followTrust(ctx context.Context) {
 // recheckTrust cuts live tunnels whose certificate was revoked, and lets new streams start
 // on connections that are verified against the trust of the day.
 func (s *servedPod) recheckTrust() {
-	s.client.RetireKeys(func(hbone.Key) bool { return true })
+	s.retireTunnels()
 	s.server.Retire(func(state tls.ConnectionState) bool { return s.cfg.Certs.Distrusted(state) != nil })
 	for _, f := range s.liveFlows() {
 		if conn := f.tunnelConn(s); conn != nil {

@@ -98,6 +98,10 @@ type Config struct {
 	ClientTransport hbone.ClientTransport
 	ServerTransport hbone.ServerTransport
 
+	// ResetKey lets peers of an earlier agent's QUIC connections know that they are gone. nil
+	// leaves them to find out.
+	ResetKey *[32]byte
+
 	// KernelPath takes connections between pods of this node off the proxy. nil takes none.
 	KernelPath KernelPath
 
@@ -253,7 +257,7 @@ func (p *Proxy) Pool() telemetry.Pool {
 func (p *Proxy) RetireTunnels(id spiffe.ID) {
 	for _, s := range p.all() {
 		if s.identity == id {
-			s.client.RetireKeys(func(hbone.Key) bool { return true })
+			s.retireTunnels()
 		}
 	}
 }

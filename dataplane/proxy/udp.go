@@ -37,6 +37,8 @@ type Datagrams interface {
 	// Forget undoes it.
 	Keep(app, client netip.AddrPort) error
 	Forget(app, client netip.AddrPort) error
+	// QUIC is the socket of the tunnel's UDP port, which the caller closes; nil when there is none.
+	QUIC() (*net.UDPConn, error)
 	// SetDeadline has Receive and Refused fail with os.ErrDeadlineExceeded from t on.
 	SetDeadline(t time.Time) error
 }
@@ -57,6 +59,7 @@ type datagramPod struct {
 	d       Datagrams
 	ctx     context.Context // of its flows
 	workers sync.WaitGroup
+	quic    *quicTunnels // nil: it has no socket for them
 
 	mu     sync.Mutex
 	closed bool
@@ -82,6 +85,10 @@ func (p *Proxy) ServeUDP(ctx context.Context, uid string, d Datagrams) error {
 	}
 	live, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	u := &datagramPod{s: s, d: d, ctx: live, flows: make(map[ends]*datagramFlow), live: make(map[*datagramFlow]struct{})}
+	if u.quic, err = s.newQUIC(d); err != nil {
+		cancel(nil)
+		return fmt.Errorf("serve UDP of pod %s: %w", uid, err)
+	}
 	s.udp.Store(u)
 	defer context.AfterFunc(ctx, func() { _ = d.SetDeadline(time.Unix(1, 0)) })()
 
@@ -94,6 +101,12 @@ func (p *Proxy) ServeUDP(ctx context.Context, uid string, d Datagrams) error {
 		return err
 	}
 	group.Go(func() error { return stop(u.receive(ctx)) })
+	if u.quic != nil {
+		force, cut := context.WithCancel(context.Background())
+		defer cut()
+		defer context.AfterFunc(ctx, cut)() // its flows have no drain
+		group.Go(func() error { return stop(s.server.ServeEndpoint(ctx, force, u.quic.endpoint)) })
+	}
 	v4, v6 := d.Families()
 	for family, there := range map[bool]bool{true: v4, false: v6} {
 		if there {
@@ -105,6 +118,7 @@ func (p *Proxy) ServeUDP(ctx context.Context, uid string, d Datagrams) error {
 	u.close()
 	cancel(errForced)
 	u.workers.Wait()
+	err = errors.Join(err, u.quic.close())
 	if err != nil {
 		err = fmt.Errorf("serve UDP of pod %s: %w", uid, err)
 	}

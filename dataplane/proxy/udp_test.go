@@ -23,6 +23,8 @@ type fakeDatagrams struct {
 	told     chan string       // what applications were told
 	deadline chan struct{}
 
+	quic func() (*net.UDPConn, error) // nil: there is none
+
 	mu      sync.Mutex
 	kept    map[[2]netip.AddrPort]bool
 	expired bool
@@ -73,6 +75,13 @@ func (d *fakeDatagrams) Refused(bool) (client, app netip.AddrPort, err error) {
 	case <-d.deadline:
 		return client, app, net.ErrClosed
 	}
+}
+
+func (d *fakeDatagrams) QUIC() (*net.UDPConn, error) {
+	if d.quic == nil {
+		return nil, nil
+	}
+	return d.quic()
 }
 
 func (d *fakeDatagrams) Families() (v4, v6 bool) { return true, false }
@@ -132,11 +141,24 @@ func newUDPWorld(t testing.TB, options ...option) *udpWorld {
 		c.ClientTransport, c.ServerTransport = datagramTransport{}, datagramTransport{}
 	})...)
 	u := &udpWorld{world: w, webUDP: newFakeDatagrams(), dbUDP: newFakeDatagrams()}
+	if w.nodes[0].cfg.ResetKey != nil {
+		u.webUDP.quic, u.dbUDP.quic = tunnelPort(w.web), tunnelPort(w.db)
+	}
 	w.publish(func(c *dataplane.Contents) { c.UDP = map[string]bool{"web": true, "db": true} })
 	u.serveUDP(w.nodes[0], w.web, u.webUDP)
 	u.stopDB = u.serveUDP(w.nodes[1], w.db, u.dbUDP)
 	return u
 }
+
+// tunnelPort makes a socket at the pod's UDP port 15008.
+func tunnelPort(p *fakePod) func() (*net.UDPConn, error) {
+	return func() (*net.UDPConn, error) {
+		return net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.addr, dataplane.PortTunnel)))
+	}
+}
+
+// overQUIC has the flows of a world go by QUIC.
+func overQUIC(c *Config) { c.ResetKey = &[32]byte{1} }
 
 func (u *udpWorld) serveUDP(n *node, pod *fakePod, d *fakeDatagrams) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -179,7 +201,11 @@ func (u *udpWorld) flows(n *node, uid string) int {
 }
 
 func TestUDPFlowBothWays(t *testing.T) {
-	u := newUDPWorld(t)
+	t.Run("QUIC", func(t *testing.T) { testFlowBothWays(t, newUDPWorld(t, overQUIC)) })
+	t.Run("another transport", func(t *testing.T) { testFlowBothWays(t, newUDPWorld(t)) })
+}
+
+func testFlowBothWays(t *testing.T, u *udpWorld) {
 	app, server := u.open(t)
 	for i := range 100 {
 		text := fmt.Sprint("answer ", i)
@@ -228,7 +254,7 @@ func TestUDPEmptyDatagram(t *testing.T) {
 
 // A policy that denies a flow refuses it, and one that comes later ends it.
 func TestUDPPolicy(t *testing.T) {
-	u := newUDPWorld(t)
+	u := newUDPWorld(t, overQUIC)
 	u.open(t)
 	u.publish(func(c *dataplane.Contents) {
 		c.Authorizations = []dataplane.AuthorizationPolicy{{
@@ -251,7 +277,7 @@ func TestUDPPolicy(t *testing.T) {
 }
 
 func TestUDPClosedPortIsTold(t *testing.T) {
-	u := newUDPWorld(t)
+	u := newUDPWorld(t, overQUIC)
 	app, server := u.open(t)
 	u.dbUDP.closed <- fakeDatagram{from: app, to: server}
 	select {
@@ -316,27 +342,27 @@ func TestUDPFlowsAreBounded(t *testing.T) {
 	}
 }
 
-// A thousand peers of one application's socket, and a thousand sockets.
+// Many flows, each with its answer. So many at a time as the queues of a connection hold.
 func TestUDPManyFlows(t *testing.T) {
-	u := newUDPWorld(t)
-	const flows = 50
-	for i := range flows {
-		u.webUDP.sent <- fakeDatagram{from: u.at(u.web, uint16(10000+i)), to: u.at(u.db, 9000), payload: fmt.Sprint(i)}
-	}
-	seen := make(map[string]bool)
-	for range flows {
-		got := u.dbUDP.hear(t)
-		seen[got.payload] = true
-		u.dbUDP.sent <- fakeDatagram{from: got.to, to: got.from, payload: got.payload}
-	}
-	for range flows {
-		got := u.webUDP.hear(t)
-		if fmt.Sprint(int(got.to.Port())-10000) != got.payload {
-			t.Errorf("%v got the answer to %s", got.to, got.payload)
+	u := newUDPWorld(t, overQUIC)
+	const rounds, flows = 20, 25
+	for round := range rounds {
+		for i := range flows {
+			port := uint16(10000 + round*flows + i)
+			u.webUDP.sent <- fakeDatagram{from: u.at(u.web, port), to: u.at(u.db, 9000), payload: fmt.Sprint(port)}
+		}
+		for range flows {
+			got := u.dbUDP.hear(t)
+			u.dbUDP.sent <- fakeDatagram{from: got.to, to: got.from, payload: got.payload}
+		}
+		for range flows {
+			if got := u.webUDP.hear(t); fmt.Sprint(got.to.Port()) != got.payload {
+				t.Errorf("%v got the answer to %s", got.to, got.payload)
+			}
 		}
 	}
-	if len(seen) != flows {
-		t.Errorf("%d different datagrams, want %d", len(seen), flows)
+	if n := u.flows(u.nodes[0], "web"); n != rounds*flows {
+		t.Errorf("%d flows, want %d", n, rounds*flows)
 	}
 }
 

@@ -3,8 +3,10 @@ package proxy
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 
 	"github.com/raceway-mesh/raceway/certs"
 	"github.com/raceway-mesh/raceway/dataplane/route"
@@ -24,7 +26,11 @@ func (f *datagramFlow) open() {
 	stream, sent, err := f.reach(trace)
 	if err != nil {
 		s.refused(f.ctx, f.flow, err)
-		f.fail()
+		if errors.Is(err, syscall.ECONNREFUSED) { // the peer found out before its answer was here
+			f.End(err)
+		} else {
+			f.fail()
+		}
 		return
 	}
 	if !f.up(stream) {
@@ -52,12 +58,12 @@ func (f *datagramFlow) reach(trace string) (hbone.DatagramStream, [][]byte, erro
 		case d.Action == route.Passthrough:
 			return nil, nil, then(failed, &routeError{d.Reason + ", so that it carries no UDP in tunnels"})
 		}
-		stream, err := s.openDatagrams(f.ctx, f.flow, d, trace, first)
+		stream, err := f.u.openDatagrams(f.ctx, f.flow, d, trace, first)
 		if err == nil {
 			return stream, first, nil
 		}
 		failed = then(failed, err)
-		if d.Alternates == 0 || f.ctx.Err() != nil || isFinal(err) {
+		if d.Alternates == 0 || f.ctx.Err() != nil || isFinal(err) || errors.Is(err, syscall.ECONNREFUSED) {
 			break
 		}
 		query.Exclude = append(slices.Clone(query.Exclude), d.Target)
@@ -66,7 +72,8 @@ func (f *datagramFlow) reach(trace string) (hbone.DatagramStream, [][]byte, erro
 }
 
 // openDatagrams asks the peer at d.Target for a flow to it.
-func (s *servedPod) openDatagrams(ctx context.Context, f *flow, d route.Decision, trace string, first [][]byte) (hbone.DatagramStream, error) {
+func (u *datagramPod) openDatagrams(ctx context.Context, f *flow, d route.Decision, trace string, first [][]byte) (hbone.DatagramStream, error) {
+	s := u.s
 	key, request := s.tunnelRequest(f, d, trace)
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
 	defer cancel()
@@ -74,7 +81,7 @@ func (s *servedPod) openDatagrams(ctx context.Context, f *flow, d route.Decision
 		return nil, &credentialError{err}
 	}
 	s.retireOld()
-	tunnel, err := s.client.OpenDatagrams(ctx, key, request, first)
+	tunnel, err := u.tunnel(ctx, key, request, first)
 	if err != nil {
 		s.countTLSError(err)
 		return nil, err

@@ -1,0 +1,97 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/h3"
+)
+
+// quicTunnels are a pod's tunnels over QUIC, on one socket, which carry its flows of UDP. Where
+// nothing answers there the flows go by HTTP/2 (RFC 9298 section 3.4).
+type quicTunnels struct {
+	endpoint *h3.Endpoint
+	client   *hbone.Client
+
+	mu      sync.Mutex
+	blocked map[netip.AddrPort]time.Time // peers that did not answer, until when
+}
+
+const (
+	// quicPatience bounds the wait for a peer's first answer.
+	quicPatience = 3 * time.Second
+	// blockedPause is how long a peer that did not answer is not asked again.
+	blockedPause = time.Minute
+	// maxBlocked bounds the memory of them.
+	maxBlocked = 4096
+)
+
+// newQUIC is nil where d has no socket.
+func (s *servedPod) newQUIC(d Datagrams) (*quicTunnels, error) {
+	conn, err := d.QUIC()
+	if conn == nil || err != nil {
+		return nil, err
+	}
+	endpoint, err := h3.New(h3.Config{
+		Conn: conn, Budget: windows{&s.buffers}, ResetKey: s.cfg.ResetKey, Datagrams: true, Log: s.cfg.Log,
+	})
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	cfg := s.clientConfig()
+	cfg.Connector = endpoint
+	cfg.ConnectTimeout = min(cfg.ConnectTimeout, quicPatience)
+	return &quicTunnels{endpoint: endpoint, client: hbone.NewClient(cfg), blocked: make(map[netip.AddrPort]time.Time)}, nil
+}
+
+func (q *quicTunnels) close() error {
+	if q == nil {
+		return nil
+	}
+	return errors.Join(q.client.Close(), q.endpoint.Close())
+}
+
+func (q *quicTunnels) isBlocked(peer netip.AddrPort) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	until, there := q.blocked[peer]
+	if there && time.Now().After(until) {
+		delete(q.blocked, peer)
+		there = false
+	}
+	return there
+}
+
+func (q *quicTunnels) block(peer netip.AddrPort) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.blocked) >= maxBlocked {
+		clear(q.blocked)
+	}
+	q.blocked[peer] = time.Now().Add(blockedPause)
+}
+
+// tunnel opens a flow over QUIC, or over HTTP/2 where that is not possible.
+func (u *datagramPod) tunnel(ctx context.Context, key hbone.Key, r *hbone.Request, first [][]byte) (*hbone.Flow, error) {
+	if u.quic == nil || u.quic.isBlocked(key.Remote) {
+		return u.s.client.OpenDatagrams(ctx, key, r, first)
+	}
+	f, err := u.quic.client.OpenDatagrams(ctx, key, r, first)
+	var dial *hbone.DialError
+	if err == nil || !errors.As(err, &dial) || ctx.Err() != nil {
+		return f, err
+	}
+	u.quic.block(key.Remote)
+	u.s.cfg.Log.Warn("UDP goes by HTTP/2 to a peer: nothing answers at its UDP port 15008, which a NetworkPolicy may be blocking",
+		"pod", u.s.uid, "peer", key.Remote, "for", blockedPause, "error", err)
+	f, slow := u.s.client.OpenDatagrams(ctx, key, r, first)
+	if slow != nil {
+		return nil, fmt.Errorf("%w; and over HTTP/2: %w", err, slow)
+	}
+	return f, nil
+}
