@@ -17,9 +17,7 @@ import (
 func TestGuardsPassTheAdmittedConnectionAlone(t *testing.T) {
 	inAllModes(t, func(t *testing.T, m mode) {
 		f := newDirect(t, m)
-		to := at(f.db.V4, 8080)
-		l := listenOn(t, f.db, to)
-		f.allow(t, to, 1, to)
+		to, l := f.serve(t, f.db.V4)
 		client, server := f.pair(t, l, to)
 		send(t, client, server, "hello")
 		from := addrPort(client.LocalAddr())
@@ -48,9 +46,7 @@ func TestGuardsPassTheAdmittedConnectionAlone(t *testing.T) {
 func TestTupleOfAnEndedConnectionIsNobodysPass(t *testing.T) {
 	inAllModes(t, func(t *testing.T, m mode) {
 		f := newDirect(t, m)
-		to := at(f.db.V4, 8080)
-		l := listenOn(t, f.db, to)
-		f.allow(t, to, 1, to)
+		to, l := f.serve(t, f.db.V4)
 		client, server := f.pair(t, l, to)
 		send(t, client, server, "hello")
 		from := addrPort(client.LocalAddr())
@@ -78,9 +74,7 @@ func TestConnectionIsTheAgentsWhenItsVerdictLapses(t *testing.T) {
 	f := newDirect(t, modes()[0])
 	for _, fam := range families() {
 		t.Run(fam.name, func(t *testing.T) {
-			to := at(fam.of(f.db), 8080)
-			listenOn(t, f.db, to)
-			f.allow(t, to, 1, to)
+			to, _ := f.serve(t, fam.of(f.db))
 			homes := f.layoutMap(t, "homes")
 			before := f.counter(t, "direct", "proxied_revoked")
 			if err := homes.Put(kernel.ToAddr(to.Addr()), uint64(1)); err != nil {
@@ -129,9 +123,7 @@ func (f *fixture) admissions(t testing.TB) (n int) {
 func TestConnectionIsTheAgentsWhenItsSYNDoesNotArrive(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, _ := f.serve(t, f.db.V4)
 	netnstest.Do(t, f.node.Namespace, func() error {
 		return exec.Command("ip", "route", "replace", "blackhole", f.db.V4.String()+"/32", "table", "main", "metric", "0").Run()
 	})
@@ -178,9 +170,7 @@ func TestNoDataGoesToAPodThatTookTheAddress(t *testing.T) {
 func TestFullMapsLeaveConnectionsToTheAgent(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, _ := f.serve(t, f.db.V4)
 	m := f.shared(t, "admitted")
 	n := int(m.MaxEntries())
 	keys, values := make([]bpf.RacewayTuple, n), make([]bpf.RacewayAdmission, n)
@@ -205,9 +195,7 @@ func TestFullMapsLeaveConnectionsToTheAgent(t *testing.T) {
 func TestRepairPutsTheHooksBack(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	l := listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, l := f.serve(t, f.db.V4)
 	for _, name := range []string{"track", "getpeername4"} {
 		if err := detach(pinDir(f.fixture) + "/layout-" + bpf.Layout() + "/" + name); err != nil {
 			t.Fatal(err)

@@ -78,6 +78,15 @@ func (f *direct) allow(t testing.TB, destination netip.AddrPort, total int, at .
 	}
 }
 
+// serve has db listen at an address of its own, which web may reach by the kernel.
+func (f *direct) serve(t testing.TB, addr netip.Addr) (to netip.AddrPort, l net.Listener) {
+	t.Helper()
+	to = at(addr, 8080)
+	l = listenOn(t, f.db, to)
+	f.allow(t, to, 1, to)
+	return to, l
+}
+
 // directLog keeps the events of a data plane.
 type directLog struct {
 	mu   sync.Mutex
@@ -137,9 +146,7 @@ func TestAllowedConnectionGoesByTheKernel(t *testing.T) {
 		f := newDirect(t, m)
 		for _, fam := range families() {
 			t.Run(fam.name, func(t *testing.T) {
-				to := at(fam.of(f.db), 8080)
-				l := listenOn(t, f.db, to)
-				f.allow(t, to, 1, to)
+				to, l := f.serve(t, fam.of(f.db))
 				client, server := f.pair(t, l, to)
 				send(t, client, server, "request")
 				send(t, server, client, "an answer")
@@ -171,9 +178,7 @@ func TestAllowedConnectionGoesByTheKernel(t *testing.T) {
 func TestBytesAreCountedWhoeverClosesFirst(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	l := listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, l := f.serve(t, f.db.V4)
 	for _, test := range []struct {
 		name  string
 		end   func(client *net.TCPConn, server *net.TCPConn)
@@ -329,9 +334,7 @@ func (f *direct) toAgent(t testing.TB, destination netip.AddrPort) {
 func TestWhatIsNotAllowedAnyMoreGoesThroughTheAgent(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	l := listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, l := f.serve(t, f.db.V4)
 	f.pair(t, l, to)
 	f.toAgent(t, at(f.db.V4, 8081))
 	f.revoke(t)
@@ -372,9 +375,7 @@ func TestOnlyPodsInForceAreAllowed(t *testing.T) {
 func TestSocketsThatAreSpecialGoThroughTheAgent(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, _ := f.serve(t, f.db.V4)
 	sockaddr := &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
 	for _, test := range []struct {
 		name     string
@@ -408,9 +409,7 @@ func TestSocketsThatAreSpecialGoThroughTheAgent(t *testing.T) {
 func TestAppsThatBindFirstGoByTheKernel(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	l := listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, l := f.serve(t, f.db.V4)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	client, err := f.web.Dial(ctx, netns.DialConfig{Remote: to, Local: at(f.web.V4, 5555)})
@@ -428,9 +427,7 @@ func TestAppsThatBindFirstGoByTheKernel(t *testing.T) {
 func TestNobodyConnectsByTheKernelWithoutAnAgent(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	l := listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, l := f.serve(t, f.db.V4)
 	client, server := f.pair(t, l, to)
 	if err := errors.Join(f.pod.Outbound().Close(), f.server.Outbound().Close()); err != nil {
 		t.Fatal(err)
@@ -446,9 +443,7 @@ func TestCutConnectionIsReset(t *testing.T) {
 	f := newDirect(t, modes()[0])
 	for _, fam := range families() {
 		t.Run(fam.name, func(t *testing.T) {
-			to := at(fam.of(f.db), 8080)
-			l := listenOn(t, f.db, to)
-			f.allow(t, to, 1, to)
+			to, l := f.serve(t, fam.of(f.db))
 			client, server := f.pair(t, l, to)
 			send(t, client, server, "before")
 			c := f.events.next(t, addrPort(client.LocalAddr()), kernel.DirectOpened)
@@ -502,9 +497,7 @@ func TestRefusedConnectionIsTold(t *testing.T) {
 func TestServerHearsThatItsClientIsGone(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
-	to := at(f.db.V4, 8080)
-	l := listenOn(t, f.db, to)
-	f.allow(t, to, 1, to)
+	to, l := f.serve(t, f.db.V4)
 	client, server := f.pair(t, l, to)
 	send(t, client, server, "all I have to say")
 	raw, err := client.SyscallConn()
@@ -533,9 +526,7 @@ func TestLiveConnectionsAreFoundAgainByTheNextAgent(t *testing.T) {
 	for name, layout := range map[string]bool{"same layout": false, "other layout": true} {
 		t.Run(name, func(t *testing.T) {
 			f := newDirect(t, modes()[0])
-			to := at(f.db.V4, 8080)
-			l := listenOn(t, f.db, to)
-			f.allow(t, to, 1, to)
+			to, l := f.serve(t, f.db.V4)
 			client, server := f.pair(t, l, to)
 			send(t, client, server, "before")
 			opened := f.events.next(t, addrPort(client.LocalAddr()), kernel.DirectOpened)

@@ -224,27 +224,45 @@ func ping(addr, count string) error {
 	if err != nil {
 		return err
 	}
-	c, err := net.Dial("tcp", addr)
+	took, err := ask(addr, 128, func(made int) bool {
+		if made > 0 {
+			time.Sleep(time.Millisecond)
+		}
+		return made < n
+	})
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, 128)
-	took := make([]time.Duration, 0, n)
-	for range n {
+	fmt.Println(quantile(took, 0.5), quantile(took, 0.99), quantile(took, 0.999))
+	return nil
+}
+
+// ask makes requests of that many bytes one after the other while more wants another, and returns
+// how long each took, the shortest first.
+func ask(addr string, size int, more func(made int) bool) ([]time.Duration, error) {
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	buf := make([]byte, size)
+	var took []time.Duration
+	for more(len(took)) {
 		start := time.Now()
 		if _, err := c.Write(buf); err != nil {
-			return err
+			return nil, err
 		}
 		if _, err := io.ReadFull(c, buf); err != nil {
-			return err
+			return nil, err
 		}
 		took = append(took, time.Since(start))
-		time.Sleep(time.Millisecond)
 	}
 	slices.Sort(took)
-	at := func(q float64) float64 { return float64(took[min(n-1, int(q*float64(n)))].Nanoseconds()) / 1000 }
-	fmt.Println(at(0.5), at(0.99), at(0.999))
-	return nil
+	return took, nil
+}
+
+// quantile of sorted times is in microseconds.
+func quantile(took []time.Duration, q float64) float64 {
+	return float64(took[min(len(took)-1, int(q*float64(len(took))))].Nanoseconds()) / 1000
 }
 
 // pour sends on that many connections, prints a line after a second and how many bytes it sent
@@ -290,24 +308,11 @@ func chatter(addr, duration string) error {
 	if err != nil {
 		return err
 	}
-	c, err := net.Dial("tcp", addr)
+	began := time.Now()
+	took, err := ask(addr, 1024, func(int) bool { return time.Since(began) < d })
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, 1024)
-	var took []time.Duration
-	for began := time.Now(); time.Since(began) < d; {
-		start := time.Now()
-		if _, err := c.Write(buf); err != nil {
-			return err
-		}
-		if _, err := io.ReadFull(c, buf); err != nil {
-			return err
-		}
-		took = append(took, time.Since(start))
-	}
-	slices.Sort(took)
-	at := func(q float64) float64 { return float64(took[int(q*float64(len(took)))].Nanoseconds()) / 1000 }
-	fmt.Println(at(0.5), at(0.99), float64(len(took))/d.Seconds())
+	fmt.Println(quantile(took, 0.5), quantile(took, 0.99), float64(len(took))/d.Seconds())
 	return nil
 }
