@@ -5,56 +5,45 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
-	"text/template"
 	"time"
 
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
+	"github.com/raceway-mesh/raceway/hbone/interop/envoy"
 )
-
-// envoy is a running Envoy.
-type envoy struct {
-	dir string
-	log bytes.Buffer
-}
 
 const envoyRemedy = "set RACEWAY_ENVOY to $(hbone/interop/install-envoy.sh DIR)"
 
-// startEnvoy runs Envoy with a configuration made of a template and waits until it listens
-// on addr. Certificates are in files of its directory, named in the template's data.
-func startEnvoy(t *testing.T, text string, data map[string]any, cert tls.Certificate, ca *hbonetest.CA, addr string) {
+// startEnvoy runs Envoy as a relay with that certificate, and waits until it listens.
+func startEnvoy(t *testing.T, relay envoy.Relay, cert tls.Certificate, ca *hbonetest.CA) {
 	t.Helper()
 	binary := peer(t, "RACEWAY_ENVOY", "envoy", envoyRemedy)
-	e := &envoy{dir: t.TempDir()}
-	for name, content := range map[string][]byte{
-		"root.pem": ca.PEM(), "cert.pem": hbonetest.CertPEM(cert), "key.pem": hbonetest.KeyPEM(t, cert),
-	} {
-		path := filepath.Join(e.dir, name)
+	dir := t.TempDir()
+	write := func(name string, content []byte) string {
+		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		data[strings.TrimSuffix(name, ".pem")] = path
+		return path
 	}
-	var config bytes.Buffer
-	if err := template.Must(template.New("envoy").Parse(text)).Execute(&config, data); err != nil {
+	relay.Root = write("root.pem", ca.PEM())
+	relay.Cert, relay.Key = write("cert.pem", hbonetest.CertPEM(cert)), write("key.pem", hbonetest.KeyPEM(t, cert))
+	config, err := relay.Config()
+	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(e.dir, "envoy.yaml")
-	if err := os.WriteFile(path, config.Bytes(), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	path := write("envoy.yaml", config)
+	var log bytes.Buffer
 	cmd := exec.Command(binary, "-c", path, "--use-dynamic-base-id", "--concurrency", "2", "--log-level", "warning", "--drain-time-s", "1")
-	cmd.Stdout, cmd.Stderr = &e.log, &e.log
+	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -62,10 +51,10 @@ func startEnvoy(t *testing.T, text string, data map[string]any, cert tls.Certifi
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait() // killed
 		if t.Failed() {
-			t.Logf("envoy:\n%s", e.log.Bytes())
+			t.Logf("envoy:\n%s", log.Bytes())
 		}
 	})
-	waitListening(t, addr)
+	waitListening(t, relay.Listen.String())
 }
 
 func waitListening(t *testing.T, addr string) {
@@ -82,110 +71,27 @@ func waitListening(t *testing.T, addr string) {
 	}
 }
 
-// freePort is a port that was free a moment ago.
-func freePort(t *testing.T) uint16 {
+// freeAddr is an address whose port was free a moment ago.
+func freeAddr(t *testing.T) netip.AddrPort {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = l.Close() }()
-	return l.Addr().(*net.TCPAddr).AddrPort().Port()
+	return l.Addr().(*net.TCPAddr).AddrPort()
 }
-
-// envoyClient tunnels plain connections to port through HBONE, as a sidecar does.
-const envoyClient = `
-static_resources:
-  listeners:
-  - name: plain
-    address: {socket_address: {address: 127.0.0.1, port_value: {{.port}}}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.tcp_proxy
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
-          stat_prefix: plain
-          cluster: hbone
-          tunneling_config:
-            hostname: "{{.target}}"
-            headers_to_add:
-            - header: {key: baggage, value: "k8s.namespace.name=demo,k8s.deployment.name=envoy"}
-  clusters:
-  - name: hbone
-    type: STATIC
-    load_assignment:
-      cluster_name: hbone
-      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: {{.hbone}}}}}}]}]
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {http2_protocol_options: {allow_connect: true}}
-    transport_socket:
-      name: envoy.transport_sockets.tls
-      typed_config:
-        "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
-        common_tls_context:
-          alpn_protocols: [h2]
-          tls_params: {tls_minimum_protocol_version: TLSv1_3, tls_maximum_protocol_version: TLSv1_3}
-          tls_certificates: [{certificate_chain: {filename: "{{.cert}}"}, private_key: {filename: "{{.key}}"}}]
-          validation_context:
-            trusted_ca: {filename: "{{.root}}"}
-            match_typed_subject_alt_names: [{san_type: URI, matcher: {exact: "{{.peer}}"}}]
-`
-
-// envoyServer ends HBONE tunnels for one application, as a sidecar or a waypoint does.
-const envoyServer = `
-static_resources:
-  listeners:
-  - name: hbone
-    address: {socket_address: {address: 127.0.0.1, port_value: {{.hbone}}}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: hbone
-          codec_type: HTTP2
-          http2_protocol_options: {allow_connect: true}
-          upgrade_configs: [{upgrade_type: CONNECT}]
-          http_filters:
-          - name: envoy.filters.http.router
-            typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}
-          route_config:
-            virtual_hosts:
-            - name: all
-              domains: ["{{.target}}"]
-              routes:
-              - match: {connect_matcher: {}}
-                route:
-                  cluster: application
-                  upgrade_configs: [{upgrade_type: CONNECT, connect_config: {}}]
-      transport_socket:
-        name: envoy.transport_sockets.tls
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext
-          require_client_certificate: true
-          common_tls_context:
-            alpn_protocols: [h2]
-            tls_params: {tls_minimum_protocol_version: TLSv1_3, tls_maximum_protocol_version: TLSv1_3}
-            tls_certificates: [{certificate_chain: {filename: "{{.cert}}"}, private_key: {filename: "{{.key}}"}}]
-            validation_context: {trusted_ca: {filename: "{{.root}}"}}
-  clusters:
-  - name: application
-    type: STATIC
-    load_assignment:
-      cluster_name: application
-      endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: {{.application}}}}}}]}]
-`
 
 // startEnvoyClient returns the address whose connections Envoy tunnels to target through
 // our server.
 func startEnvoyClient(t *testing.T, s *server, target, peerID string, cert tls.Certificate) string {
 	t.Helper()
-	port := freePort(t)
-	addr := fmt.Sprintf("127.0.0.1:%d", port)
-	startEnvoy(t, envoyClient, map[string]any{"port": port, "target": target, "hbone": s.addr.Port(), "peer": peerID}, cert, s.ca, addr)
-	return addr
+	relay := envoy.Relay{
+		Listen: freeAddr(t), Dial: s.addr, Target: target, Peer: peerID,
+		Baggage: "k8s.namespace.name=demo,k8s.deployment.name=envoy",
+	}
+	startEnvoy(t, relay, cert, s.ca)
+	return relay.Listen.String()
 }
 
 func TestEnvoyAsClient(t *testing.T) {
@@ -254,10 +160,9 @@ func TestEnvoyAsClientIsRejected(t *testing.T) {
 // startEnvoyServer returns the key of an Envoy that serves target with an echo application.
 func startEnvoyServer(t *testing.T, ca *hbonetest.CA, target string, cert tls.Certificate) hbone.Key {
 	t.Helper()
-	port := freePort(t)
-	addr := fmt.Sprintf("127.0.0.1:%d", port)
-	startEnvoy(t, envoyServer, map[string]any{"hbone": port, "target": target, "application": startEcho(t).Port()}, cert, ca, addr)
-	return hbone.Key{Source: hbonetest.ClientID, Peer: hbonetest.ServerID, Remote: netip.MustParseAddrPort(addr)}
+	relay := envoy.Relay{Listen: freeAddr(t), Dial: startEcho(t), Target: target}
+	startEnvoy(t, relay, cert, ca)
+	return hbone.Key{Source: hbonetest.ClientID, Peer: hbonetest.ServerID, Remote: relay.Listen}
 }
 
 func TestEnvoyAsServer(t *testing.T) {

@@ -43,7 +43,7 @@ listen relay
 
 // Command is part of Pair.
 func (h HAProxy) Command(dir string, side Side, path Path) (*exec.Cmd, error) {
-	config, err := render(haproxyConfig, "haproxy.cfg", dir, side, path)
+	config, err := render(dir, side, path)
 	if err != nil {
 		return nil, err
 	}
@@ -51,17 +51,17 @@ func (h HAProxy) Command(dir string, side Side, path Path) (*exec.Cmd, error) {
 }
 
 // render writes a side's configuration and returns its path.
-func render(t *template.Template, name, dir string, side Side, path Path) (string, error) {
+func render(dir string, side Side, path Path) (string, error) {
 	listen, dial := path.hop(side)
 	var text bytes.Buffer
-	err := t.Execute(&text, map[string]any{
-		"Side": string(side), "Listen": listen, "Dial": dial, "Application": path.Application, "Peer": ServerSide.name(),
-		"Root": rootFile(dir), "Cert": certFile(dir, side), "Key": keyFile(dir, side), "Pair": pairFile(dir, side),
+	err := haproxyConfig.Execute(&text, map[string]any{
+		"Side": string(side), "Listen": listen, "Dial": dial, "Peer": ServerSide.name(),
+		"Root": rootFile(dir), "Pair": pairFile(dir, side),
 	})
 	if err != nil {
 		return "", fmt.Errorf("write the configuration: %w", err)
 	}
-	file := filepath.Join(dir, string(side)+"-"+name)
+	file := filepath.Join(dir, string(side)+"-haproxy.cfg")
 	if err := os.WriteFile(file, text.Bytes(), 0o600); err != nil {
 		return "", fmt.Errorf("write the configuration: %w", err)
 	}
