@@ -128,6 +128,8 @@ func exercise(t *testing.T, log *bytes.Buffer) *prometheus.Registry {
 	tel.HandshakeFailed(telemetry.Inbound, "expired")
 	tel.LimitReached("buffers")
 	tel.Repaired("routing")
+	tel.DatagramMoved(telemetry.Outbound)
+	tel.DatagramsDropped(telemetry.Outbound, "queue", 1)
 	tel.Refuse(telemetry.Attempt{Direction: telemetry.Inbound}, telemetry.FlagsDeny, errors.New("no"))
 	c := tel.Open(telemetry.Attempt{Direction: telemetry.Outbound, Socket: conn.(*net.TCPConn)})
 	c.Sent(1)
