@@ -736,6 +736,41 @@ func TestUDPSurvivesAnotherLayout(t *testing.T) {
 	})
 }
 
+// An agent takes over while the one before it lives: what is sent reaches the new one, though both
+// have sockets at the tunnel's port.
+func TestUDPHandover(t *testing.T) {
+	inUDPMode(t, func(t *testing.T, m mode) {
+		f := withUDP(t, m, kernel.UDPConfig{})
+		old, oldPod := f.dp, f.pod
+		if err := old.Yield(); err != nil {
+			t.Fatal(err)
+		}
+		f.open(t)
+		f.openPod(t)
+		app := bindUDP(t, f.web.Namespace, at(f.web.V4, 0))
+		say(t, app, at(f.db.V4, 53), "to the new agent")
+		d := f.captured(t, "to the new agent")
+		peer := bindUDP(t, f.db.Namespace, at(f.db.V4, 0))
+		say(t, peer, at(f.web.V4, 15008), "initial")
+		quic, err := f.pod.Datagrams().QUIC()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer quic.Close()
+		hear(t, quic, "initial")
+		// The old one may still deliver what its tunnels bring.
+		if err := oldPod.Datagrams().Deliver(d.To, d.From, []byte("from the old agent")); err != nil {
+			t.Fatal(err)
+		}
+		hear(t, app, "from the old agent")
+		if err := old.Close(); err != nil {
+			t.Fatal(err)
+		}
+		say(t, app, at(f.db.V4, 53), "to the new agent alone")
+		f.captured(t, "to the new agent alone")
+	})
+}
+
 // Somebody in the pod takes the programs, the sysctl or the entries away.
 func TestUDPRepair(t *testing.T) {
 	netnstest.Require(t)

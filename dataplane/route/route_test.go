@@ -452,3 +452,38 @@ func BenchmarkDecideService(b *testing.B) {
 		Decide(s, flow, nil)
 	}
 }
+
+// UDP goes in a tunnel to who published that it takes it, and never by a TCP port's endpoint.
+func TestUDPGoesToWhoTakesIt(t *testing.T) {
+	pod := func(uid, addr string) dataplane.Workload {
+		return dataplane.Workload{UID: uid, Name: dataplane.Name{Namespace: "shop", Name: uid}, Addrs: []netip.Addr{netip.MustParseAddr(addr)}, Phase: dataplane.PodRunning}
+	}
+	vip := netip.MustParseAddr("10.96.0.1")
+	s := dataplane.NewSnapshot(dataplane.Contents{
+		Workloads: []dataplane.Workload{pod("takes", "10.0.0.1"), pod("not", "10.0.0.2")},
+		Services: []dataplane.Service{{
+			Name: dataplane.Name{Namespace: "shop", Name: "dns"}, Addrs: []netip.Addr{vip},
+			Ports: []dataplane.ServicePort{{Name: "tcp", Port: 53}, {Name: "web", Port: 80}}, UDPPorts: []dataplane.ServicePort{{Name: "udp", Port: 53}},
+			Endpoints: []dataplane.Endpoint{{
+				Addr: netip.MustParseAddr("10.0.0.1"), WorkloadUID: "takes", Ready: true, Ports: map[string]uint16{"tcp": 1, "udp": 5353, "web": 2},
+			}},
+		}},
+		Captured: map[string]bool{"takes": true, "not": true},
+		UDP:      map[string]bool{"takes": true},
+	})
+	for _, c := range []struct {
+		dst    string
+		action Action
+		target string
+	}{
+		{"10.0.0.1:9", Tunnel, "10.0.0.1:9"},
+		{"10.0.0.2:9", Passthrough, "10.0.0.2:9"},
+		{"10.96.0.1:53", Tunnel, "10.0.0.1:5353"},
+		{"10.96.0.1:80", Refuse, ""},
+	} {
+		d := Decide(s, Flow{Dst: netip.MustParseAddrPort(c.dst), UDP: true}, nil)
+		if d.Action != c.action || c.target != "" && d.Target.String() != c.target {
+			t.Errorf("%s: %v %v (%s), want %v %s", c.dst, d.Action, d.Target, d.Reason, c.action, c.target)
+		}
+	}
+}

@@ -201,17 +201,20 @@ func TestPublicationReachesOtherAgents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, captured := range []bool{true, false, true} {
-		var uids []string
-		if captured {
+	for _, published := range []struct{ captured, udp bool }{{true, false}, {true, true}, {true, false}, {false, true}, {true, true}} {
+		var uids, udp []string
+		if published.captured {
 			uids = []string{"u"}
 		}
-		if err := p.PublishCaptured(t.Context(), uids, nil); err != nil {
+		if published.udp {
+			udp = []string{"u"}
+		}
+		if err := p.PublishCaptured(t.Context(), uids, udp); err != nil {
 			t.Fatal(err)
 		}
-		l.until(fmt.Sprintf("with captured = %v", captured), func(s *dataplane.Snapshot) bool {
+		l.until(fmt.Sprintf("with %+v", published), func(s *dataplane.Snapshot) bool {
 			w := s.Workload("u")
-			return w != nil && w.Captured == captured
+			return w != nil && w.Captured == published.captured && w.UDP == (published.captured && published.udp)
 		})
 	}
 }

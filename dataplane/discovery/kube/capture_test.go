@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -36,6 +37,34 @@ func TestCapturedPodsAreAnnotated(t *testing.T) {
 	for _, action := range r.client.Actions() {
 		if action.GetVerb() == "patch" {
 			t.Errorf("patched again: %v", action)
+		}
+	}
+}
+
+// Who takes UDP as well is annotated so, and only while it takes tunnels at all.
+func TestPodsThatTakeUDPAreAnnotated(t *testing.T) {
+	r := newRig(t, shop(), running("web", "node-1", "10.0.0.1"), running("job", "node-1", "10.0.0.2"))
+	r.run()
+	r.until("a snapshot", func(*dataplane.Snapshot) bool { return true })
+	for _, c := range []struct{ captured, udp []string }{
+		{[]string{"uid-web", "uid-job"}, []string{"uid-web"}},
+		{[]string{"uid-web", "uid-job"}, nil},
+		{[]string{"uid-job"}, []string{"uid-web"}},
+		{[]string{"uid-web"}, []string{"uid-web"}},
+	} {
+		if err := r.source.PublishCaptured(t.Context(), c.captured, c.udp); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"web", "job"} {
+			captured := slices.Contains(c.captured, "uid-"+name)
+			udp := captured && slices.Contains(c.udp, "uid-"+name)
+			if got := r.pod(name).Annotations[dataplane.UDPAnnotation] == dataplane.UDPEnabled; got != udp {
+				t.Errorf("%+v: %s is annotated as taking UDP: %v", c, name, got)
+			}
+			r.until("what is published", func(s *dataplane.Snapshot) bool {
+				w := workload(s, name)
+				return w.Captured == captured && w.UDP == udp
+			})
 		}
 	}
 }

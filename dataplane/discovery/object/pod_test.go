@@ -3,6 +3,9 @@ package object
 import (
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/raceway-mesh/raceway/dataplane"
 )
 
@@ -122,5 +125,38 @@ func TestOwner(t *testing.T) {
 			w := contents(t, `{apiVersion: v1, kind: Pod, metadata: {name: p, labels: `+c.labels+`, ownerReferences: `+c.refs+`}}`).Workloads[0]
 			equal(t, "owner", w.Owner, c.want)
 		})
+	}
+}
+
+// Ports that UDP leaves alone, and of what cannot be read none. What is kept of a pod reads the
+// same.
+func TestUDPClearPorts(t *testing.T) {
+	for text, want := range map[string][]dataplane.PortRange{
+		"123":                    {{First: 123, Last: 123}},
+		"123, 10000-20000":       {{First: 123, Last: 123}, {First: 10000, Last: 20000}},
+		"1,2,3,4,5,6,7,8":        {{1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 5}, {6, 6}, {7, 7}, {8, 8}},
+		"1,2,3,4,5,6,7,8,9":      nil,
+		"":                       nil,
+		"0":                      nil,
+		"5-4":                    nil,
+		"1-65536":                nil,
+		"dns":                    nil,
+		"123,":                   nil,
+		"-":                      nil,
+		"123-":                   nil,
+		"65535-65535":            {{First: 65535, Last: 65535}},
+		"99999999999999999999-1": nil,
+	} {
+		in := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "a", UID: "u", Annotations: map[string]string{dataplane.UDPClearAnnotation: text}}}
+		o, err := FromPod(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		equal(t, "ports of "+text, o.value.(pod).UDPClear, want)
+		again, err := FromPod(o.Encode().(*corev1.Pod))
+		if err != nil {
+			t.Fatal(err)
+		}
+		equal(t, "kept ports of "+text, again.value.(pod).UDPClear, want)
 	}
 }
