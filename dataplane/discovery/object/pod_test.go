@@ -131,10 +131,14 @@ func TestOwner(t *testing.T) {
 // Ports that UDP leaves alone, and of what cannot be read none. What is kept of a pod reads the
 // same.
 func TestUDPClearPorts(t *testing.T) {
+	var eight []dataplane.PortRange
+	for port := range uint16(8) {
+		eight = append(eight, dataplane.PortRange{First: port + 1, Last: port + 1})
+	}
 	for text, want := range map[string][]dataplane.PortRange{
 		"123":                    {{First: 123, Last: 123}},
 		"123, 10000-20000":       {{First: 123, Last: 123}, {First: 10000, Last: 20000}},
-		"1,2,3,4,5,6,7,8":        {{1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 5}, {6, 6}, {7, 7}, {8, 8}},
+		"1,2,3,4,5,6,7,8":        eight,
 		"1,2,3,4,5,6,7,8,9":      nil,
 		"":                       nil,
 		"0":                      nil,
