@@ -38,10 +38,11 @@ import (
 const alpn = "h3"
 
 // What a connection begins with: windows in bytes, of which a stream's must hold the longest
-// datagram in a capsule.
+// datagram in a capsule. They grow while they are read as fast as bytes come; a connection that
+// carries flows alone needs no more.
 const (
-	initialStreamWindow = 256 << 10
-	initialConnWindow   = 512 << 10
+	initialStreamWindow = 96 << 10
+	initialConnWindow   = 192 << 10
 	maxUniStreams       = 16 // RFC 9114 section 6.2 asks for three
 )
 
@@ -106,7 +107,8 @@ type Endpoint struct {
 
 	mu       sync.Mutex
 	gate     *hbone.Gate // nil while it does not listen
-	sessions sync.WaitGroup
+	closed   bool
+	sessions sync.WaitGroup // those that it made
 }
 
 var (
@@ -137,6 +139,9 @@ func New(cfg Config) (*Endpoint, error) {
 
 // Close ends all connections at once, and the socket.
 func (e *Endpoint) Close() error {
+	e.mu.Lock()
+	e.closed = true
+	e.mu.Unlock()
 	err := e.transport.Close()
 	e.sessions.Wait()
 	if err = errors.Join(err, e.cfg.Conn.Close()); err != nil && !errors.Is(err, net.ErrClosed) {

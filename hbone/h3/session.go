@@ -66,6 +66,13 @@ func (e *Endpoint) Connect(ctx context.Context, key hbone.Key, cfg *tls.Config) 
 		return nil, nil, fmt.Errorf("start a session with %s: %w", key.Remote, err)
 	}
 	s := &session{conn: c, done: make(chan struct{})}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed { // its transport ends the connection
+		c.join()
+		w.give()
+		return nil, nil, &hbone.DialError{Remote: key.Remote, Err: net.ErrClosed}
+	}
 	e.sessions.Go(func() {
 		<-q.Context().Done()
 		c.join()
