@@ -25,6 +25,9 @@ type quicTunnels struct {
 const (
 	// quicPatience bounds the wait for a peer's first answer.
 	quicPatience = 3 * time.Second
+	// maxConnFlows is how many flows share a connection: nearly as many as a peer of ours takes
+	// (h3.Config.MaxStreams), since each connection costs more than a flow.
+	maxConnFlows = 900
 	// blockedPause is how long a peer that did not answer is not asked again.
 	blockedPause = time.Minute
 	// maxBlocked bounds the memory of them.
@@ -46,6 +49,7 @@ func (s *servedPod) newQUIC(d Datagrams) (*quicTunnels, error) {
 	cfg := s.clientConfig()
 	cfg.Connector = endpoint
 	cfg.ConnectTimeout = min(cfg.ConnectTimeout, quicPatience)
+	cfg.MaxStreamsPerConn = maxConnFlows
 	return &quicTunnels{endpoint: endpoint, client: hbone.NewClient(cfg), blocked: make(map[netip.AddrPort]time.Time)}, nil
 }
 
