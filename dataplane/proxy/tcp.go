@@ -98,10 +98,11 @@ func (l *tcpLeg) awaitReadable() error {
 // park has wake called once when one of events, an error or a hang-up comes to the socket. wake
 // must not wait. Nothing is called any more once the leg is released.
 func (l *tcpLeg) park(lot *lot, events uint32, wake func()) {
-	// An error is that of a socket that is closed: then everything has ended.
+	// The lock comes first: abort closes the socket under it, which waits for whoever is in a
+	// Control. An error is that of a socket that is closed: then everything has ended.
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	_ = l.raw.Control(func(fd uintptr) {
-		l.mu.Lock()
-		defer l.mu.Unlock()
 		if l.released {
 			return
 		}
@@ -115,11 +116,9 @@ func (l *tcpLeg) park(lot *lot, events uint32, wake func()) {
 
 // unpark takes the socket out of the lot, if it is there.
 func (l *tcpLeg) unpark() {
-	_ = l.raw.Control(func(fd uintptr) { // as in park
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.unparkLocked(int(fd))
-	})
+	l.mu.Lock() // as in park
+	defer l.mu.Unlock()
+	_ = l.raw.Control(func(fd uintptr) { l.unparkLocked(int(fd)) })
 }
 
 func (l *tcpLeg) unparkLocked(fd int) {
@@ -131,9 +130,9 @@ func (l *tcpLeg) unparkLocked(fd int) {
 
 // release has nobody wait for the socket any more.
 func (l *tcpLeg) release() {
+	l.mu.Lock() // as in park
+	defer l.mu.Unlock()
 	_ = l.raw.Control(func(fd uintptr) {
-		l.mu.Lock()
-		defer l.mu.Unlock()
 		l.released = true
 		l.unparkLocked(int(fd))
 	})
