@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"regexp"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -84,10 +87,39 @@ func (st *site) soak(ctx context.Context, d time.Duration, found *SoakReport) (e
 	err = group.Wait()
 	end()
 	if err != nil {
-		return err
+		return fmt.Errorf("%w%s", err, st.witnesses(err))
 	}
 	found.After, err = st.vitals(ctx)
 	return err
+}
+
+// clientEnd is the client's address in an error of package net.
+var clientEnd = regexp.MustCompile(`\S+:\d+->`)
+
+// witnesses is what the agents have logged of the connection that err is about, to go behind it.
+func (st *site) witnesses(err error) string {
+	client := strings.TrimSuffix(clientEnd.FindString(err.Error()), "->")
+	if client == "" {
+		return ""
+	}
+	said := ""
+	for _, n := range st.lab.Nodes() {
+		a := st.lab.Agent(n)
+		if a == nil {
+			continue
+		}
+		content, err := os.ReadFile(a.Log)
+		if err != nil {
+			said += fmt.Sprintf("; the log of the agent of %s: %v", n.Name, err)
+			continue
+		}
+		for line := range strings.Lines(string(content)) {
+			if strings.Contains(line, client) {
+				said += fmt.Sprintf("\n\t%s: %s", n.Name, strings.TrimSpace(line))
+			}
+		}
+	}
+	return said
 }
 
 // mixed runs the load in the client's pod.
