@@ -1,13 +1,18 @@
 package proxy
 
 import (
+	"errors"
 	"io"
 	"net"
 	"runtime"
+	"syscall"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 // parked is how many sockets wait in the lots of both nodes.
@@ -121,4 +126,44 @@ func TestParkedConnectionsAreCutAtTheForcedEnd(t *testing.T) {
 	cut()
 	wantReset(t, client)
 	<-ended
+}
+
+// A reset from one goroutine meets another that parks the socket: closing a socket waits for those
+// that use it.
+func TestResetMeetsParking(t *testing.T) {
+	for range 200 {
+		a, b := hbonetest.TCPPair(t)
+		leg, err := newTCPLeg(a.(*net.TCPConn), "the application")
+		if err != nil {
+			t.Fatal(err)
+		}
+		parking, done := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(done)
+			var l lot
+			for i := 0; ; i++ {
+				leg.park(&l, unix.EPOLLIN, func() {})
+				leg.unpark()
+				if i == 10 {
+					close(parking)
+				}
+				leg.mu.Lock()
+				released := leg.released
+				leg.mu.Unlock()
+				if released && i > 10 {
+					return
+				}
+			}
+		}()
+		<-parking
+		go leg.abort()
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			t.Fatal("both wait for each other")
+		}
+		if _, err := b.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Fatalf("the other end sees %v, want a reset", err)
+		}
+	}
 }

@@ -214,6 +214,9 @@ func (l *tcpLeg) awaitWritable() error {
 func (l *tcpLeg) closeWrite() error {
 	l.mu.Lock() // not to undo what abort sets
 	defer l.mu.Unlock()
+	if l.released {
+		return l.fail("end the stream to", net.ErrClosed)
+	}
 	if err := l.conn.CloseWrite(); err != nil {
 		return l.fail("end the stream to", err)
 	}
@@ -242,11 +245,10 @@ func (l *tcpLeg) finish() {
 	_ = l.conn.Close()
 }
 
-// abort resets the connection.
+// abort resets the connection. Close waits for who uses the socket, as park does while it waits for
+// mu: so it is called without.
 func (l *tcpLeg) abort() {
 	l.release()
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	reset(l.conn)
 }
 
