@@ -178,7 +178,7 @@ func (u *datagramPod) dispatch(b []byte, d dataplane.Datagram) {
 		size = min(size, len(b))
 	}
 	if fresh {
-		u.workers.Go(f.open)
+		u.spawn(f.open)
 	}
 }
 
@@ -314,4 +314,13 @@ func (s *servedPod) beginDatagrams(f *flow) error {
 	s.flows[f] = struct{}{}
 	s.datagramFlows++
 	return nil
+}
+
+// spawn runs work that close waits for, and nothing any more once the pod's UDP is closed.
+func (u *datagramPod) spawn(work func()) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if !u.closed {
+		u.workers.Go(work)
+	}
 }

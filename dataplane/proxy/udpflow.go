@@ -90,7 +90,7 @@ func (f *datagramFlow) push(payload []byte, fragment bool) {
 	f.sending = true
 	f.mu.Unlock()
 	if start {
-		f.u.workers.Go(f.send)
+		f.u.spawn(f.send)
 	}
 }
 

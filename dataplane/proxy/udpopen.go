@@ -141,7 +141,7 @@ func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
 		return
 	}
 	if f.up(stream) {
-		u.workers.Go(f.send) // what the application said meanwhile
+		u.spawn(f.send) // what the application said meanwhile
 		<-f.done
 	}
 }
