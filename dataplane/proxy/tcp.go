@@ -98,8 +98,8 @@ func (l *tcpLeg) awaitReadable() error {
 // park has wake called once when one of events, an error or a hang-up comes to the socket. wake
 // must not wait. Nothing is called any more once the leg is released.
 func (l *tcpLeg) park(lot *lot, events uint32, wake func()) {
-	// The lock comes first: abort closes the socket under it, which waits for whoever is in a
-	// Control. An error is that of a socket that is closed: then everything has ended.
+	// The lock comes first: nobody waits for it in a Control, which would hold up whoever closes
+	// the socket. An error is that of a socket that is closed: then everything has ended.
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	_ = l.raw.Control(func(fd uintptr) {
@@ -245,8 +245,7 @@ func (l *tcpLeg) finish() {
 	_ = l.conn.Close()
 }
 
-// abort resets the connection. Close waits for who uses the socket, as park does while it waits for
-// mu: so it is called without.
+// abort resets the connection. It does not hold the lock, since Close waits for who uses the socket.
 func (l *tcpLeg) abort() {
 	l.release()
 	reset(l.conn)
