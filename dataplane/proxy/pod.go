@@ -158,8 +158,8 @@ type flow struct {
 	attempt *telemetry.Attempt      // until it is open or refused
 	guarded *guarded                // what policy looks at again when it changes; nil for outbound ones
 	tunnel  *hbone.Conn
-	settled bool  // it no longer counts as pending
-	files   int64 // taken of the budgets
+	settled atomic.Bool // it no longer counts as pending
+	files   int64       // taken of the budgets
 	// datagrams says that it is of UDP.
 	datagrams bool
 }
@@ -211,8 +211,7 @@ func (s *servedPod) openFiles(f *flow, n int64) error {
 
 // settle is called when a connection is set up: it is not pending any more.
 func (s *servedPod) settle(f *flow) {
-	if !f.settled {
-		f.settled = true
+	if !f.settled.Swap(true) { // a flow of UDP may end while it is set up
 		s.pending.give(1)
 	}
 }

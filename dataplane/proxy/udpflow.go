@@ -222,6 +222,10 @@ const retryPause = time.Second
 // another at once.
 func (f *datagramFlow) fail() {
 	f.mu.Lock()
+	if f.ended { // while it was set up
+		f.mu.Unlock()
+		return
+	}
 	f.ended = true
 	lost := len(f.queue)
 	f.queue, f.size = nil, 0
