@@ -36,6 +36,27 @@ static __always_inline void read_arrival(struct bpf_sk_lookup *ctx, struct arriv
 	a->on_loopback = ctx->ingress_ifindex == LOOPBACK_IFINDEX;
 }
 
+/* Hands what arrived to the agent's socket at key, and drops it while there is none. */
+static __always_inline int assign(struct bpf_sk_lookup *ctx, void *sockets, const struct listener_key *key,
+				  enum counter counted)
+{
+	struct bpf_sock *sk = bpf_map_lookup_elem(sockets, key);
+	long err;
+
+	if (!sk) {
+		count(STEER_DROPPED_NO_LISTENER);
+		return SK_DROP;
+	}
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) {
+		count(STEER_DROPPED_ASSIGN);
+		return SK_DROP;
+	}
+	count(counted);
+	return SK_PASS;
+}
+
 /*
  * The same for UDP, datagram by datagram, where no socket is connected to its sender:
  *
@@ -49,8 +70,6 @@ static __always_inline int steer_udp(struct bpf_sk_lookup *ctx, struct listener_
 {
 	struct pod *pod = self_pod(key->netns);
 	struct arrival a = {};
-	struct bpf_sock *sk;
-	long err;
 
 	if (!pod || !(pod->flags & POD_UDP)) {
 		count(STEER_NOT_TCP);
@@ -76,19 +95,7 @@ static __always_inline int steer_udp(struct bpf_sk_lookup *ctx, struct listener_
 		count(STEER_LEFT);
 		return SK_PASS;
 	}
-	sk = bpf_map_lookup_elem(&receivers, key);
-	if (!sk) {
-		count(STEER_DROPPED_NO_LISTENER);
-		return SK_DROP;
-	}
-	err = bpf_sk_assign(ctx, sk, 0);
-	bpf_sk_release(sk);
-	if (err) {
-		count(STEER_DROPPED_ASSIGN);
-		return SK_DROP;
-	}
-	count(STEER_DATAGRAM + key->kind - LISTENER_DATAGRAMS);
-	return SK_PASS;
+	return assign(ctx, &receivers, key, STEER_DATAGRAM + key->kind - LISTENER_DATAGRAMS);
 }
 
 SEC("sk_lookup")
@@ -96,9 +103,7 @@ int steer(struct bpf_sk_lookup *ctx)
 {
 	struct listener_key key = { .netns = self_netns() };
 	struct arrival a = {};
-	struct bpf_sock *sk;
 	struct pod *pod;
-	long err;
 
 	if (ctx->protocol == IPPROTO_UDP)
 		return steer_udp(ctx, &key);
@@ -125,17 +130,5 @@ int steer(struct bpf_sk_lookup *ctx)
 			return SK_PASS;
 		}
 	}
-	sk = bpf_map_lookup_elem(&listeners, &key);
-	if (!sk) {
-		count(STEER_DROPPED_NO_LISTENER);
-		return SK_DROP;
-	}
-	err = bpf_sk_assign(ctx, sk, 0);
-	bpf_sk_release(sk);
-	if (err) {
-		count(STEER_DROPPED_ASSIGN);
-		return SK_DROP;
-	}
-	count(STEER_OUTBOUND + key.kind - LISTENER_OUTBOUND);
-	return SK_PASS;
+	return assign(ctx, &listeners, &key, STEER_OUTBOUND + key.kind - LISTENER_OUTBOUND);
 }
