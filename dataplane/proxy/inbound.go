@@ -78,13 +78,21 @@ func (f *flow) describe(s *servedPod, source telemetry.Peer, destination netip.A
 // errNotServed is a pod that is not one of this node's any more.
 var errNotServed = errors.New("the pod is not one of this node's enrolled pods")
 
-// admit authorizes f and dials the application from the client's address.
-func (s *servedPod) admit(ctx context.Context, f *flow, client netip.AddrPort) (*tcpLeg, error) {
+// permit authorizes f, to a pod that is this node's.
+func (s *servedPod) permit(f *flow) error {
 	if err := s.authorize(f); err != nil {
-		return nil, err
+		return err
 	}
 	if _, now, _ := s.workload(); now == nil || now.Node != s.cfg.Node && s.cfg.Node != "" {
-		return nil, errNotServed
+		return errNotServed
+	}
+	return nil
+}
+
+// admit permits f and dials the application from the client's address.
+func (s *servedPod) admit(ctx context.Context, f *flow, client netip.AddrPort) (*tcpLeg, error) {
+	if err := s.permit(f); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
 	defer cancel()
@@ -151,24 +159,14 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 	defer context.AfterFunc(r.Context, func() {
 		cancel(cmp.Or(context.Cause(live), errStreamEnded)) // live's end is the stream's as well
 	})()
-	f.attempt.Destination.Identity = s.identity
-	f.attempt.Tunnel = r.Conn.Local
-	f.attempt.Socket = tcpOf(r.Conn)
-	f.attempt.Service = s.requestedService(r, f.attempt.Destination.Workload)
-	f.tunnel = r.Conn
+	f.tunnelled(s, r)
 	if err := s.begin(f); err != nil {
 		f.cancel(nil)
 		r.Reject(503)
 		s.refused(ctx, f, err)
 		return
 	}
-	err := checkRequest(r)
-	if err == nil && identityErr != nil {
-		err = &deniedError{cause: identityErr.Error()}
-	}
-	if err == nil {
-		err = s.revoked(r.Conn)
-	}
+	err := s.checkTunnel(r, identityErr)
 	var app *tcpLeg
 	if err == nil {
 		app, err = s.admit(ctx, f, client)
@@ -179,11 +177,7 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 		s.end(f)
 		return
 	}
-	var own hbone.Baggage
-	if w := f.attempt.Destination.Workload; w != nil {
-		own = s.baggage(w)
-	}
-	stream, err := r.Accept(hbone.Response{Baggage: own})
+	stream, err := r.Accept(s.response(f))
 	if err != nil {
 		app.abort()
 		s.refused(ctx, f, fmt.Errorf("answer the peer: %w", err))
@@ -191,6 +185,36 @@ func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
 		return
 	}
 	s.relay(ctx, f, newStreamLeg(stream, "the peer"), app, 0)
+}
+
+// tunnelled notes the tunnel of an inbound flow, which is described.
+func (f *flow) tunnelled(s *servedPod, r *hbone.ServerRequest) {
+	f.attempt.Destination.Identity = s.identity
+	f.attempt.Tunnel = r.Conn.Local
+	f.attempt.Socket = tcpOf(r.Conn)
+	f.attempt.Service = s.requestedService(r, f.attempt.Destination.Workload)
+	f.tunnel = r.Conn
+}
+
+// checkTunnel is HBONE's checks but for authorization, in their order. identityErr is why the peer
+// has no identity.
+func (s *servedPod) checkTunnel(r *hbone.ServerRequest, identityErr error) error {
+	if err := checkRequest(r); err != nil {
+		return err
+	}
+	if identityErr != nil {
+		return &deniedError{cause: identityErr.Error()}
+	}
+	return s.revoked(r.Conn)
+}
+
+// response describes the destination of f to the peer.
+func (s *servedPod) response(f *flow) hbone.Response {
+	var r hbone.Response
+	if w := f.attempt.Destination.Workload; w != nil {
+		r.Baggage = s.baggage(w)
+	}
+	return r
 }
 
 // errStreamEnded is a tunnel that its peer gave up, or whose connection was lost.

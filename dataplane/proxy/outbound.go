@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"slices"
@@ -211,26 +212,42 @@ func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPo
 
 // openTunnel asks the peer at d.Target for a stream to it, which first may begin.
 func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, trace string, first *hbone.First) (leg, error) {
-	key, request := s.tunnelRequest(f, d, trace)
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
-	defer cancel()
-	if err := s.cfg.Certs.Ready(ctx, s.identity); err != nil {
-		return nil, &credentialError{err}
-	}
-	s.retireOld()
-	tunnel, err := s.client.OpenWith(ctx, key, request, first)
+	var tunnel *hbone.Tunnel
+	err := s.reachPeer(ctx, f, d, trace, func(ctx context.Context, key hbone.Key, r *hbone.Request) (_ *hbone.Conn, _ io.Closer, err error) {
+		if tunnel, err = s.client.OpenWith(ctx, key, r, first); err != nil {
+			return nil, nil, err
+		}
+		return tunnel.Conn, tunnel, nil
+	})
 	if err != nil {
-		s.countTLSError(err)
-		return nil, err
-	}
-	f.setTunnel(s, tunnel.Conn)
-	// From here on recheckTrust sees the tunnel; what was revoked before is seen here.
-	if err := s.revoked(tunnel.Conn); err != nil {
-		_ = tunnel.Close()
 		return nil, err
 	}
 	tunnel.Response = nil // nobody reads it: not to be held
 	return newStreamLeg(tunnel, "the peer"), nil
+}
+
+// reachPeer has open ask the peer at d.Target for what f needs: it returns the connection that
+// carries it, and what ends it.
+func (s *servedPod) reachPeer(ctx context.Context, f *flow, d route.Decision, trace string, open func(context.Context, hbone.Key, *hbone.Request) (*hbone.Conn, io.Closer, error)) error {
+	key, request := s.tunnelRequest(f, d, trace)
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
+	defer cancel()
+	if err := s.cfg.Certs.Ready(ctx, s.identity); err != nil {
+		return &credentialError{err}
+	}
+	s.retireOld()
+	conn, opened, err := open(ctx, key, request)
+	if err != nil {
+		s.countTLSError(err)
+		return err
+	}
+	f.setTunnel(s, conn)
+	// From here on recheckTrust sees the tunnel; what was revoked before is seen here.
+	if err := s.revoked(conn); err != nil {
+		_ = opened.Close()
+		return err
+	}
+	return nil
 }
 
 // tunnelRequest is what f asks the peer at d.Target for, and in which session.

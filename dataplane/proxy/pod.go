@@ -167,13 +167,8 @@ type flow struct {
 // begin admits a connection or says which limit it exceeds. end must be called after nil.
 func (s *servedPod) begin(f *flow) error {
 	limits := &s.cfg.Limits
-	if n := s.conns.Add(1); n > int64(limits.NodeConnections) {
-		s.conns.Add(-1)
-		return s.exceeded(limitNodeConnections, int64(limits.NodeConnections))
-	}
-	if !s.pending.take(1) {
-		s.conns.Add(-1)
-		return s.exceeded(limitPodPending, int64(limits.PodPending))
+	if err := s.claim(); err != nil {
+		return err
 	}
 	s.mu.Lock()
 	admitted := len(s.flows)-s.datagramFlows < limits.PodConnections
@@ -189,6 +184,20 @@ func (s *servedPod) begin(f *flow) error {
 	if err := s.openFiles(f, 1); err != nil {
 		s.leave(f)
 		return err
+	}
+	return nil
+}
+
+// claim counts one more among the node's connections and among the pod's that are being set up.
+func (s *servedPod) claim() error {
+	limits := &s.cfg.Limits
+	if n := s.conns.Add(1); n > int64(limits.NodeConnections) {
+		s.conns.Add(-1)
+		return s.exceeded(limitNodeConnections, int64(limits.NodeConnections))
+	}
+	if !s.pending.take(1) {
+		s.conns.Add(-1)
+		return s.exceeded(limitPodPending, int64(limits.PodPending))
 	}
 	return nil
 }

@@ -299,14 +299,8 @@ func (s *servedPod) datagrams() *datagramPod { return s.udp.Load() }
 
 // beginDatagrams is begin for a flow of UDP, which needs no file of its own.
 func (s *servedPod) beginDatagrams(f *flow) error {
-	limits := &s.cfg.Limits
-	if n := s.conns.Add(1); n > int64(limits.NodeConnections) {
-		s.conns.Add(-1)
-		return s.exceeded(limitNodeConnections, int64(limits.NodeConnections))
-	}
-	if !s.pending.take(1) {
-		s.conns.Add(-1)
-		return s.exceeded(limitPodPending, int64(limits.PodPending))
+	if err := s.claim(); err != nil {
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

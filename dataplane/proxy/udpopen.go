@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"syscall"
 
@@ -73,22 +74,14 @@ func (f *datagramFlow) reach(trace string) (hbone.DatagramStream, [][]byte, erro
 
 // openDatagrams asks the peer at d.Target for a flow to it.
 func (u *datagramPod) openDatagrams(ctx context.Context, f *flow, d route.Decision, trace string, first [][]byte) (hbone.DatagramStream, error) {
-	s := u.s
-	key, request := s.tunnelRequest(f, d, trace)
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
-	defer cancel()
-	if err := s.cfg.Certs.Ready(ctx, s.identity); err != nil {
-		return nil, &credentialError{err}
-	}
-	s.retireOld()
-	tunnel, err := u.tunnel(ctx, key, request, first)
+	var tunnel *hbone.Flow
+	err := u.s.reachPeer(ctx, f, d, trace, func(ctx context.Context, key hbone.Key, r *hbone.Request) (_ *hbone.Conn, _ io.Closer, err error) {
+		if tunnel, err = u.tunnel(ctx, key, r, first); err != nil {
+			return nil, nil, err
+		}
+		return tunnel.Conn, tunnel, nil
+	})
 	if err != nil {
-		s.countTLSError(err)
-		return nil, err
-	}
-	f.setTunnel(s, tunnel.Conn)
-	if err := s.revoked(tunnel.Conn); err != nil {
-		_ = tunnel.Close()
 		return nil, err
 	}
 	return tunnel, nil
@@ -106,11 +99,7 @@ func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
 	f := u.newFlow(ends{app: r.Target, peer: client}, telemetry.Inbound)
 	f.flow.describe(s, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
 	f.flow.attempt.UDP = true
-	f.flow.attempt.Destination.Identity = s.identity
-	f.flow.attempt.Tunnel = r.Conn.Local
-	f.flow.attempt.Socket = tcpOf(r.Conn)
-	f.flow.attempt.Service = s.requestedService(r, f.flow.attempt.Destination.Workload)
-	f.flow.tunnel = r.Conn
+	f.flow.tunnelled(s, r)
 	stop := context.AfterFunc(r.Context, func() { f.flow.cancel(cmp.Or(context.Cause(u.ctx), errStreamEnded)) })
 	defer stop()
 	if err := u.enter(f); err != nil {
@@ -130,11 +119,7 @@ func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
 		f.end(err)
 		return
 	}
-	var own hbone.Baggage
-	if w := f.flow.attempt.Destination.Workload; w != nil {
-		own = s.baggage(w)
-	}
-	stream, err := r.AcceptDatagrams(hbone.Response{Baggage: own})
+	stream, err := r.AcceptDatagrams(s.response(f.flow))
 	if err != nil {
 		s.refused(f.ctx, f.flow, fmt.Errorf("answer the peer: %w", err))
 		f.end(err)
@@ -152,20 +137,8 @@ const statusNoUDP = 501
 // admit is in the order of HBONE's checks.
 func (f *datagramFlow) admit(r *hbone.ServerRequest, identityErr error) error {
 	s := f.u.s
-	if err := checkRequest(r); err != nil {
+	if err := s.checkTunnel(r, identityErr); err != nil {
 		return err
 	}
-	if identityErr != nil {
-		return &deniedError{cause: identityErr.Error()}
-	}
-	if err := s.revoked(r.Conn); err != nil {
-		return err
-	}
-	if err := s.authorize(f.flow); err != nil {
-		return err
-	}
-	if _, now, _ := s.workload(); now == nil || now.Node != s.cfg.Node && s.cfg.Node != "" {
-		return errNotServed
-	}
-	return nil
+	return s.permit(f.flow)
 }
