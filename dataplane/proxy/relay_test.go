@@ -158,6 +158,11 @@ func TestTransfersAreByteExactInRandomChunks(t *testing.T) {
 			wg.Go(func() { exchange(t, client, size-i) })
 		}
 		wg.Wait()
+		for _, node := range w.nodes {
+			for _, f := range node.events(admin.FlowFailed) {
+				t.Errorf("a connection did not come up: %s", f.Cause)
+			}
+		}
 		n := reporting()
 		eventually(t, "every connection is closed", func() bool { return n.telemetry.Live() == 0 })
 		closed := n.events(admin.FlowClose)
