@@ -33,7 +33,7 @@ func (w *world) namespace(t *testing.T, name string) {
 			t.Error(err)
 		}
 	})
-	w.kubectl(t, "-n", name, "wait", "--for=create", "serviceaccount/default", "--timeout=30s")
+	w.kubectl(t, "-n", name, "wait", "--for=create", "serviceaccount/default", "--timeout=2m") // controllers come back up to half a minute after an API server does
 }
 
 // pod is one of the tests' own application. Its service account and its label app are its name.
