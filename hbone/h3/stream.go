@@ -63,10 +63,11 @@ func (s *stream) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// ended notes the end of what is received, and says how.
+// ended notes the end of what is received, and says how. Once we gave the stream up, quic-go's Peek
+// may take the reset that the peer answers with for a clean end.
 func (s *stream) ended(err error) error {
 	s.in.release()
-	if isEnd(err) {
+	if isEnd(err) && !s.isClosed() {
 		s.mu.Lock()
 		s.recvEnd = true
 		both := s.sentEnd
