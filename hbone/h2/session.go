@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
-	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -19,11 +18,7 @@ type clientState struct {
 	settings chan struct{} // closed, by settled, when the peer's are there
 	settled  sync.Once
 	reserved int
-	load     struct {
-		at    time.Duration // when it was looked at, after start
-		moved uint64        // then
-		busy  bool
-	}
+	load     hbone.Load
 }
 
 // session is a hbone.Session.
@@ -38,7 +33,7 @@ func newSession(cfg Client, t *tls.Conn) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.client = &clientState{settings: make(chan struct{})}
+	c.client = &clientState{settings: make(chan struct{}), load: hbone.NewLoad()}
 	c.remote = hbone.NewConn(t).Remote
 	c.hello(http2.ClientPreface, http2.Setting{ID: http2.SettingEnablePush, Val: 0})
 	go func() {
@@ -207,22 +202,9 @@ func (s *session) Retire() error {
 	return nil
 }
 
-// A session that moved busyRate bytes a second, in either direction, is busy: at that rate some
-// of what is sent waits behind the rest. It is looked at once in busyPause, when somebody asks.
-const (
-	busyRate  = 1 << 20
-	busyPause = 50 * time.Millisecond
-)
-
 // Busy tells of the time since it was asked last.
 func (s *session) Busy() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := &s.client.load
-	now := time.Since(s.start)
-	if pause := now - l.at; pause >= busyPause {
-		l.busy = float64(s.moved-l.moved) > busyRate*pause.Seconds()
-		l.at, l.moved = now, s.moved
-	}
-	return l.busy
+	return s.client.load.Busy(s.moved)
 }

@@ -22,11 +22,7 @@ type clientState struct {
 	draining bool      // no more streams: GOAWAY was received, or it retires
 	told     bool      // we have sent ours
 	fullAt   time.Time // when the peer allowed no more streams
-	load     struct {
-		at    time.Time // when it was looked at
-		moved uint64    // then
-		busy  bool
-	}
+	load     hbone.Load
 }
 
 // fullPause is how long a session that the peer allows no more streams counts as full. quic-go
@@ -58,7 +54,7 @@ func (e *Endpoint) Connect(ctx context.Context, key hbone.Key, cfg *tls.Config) 
 		info.Local = netip.AddrPortFrom(key.Local, info.Local.Port())
 	}
 	c := newConn(q, info)
-	c.client = &clientState{opened: make(map[quic.StreamID]*reply)}
+	c.client = &clientState{opened: make(map[quic.StreamID]*reply), load: hbone.NewLoad()}
 	if err := c.start(settings{maxFieldSection: hbone.MaxResponseHeaderList}); err != nil {
 		c.shut(err, codeInternal)
 		c.join()
@@ -280,22 +276,9 @@ func (s *session) Retire() error {
 	return nil
 }
 
-// A session that moved busyRate bytes a second, in either direction, is busy, as in package h2.
-const (
-	busyRate  = 1 << 20
-	busyPause = 50 * time.Millisecond
-)
-
 // Busy tells of the time since it was asked last.
 func (s *session) Busy() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := &s.client.load
-	now := time.Now()
-	if pause := now.Sub(l.at); pause >= busyPause {
-		moved := s.moved.Load()
-		l.busy = float64(moved-l.moved) > busyRate*pause.Seconds()
-		l.at, l.moved = now, moved
-	}
-	return l.busy
+	return s.client.load.Busy(s.moved.Load())
 }
