@@ -29,7 +29,7 @@ func (g gated) Close() error { return nil }
 func TestGateBoundsHandshakes(t *testing.T) {
 	told := make(chan error, 16)
 	srv := hbone.NewServer(hbone.ServerConfig{
-		TLS: hbonetest.NewCA(t).ServerTLS(t, hbonetest.ServerID), Handler: echo, MaxHandshakes: 8,
+		TLS: hbonetest.NewCA(t).ServerTLS(t, hbonetest.ServerID), Handler: hbonetest.Echo, MaxHandshakes: 8,
 		OnHandshakeError: func(_ netip.AddrPort, err error) { told <- err },
 	})
 	g := gated{make(chan *hbone.Gate, 1)}

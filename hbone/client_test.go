@@ -270,7 +270,7 @@ func TestCloseKeysCutsAndRetireKeysDoesNot(t *testing.T) {
 		all := func(k hbone.Key) bool { return k == key }
 		first := w.open(t)
 		w.client.RetireKeys(all)
-		ping(t, first)
+		hbonetest.Ping(t, first)
 		second := w.open(t)
 		if second.Reused || second.Conn == first.Conn {
 			t.Error("retired session was used again")
@@ -282,14 +282,14 @@ func TestCloseKeysCutsAndRetireKeysDoesNot(t *testing.T) {
 			t.Errorf("retired session outlives its last stream: %+v", s)
 		}
 		w.client.CloseKeys(func(hbone.Key) bool { return false })
-		ping(t, second)
+		hbonetest.Ping(t, second)
 		w.client.CloseKeys(all)
 		if _, err := second.Read(make([]byte, 1)); err == nil {
 			t.Error("stream survived CloseKeys")
 		}
 		_ = second.Close()
 		third := w.open(t)
-		ping(t, third)
+		hbonetest.Ping(t, third)
 		_ = third.Close()
 	})
 }

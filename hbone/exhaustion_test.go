@@ -41,12 +41,12 @@ func TestConnectionTakesNoNewStreamsOnceItsPeersCertificateExpired(t *testing.T)
 		}
 		_ = again.Close()
 		time.Sleep(shortLife/2 + time.Second)
-		ping(t, old) // what lives goes on
+		hbonetest.Ping(t, old) // what lives goes on
 		fresh := w.open(t)
 		if fresh.Reused {
 			t.Error("a stream began on a connection whose certificate had expired")
 		}
-		ping(t, fresh)
+		hbonetest.Ping(t, fresh)
 		_ = fresh.Close()
 		_ = old.Close()
 	})
@@ -126,7 +126,7 @@ func TestDrainRefusesStreamsOfAPeerThatIgnoresIt(t *testing.T) {
 
 func TestOneAddressCannotTakeAllHandshakes(t *testing.T) {
 	ca := hbonetest.NewCA(t)
-	config := hbone.ServerConfig{TLS: ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: echo, MaxHandshakes: 8}
+	config := hbone.ServerConfig{TLS: ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: hbonetest.Echo, MaxHandshakes: 8}
 	errs := failures(&config)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -102,7 +101,7 @@ func newWorld(t *testing.T, f func(*hbone.ClientConfig, *hbone.ServerConfig)) *w
 		TLS:       func(context.Context, hbone.Key) (*tls.Config, error) { return clientTLS, nil },
 		Transport: h2.Client{},
 	}
-	sc := hbone.ServerConfig{TLS: w.ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: echo}
+	sc := hbone.ServerConfig{TLS: w.ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: hbonetest.Echo}
 	if f != nil {
 		f(&cc, &sc)
 	}
@@ -134,26 +133,4 @@ func (w *world) open(t *testing.T) *hbone.Tunnel {
 		t.Fatal(err)
 	}
 	return tunnel
-}
-
-func echo(r *hbone.ServerRequest) {
-	s, err := r.Accept(hbone.Response{})
-	if err != nil {
-		return
-	}
-	defer func() { _ = s.Close() }()
-	if _, err := io.Copy(struct{ io.Writer }{s}, s); err == nil {
-		_ = s.CloseWrite()
-	}
-}
-
-func ping(t *testing.T, s hbone.Stream) {
-	t.Helper()
-	got := make([]byte, 4)
-	if _, err := s.Write([]byte("ping")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(s, got); err != nil || string(got) != "ping" {
-		t.Fatalf("echo = %q, %v", got, err)
-	}
 }

@@ -28,7 +28,7 @@ func TestConcurrentOpensShareADial(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				ping(t, tunnel)
+				hbonetest.Ping(t, tunnel)
 				_ = tunnel.Close()
 			})
 		}
@@ -66,7 +66,7 @@ func TestFullSessionIsUsedAgainWhenItHasRoom(t *testing.T) {
 				var open []*hbone.Tunnel
 				for range 5 {
 					tunnel := w.open(t)
-					ping(t, tunnel)
+					hbonetest.Ping(t, tunnel)
 					open = append(open, tunnel)
 				}
 				if n := w.net.dialed(); n != 3 {
@@ -124,7 +124,7 @@ func TestIdleSessionIsClosed(t *testing.T) {
 		w := newWorld(t, nil)
 		tunnel := w.open(t)
 		time.Sleep(time.Hour)
-		ping(t, tunnel) // not idle, however quiet
+		hbonetest.Ping(t, tunnel) // not idle, however quiet
 		_ = tunnel.Close()
 		time.Sleep(5*time.Minute - time.Second)
 		if s := w.client.Stats(); s.Sessions != 1 {
@@ -173,7 +173,7 @@ func TestSilentPeerEndsTheSession(t *testing.T) {
 		})
 		tunnel := w.open(t)
 		time.Sleep(time.Hour) // answered PINGs keep it alive
-		ping(t, tunnel)
+		hbonetest.Ping(t, tunnel)
 		conn.quiet.Store(true)
 		start := time.Now()
 		_, err := tunnel.Read(make([]byte, 1))
@@ -227,7 +227,7 @@ func TestDeadPooledSessionLeadsToAFreshOne(t *testing.T) {
 	_ = first.Close()
 	w.net.cut()
 	second := w.open(t)
-	ping(t, second)
+	hbonetest.Ping(t, second)
 	_ = second.Close()
 }
 
@@ -268,7 +268,7 @@ func TestRefusedOpenIsTriedOnAFreshSessionAFewTimes(t *testing.T) {
 			t.Errorf("%d refusals: Open = %v", refusals, err)
 		}
 		if err == nil {
-			ping(t, tunnel)
+			hbonetest.Ping(t, tunnel)
 			_ = tunnel.Close()
 			if n := w.net.dialed(); n != 1+int(refusals) {
 				t.Errorf("%d refusals: %d dials, want a fresh session for each try", refusals, n)
@@ -281,7 +281,7 @@ func TestRefusedOpenIsTriedOnAFreshSessionAFewTimes(t *testing.T) {
 func TestGoAwayLeadsToAFreshSessionAndLeavesStreamsAlone(t *testing.T) {
 	w := newWorld(t, nil)
 	first := w.open(t)
-	ping(t, first)
+	hbonetest.Ping(t, first)
 
 	// The server drains without force; a second one takes over the address.
 	ctx, drain := context.WithCancel(context.Background())
@@ -295,7 +295,7 @@ func TestGoAwayLeadsToAFreshSessionAndLeavesStreamsAlone(t *testing.T) {
 		Transport: h2.Client{},
 	})
 	defer func() { _ = w2.client.Close() }()
-	srv := hbone.NewServer(hbone.ServerConfig{TLS: w.ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: echo})
+	srv := hbone.NewServer(hbone.ServerConfig{TLS: w.ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: hbonetest.Echo})
 	// Serve accepts one connection and then sees its ctx end; l is not closed by it but by
 	// the test, so a wrapper keeps it open.
 	served := make(chan error, 2)
@@ -303,7 +303,7 @@ func TestGoAwayLeadsToAFreshSessionAndLeavesStreamsAlone(t *testing.T) {
 		served <- srv.Serve(ctx, context.Background(), unclosable{l, make(chan struct{}), new(sync.Once)})
 	}()
 	old := w2.open(t)
-	ping(t, old)
+	hbonetest.Ping(t, old)
 	drain()
 	ctx2, drain2 := context.WithCancel(context.Background())
 	defer drain2()
@@ -319,8 +319,8 @@ func TestGoAwayLeadsToAFreshSessionAndLeavesStreamsAlone(t *testing.T) {
 			t.Fatal("GOAWAY was not honoured")
 		}
 	}
-	ping(t, fresh)
-	ping(t, old) // goes on
+	hbonetest.Ping(t, fresh)
+	hbonetest.Ping(t, old) // goes on
 	_ = old.Close()
 	_ = fresh.Close()
 	if err := <-served; err != nil { // the drained one

@@ -106,7 +106,7 @@ func TestServerBoundsConnections(t *testing.T) {
 	if err := <-errs; !errors.Is(err, hbone.ErrTooManyConns) {
 		t.Errorf("server was told %v", err)
 	}
-	ping(t, tunnel)
+	hbonetest.Ping(t, tunnel)
 	_ = tunnel.Close()
 }
 
@@ -145,7 +145,7 @@ func tcpWorld(t *testing.T) (client *hbone.Client, k hbone.Key, l net.Listener, 
 		t.Fatal(err)
 	}
 	ca := hbonetest.NewCA(t)
-	srv := hbone.NewServer(hbone.ServerConfig{TLS: ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: echo})
+	srv := hbone.NewServer(hbone.ServerConfig{TLS: ca.ServerTLS(t, hbonetest.ServerID), Transport: h2.Server{}, Handler: hbonetest.Echo})
 	ctx, drain := context.WithCancel(context.Background())
 	forced, force := context.WithCancel(context.Background())
 	served = make(chan error, 1)
@@ -173,7 +173,7 @@ func TestServeDrainsAndLeavesItsListenerOpen(t *testing.T) {
 	}
 	drain()
 	time.Sleep(50 * time.Millisecond)
-	ping(t, tunnel)
+	hbonetest.Ping(t, tunnel)
 	select {
 	case err := <-served:
 		t.Fatalf("Serve returned %v with a stream alive", err)

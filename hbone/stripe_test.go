@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 func striped(n int) func(*hbone.ClientConfig, *hbone.ServerConfig) {
@@ -56,7 +57,7 @@ func TestStreamsKeepAwayFromABusySession(t *testing.T) {
 			if request.Conn == bulk.Conn {
 				t.Error("a request shares its session with bulk")
 			}
-			ping(t, request)
+			hbonetest.Ping(t, request)
 			_ = request.Close()
 		}
 		time.Sleep(10 * time.Second) // bulk rests
@@ -121,7 +122,7 @@ func TestStripeThatCannotBeMadeCostsNothing(t *testing.T) {
 		refusing.Store(true)
 		for range 40 {
 			tunnel := w.open(t)
-			ping(t, tunnel)
+			hbonetest.Ping(t, tunnel)
 			_ = tunnel.Close()
 			time.Sleep(time.Second)
 		}

@@ -34,7 +34,7 @@ func benchSession(b *testing.B, handler func(*hbone.ServerRequest)) hbone.Sessio
 
 func benchOpen(b *testing.B, s hbone.Session) hbone.Stream {
 	b.Helper()
-	st, _, err := openStream(context.Background(), s, &hbone.Request{Authority: "10.0.0.1:80"})
+	st, _, err := hbonetest.Open(context.Background(), s, &hbone.Request{Authority: "10.0.0.1:80"})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -77,7 +77,7 @@ func BenchmarkThroughput(b *testing.B) {
 }
 
 func BenchmarkRequestResponse(b *testing.B) {
-	s := benchOpen(b, benchSession(b, echo))
+	s := benchOpen(b, benchSession(b, hbonetest.Echo))
 	buf := make([]byte, 100)
 	b.ReportAllocs()
 	for b.Loop() {
@@ -92,7 +92,7 @@ func BenchmarkRequestResponse(b *testing.B) {
 }
 
 func BenchmarkOpen(b *testing.B) {
-	session := benchSession(b, echo)
+	session := benchSession(b, hbonetest.Echo)
 	b.ReportAllocs()
 	for b.Loop() {
 		_ = benchOpen(b, session).Close()

@@ -17,7 +17,7 @@ import (
 
 func TestTransferIsByteExactInRandomChunks(t *testing.T) {
 	const size, streams = 64 << 20, 4
-	p := newPair(t, h2.Client{}, h2.Server{}, echo)
+	p := newPair(t, h2.Client{}, h2.Server{}, hbonetest.Echo)
 	var wg sync.WaitGroup
 	for i := range streams {
 		s := p.open(t)
@@ -72,7 +72,7 @@ func TestSlowReaderIsBoundByTheWindow(t *testing.T) {
 	const window = 64 << 10 // of a new stream, whatever it might grow to
 	streams, done := make(chan hbone.Stream, 1), make(chan struct{})
 	defer close(done)
-	p := newPair(t, h2.Client{}, h2.Server{StreamWindow: 256 << 10}, accepting(streams, done))
+	p := newPair(t, h2.Client{}, h2.Server{StreamWindow: 256 << 10}, hbonetest.Accepting(streams, done))
 	c := p.open(t)
 	s := <-streams
 	var sent int
@@ -106,7 +106,7 @@ func TestSlowReaderOfTinyFramesHoldsBoundedMemory(t *testing.T) {
 	runtime.GC()
 	runtime.ReadMemStats(&before)
 	for range tiny { // a new stream's window has room for them
-		write(t, c, "x")
+		hbonetest.Write(t, c, "x")
 	}
 	_ = c.CloseWrite()
 	time.Sleep(50 * time.Millisecond)
@@ -123,7 +123,7 @@ func TestSlowReaderOfTinyFramesHoldsBoundedMemory(t *testing.T) {
 func TestBlockedStreamDoesNotBlockOthers(t *testing.T) {
 	streams, done := make(chan hbone.Stream, 2), make(chan struct{})
 	defer close(done)
-	p := newPair(t, h2.Client{}, h2.Server{}, accepting(streams, done))
+	p := newPair(t, h2.Client{}, h2.Server{}, hbonetest.Accepting(streams, done))
 	stuck := p.open(t)
 	<-streams
 	go func() {
@@ -136,10 +136,10 @@ func TestBlockedStreamDoesNotBlockOthers(t *testing.T) {
 	time.Sleep(100 * time.Millisecond)
 	c := p.open(t)
 	s := <-streams
-	write(t, c, "hello")
-	read(t, s, "hello")
-	write(t, s, "hello")
-	read(t, c, "hello")
+	hbonetest.Write(t, c, "hello")
+	hbonetest.Read(t, s, "hello")
+	hbonetest.Write(t, s, "hello")
+	hbonetest.Read(t, c, "hello")
 	_ = stuck.Close()
 }
 
@@ -151,25 +151,25 @@ func TestDrainLetsStreamsRunAndRefusesNewOnes(t *testing.T) {
 			t.Fatal("session still takes streams")
 		}
 	}
-	if _, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
+	if _, _, err := hbonetest.Open(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
 		t.Errorf("Open = %v, want ErrRefused", err)
 	}
-	write(t, c, "going on")
-	read(t, s, "going on")
+	hbonetest.Write(t, c, "going on")
+	hbonetest.Read(t, s, "going on")
 	_ = c.CloseWrite()
-	readEOF(t, s)
-	write(t, s, "bye")
+	hbonetest.ReadEOF(t, s)
+	hbonetest.Write(t, s, "bye")
 	_ = s.CloseWrite()
-	read(t, c, "bye")
-	readEOF(t, c)
+	hbonetest.Read(t, c, "bye")
+	hbonetest.ReadEOF(t, c)
 	<-p.session.Done()
 }
 
 func TestDrainOfAnIdleConnectionEndsIt(t *testing.T) {
-	p := newPair(t, h2.Client{}, h2.Server{}, echo)
+	p := newPair(t, h2.Client{}, h2.Server{}, hbonetest.Echo)
 	s := p.open(t)
 	_ = s.CloseWrite()
-	readEOF(t, s)
+	hbonetest.ReadEOF(t, s)
 	p.drain()
 	if err := <-p.served; err != nil {
 		t.Errorf("ServeConn = %v", err)
@@ -193,11 +193,11 @@ func TestLostConnectionIsNoCleanEnd(t *testing.T) {
 	a, b := hbonetest.TCPPair(t)
 	streams, done := make(chan hbone.Stream, 1), make(chan struct{})
 	defer close(done)
-	p := newPairOn(t, a, b, h2.Client{}, h2.Server{}, accepting(streams, done))
+	p := newPairOn(t, a, b, h2.Client{}, h2.Server{}, hbonetest.Accepting(streams, done))
 	c := p.open(t)
 	s := <-streams
-	write(t, s, "part")
-	read(t, c, "part")
+	hbonetest.Write(t, s, "part")
+	hbonetest.Read(t, c, "part")
 	_ = b.Close()
 	for _, end := range []hbone.Stream{c, s} {
 		if _, err := end.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
@@ -205,15 +205,15 @@ func TestLostConnectionIsNoCleanEnd(t *testing.T) {
 		}
 	}
 	<-p.session.Done()
-	if _, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
+	if _, _, err := hbonetest.Open(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, hbone.ErrRefused) {
 		t.Errorf("Open on a dead session = %v, want ErrRefused", err)
 	}
 }
 
 func TestReservationsCount(t *testing.T) {
-	p := newPair(t, h2.Client{}, h2.Server{MaxStreams: 3}, echo)
+	p := newPair(t, h2.Client{}, h2.Server{MaxStreams: 3}, hbonetest.Echo)
 	_ = p.open(t).Close() // the server's SETTINGS are here
-	waitStreams(t, p.session, 0)
+	hbonetest.WaitStreams(t, p.session, 0)
 	for i := range 3 {
 		if !p.session.Reserve() {
 			t.Fatalf("reservation %d was refused", i)

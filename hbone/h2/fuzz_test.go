@@ -109,7 +109,7 @@ func feed(conn *tls.Conn, preface string, data []byte) {
 // echoEither serves both protocols.
 func echoEither(r *hbone.ServerRequest) {
 	if r.Protocol == hbone.TCP {
-		echo(r)
+		hbonetest.Echo(r)
 		return
 	}
 	if f, err := r.AcceptDatagrams(hbone.Response{}); err == nil {
@@ -161,7 +161,7 @@ func FuzzClientFrames(f *testing.F) {
 		opened := make(chan struct{})
 		go func() {
 			defer close(opened)
-			s, _, err := openStream(context.Background(), session, &hbone.Request{Authority: "10.0.0.1:80"})
+			s, _, err := hbonetest.Open(context.Background(), session, &hbone.Request{Authority: "10.0.0.1:80"})
 			if err != nil {
 				return
 			}

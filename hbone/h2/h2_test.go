@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 
@@ -74,26 +73,16 @@ func TestDatagramConformance(t *testing.T) {
 }
 
 func TestServerThatCarriesNoDatagrams(t *testing.T) {
-	p := newPair(t, h2.Client{}, h2.Server{}, echo)
+	p := newPair(t, h2.Client{}, h2.Server{}, hbonetest.Echo)
 	if _, _, err := p.session.OpenDatagrams(t.Context(), &hbone.Request{Authority: "10.0.0.1:53"}, nil); !errors.Is(err, hbone.ErrNoDatagrams) {
 		t.Errorf("OpenDatagrams = %v, want ErrNoDatagrams", err)
 	}
 	p.open(t) // the session is as it was
 }
 
-// openStream sends CONNECT and waits for the answer.
-func openStream(ctx context.Context, s hbone.Session, r *hbone.Request) (hbone.Stream, *hbone.Response, error) {
-	o, err := s.Start(r)
-	if err != nil {
-		return nil, nil, err
-	}
-	o.Send(nil, false)
-	return o.Answer(ctx)
-}
-
 func (p *pair) open(t *testing.T) hbone.Stream {
 	t.Helper()
-	s, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
+	s, _, err := hbonetest.Open(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,80 +90,26 @@ func (p *pair) open(t *testing.T) hbone.Stream {
 	return s
 }
 
-// accepting serves streams by handing them to the test, which returns from done.
-func accepting(streams chan<- hbone.Stream, done <-chan struct{}) func(*hbone.ServerRequest) {
-	return func(r *hbone.ServerRequest) {
-		s, err := r.Accept(hbone.Response{})
-		if err != nil {
-			return
-		}
-		streams <- s
-		<-done
-	}
-}
-
 // both opens a stream and returns its two ends.
 func both(t *testing.T) (client, server hbone.Stream, p *pair) {
 	t.Helper()
 	streams, done := make(chan hbone.Stream, 1), make(chan struct{})
-	p = newPair(t, h2.Client{}, h2.Server{}, accepting(streams, done))
+	p = newPair(t, h2.Client{}, h2.Server{}, hbonetest.Accepting(streams, done))
 	client = p.open(t)
 	server = <-streams
 	t.Cleanup(func() { close(done) })
 	return client, server, p
 }
 
-func echo(r *hbone.ServerRequest) {
-	s, err := r.Accept(hbone.Response{})
-	if err != nil {
-		return
-	}
-	if _, err := io.Copy(struct{ io.Writer }{s}, s); err == nil {
-		_ = s.CloseWrite()
-	}
-	_ = s.Close()
-}
-
-func write(t *testing.T, s hbone.Stream, text string) {
-	t.Helper()
-	if n, err := s.Write([]byte(text)); err != nil || n != len(text) {
-		t.Fatalf("Write = %d, %v", n, err)
-	}
-}
-
-func read(t *testing.T, s hbone.Stream, want string) {
-	t.Helper()
-	got := make([]byte, len(want))
-	if _, err := io.ReadFull(s, got); err != nil || string(got) != want {
-		t.Fatalf("read %q, %v; want %q", got, err, want)
-	}
-}
-
-func readEOF(t *testing.T, s hbone.Stream) {
-	t.Helper()
-	if n, err := s.Read(make([]byte, 10)); n != 0 || err != io.EOF { //nolint:errorlint // the contract is io.EOF itself
-		t.Fatalf("Read = %d, %v; want EOF", n, err)
-	}
-}
-
 func TestCleanEndKeepsUnreadBytesReadable(t *testing.T) {
 	c, s, p := both(t)
-	write(t, s, "late")
+	hbonetest.Write(t, s, "late")
 	_ = s.CloseWrite()
 	_ = c.CloseWrite()
-	waitStreams(t, p.session, 0)
+	hbonetest.WaitStreams(t, p.session, 0)
 	_ = s.Close()
-	read(t, c, "late")
-	readEOF(t, c)
-}
-
-func waitStreams(t *testing.T, s hbone.Session, n int) {
-	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); s.Streams() != n; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("session carries %d streams, want %d", s.Streams(), n)
-		}
-	}
+	hbonetest.Read(t, c, "late")
+	hbonetest.ReadEOF(t, c)
 }
 
 func TestCleanEndDoesNotEndTheContextOfAHandlerThatStillReads(t *testing.T) {
@@ -202,7 +137,7 @@ func TestCleanEndDoesNotEndTheContextOfAHandlerThatStillReads(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = s.CloseWrite()
-	waitStreams(t, p.session, 0)
+	hbonetest.WaitStreams(t, p.session, 0)
 	_ = p.session.Close() // even the connection may go now
 	<-p.session.Done()
 	close(both)

@@ -60,7 +60,7 @@ func TestUnreadStreamsStayWithinTheBudgetAndAReadOneGoesOn(t *testing.T) {
 	streams, done := make(chan hbone.Stream, conns*perConn+1), make(chan struct{})
 	stop := sync.OnceFunc(func() { close(done) })
 	defer stop()
-	accept := accepting(streams, done)
+	accept := hbonetest.Accepting(streams, done)
 	runtime.GC()
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -124,12 +124,12 @@ func TestStreamsBeyondTheBudgetAreRefused(t *testing.T) {
 			} else {
 				client.Budget = budget
 			}
-			p := newPair(t, client, server, echo)
+			p := newPair(t, client, server, hbonetest.Echo)
 			var err error
 			var open []hbone.Stream
 			for err == nil && len(open) < 100 {
 				var s hbone.Stream
-				if s, _, err = openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); err == nil {
+				if s, _, err = hbonetest.Open(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"}); err == nil {
 					open = append(open, s)
 				}
 			}
@@ -140,8 +140,8 @@ func TestStreamsBeyondTheBudgetAreRefused(t *testing.T) {
 			if budget.shorts.Load() == 0 {
 				t.Error("nobody was told")
 			}
-			write(t, open[0], "still here")
-			read(t, open[0], "still here")
+			hbonetest.Write(t, open[0], "still here")
+			hbonetest.Read(t, open[0], "still here")
 			for _, s := range open {
 				_ = s.Close()
 			}
@@ -313,7 +313,7 @@ func TestBudgetReturnsToZeroWhateverHappens(t *testing.T) {
 		for range 40 {
 			mine := rand.New(rand.NewPCG(random.Uint64(), 3))
 			users.Go(func() {
-				s, _, err := openStream(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
+				s, _, err := hbonetest.Open(t.Context(), p.session, &hbone.Request{Authority: "10.0.0.1:80"})
 				if err != nil {
 					return
 				}

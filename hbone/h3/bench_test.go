@@ -13,6 +13,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 // sizedPayloads are those of datagrams that benchmarks send.
@@ -66,7 +67,7 @@ func BenchmarkDatagrams(b *testing.B) {
 func BenchmarkBareDatagrams(b *testing.B) {
 	for _, size := range sizedPayloads() {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
-			w := newWorld(b, "127.0.0.1", echo, nil)
+			w := newWorld(b, "127.0.0.1", hbonetest.Echo, nil)
 			serverTLS := w.serverConfig.TLS.Clone()
 			serverTLS.NextProtos = []string{"bare"}
 			cfg := &quic.Config{EnableDatagrams: true}

@@ -14,7 +14,6 @@ import (
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h3"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
-	"github.com/raceway-mesh/raceway/hbone/hbonetest/conformance"
 )
 
 var request = &hbone.Request{Authority: "10.0.0.2:3306"}
@@ -34,32 +33,10 @@ func (w *world) newClient(t testing.TB, f func(*hbone.ClientConfig)) *hbone.Clie
 	return c
 }
 
-func echo(r *hbone.ServerRequest) {
-	s, err := r.Accept(hbone.Response{})
-	if err != nil {
-		return
-	}
-	defer func() { _ = s.Close() }()
-	if _, err := io.Copy(struct{ io.Writer }{s}, s); err == nil {
-		_ = s.CloseWrite()
-	}
-}
-
-func ping(t *testing.T, s hbone.Stream) {
-	t.Helper()
-	got := make([]byte, 4)
-	if _, err := s.Write([]byte("ping")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(s, got); err != nil || string(got) != "ping" {
-		t.Fatalf("echo = %q, %v", got, err)
-	}
-}
-
 func TestClientPoolsSessions(t *testing.T) {
 	for name, addr := range loopbacks() {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, addr, echo, nil)
+			w := newWorld(t, addr, hbonetest.Echo, nil)
 			c := w.newClient(t, nil)
 			for i := range 3 {
 				tunnel, err := c.Open(t.Context(), w.key, request)
@@ -69,7 +46,7 @@ func TestClientPoolsSessions(t *testing.T) {
 				if tunnel.Reused != (i > 0) || tunnel.Conn.Remote != w.key.Remote || len(tunnel.Conn.TLS.PeerCertificates) != 1 || !tunnel.Conn.Local.IsValid() {
 					t.Errorf("tunnel %d: reused %v, %+v", i, tunnel.Reused, tunnel.Conn)
 				}
-				ping(t, tunnel)
+				hbonetest.Ping(t, tunnel)
 				_ = tunnel.Close()
 			}
 			if s := c.Stats(); s.Dials != 1 || s.Sessions != 1 {
@@ -102,7 +79,7 @@ func TestHandshakeFailuresAreClassedAsOnTCP(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			failed := make(chan error, 16)
-			w := newWorld(t, "127.0.0.1", echo, func(_ *h3.Config, s *hbone.ServerConfig) {
+			w := newWorld(t, "127.0.0.1", hbonetest.Echo, func(_ *h3.Config, s *hbone.ServerConfig) {
 				s.OnHandshakeError = func(_ netip.AddrPort, err error) { failed <- err }
 			})
 			w.clientTLS = w.clientTLS.Clone()
@@ -125,7 +102,7 @@ func TestHandshakeFailuresAreClassedAsOnTCP(t *testing.T) {
 }
 
 func TestSilentPeerIsADialErrorThatNamesTheCause(t *testing.T) {
-	w := newWorld(t, "127.0.0.1", echo, nil)
+	w := newWorld(t, "127.0.0.1", hbonetest.Echo, nil)
 	hole, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
@@ -144,7 +121,7 @@ func TestSilentPeerIsADialErrorThatNamesTheCause(t *testing.T) {
 }
 
 func TestClosedEndpointRefusesToConnect(t *testing.T) {
-	w := newWorld(t, "127.0.0.1", echo, nil)
+	w := newWorld(t, "127.0.0.1", hbonetest.Echo, nil)
 	s := w.connect(t)
 	w.server.drain()
 	w.server.force()
@@ -162,14 +139,14 @@ func TestClosedEndpointRefusesToConnect(t *testing.T) {
 
 // A draining server loses no stream: live ones run on, new ones go to another session.
 func TestDrainLosesNothing(t *testing.T) {
-	w := newWorld(t, "127.0.0.1", echo, nil)
+	w := newWorld(t, "127.0.0.1", hbonetest.Echo, nil)
 	s := w.connect(t)
-	live, _, err := conformance.Open(t.Context(), s, request)
+	live, _, err := hbonetest.Open(t.Context(), s, request)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = live.Close() }()
-	ping(t, live)
+	hbonetest.Ping(t, live)
 	w.server.drain()
 	for s.Capacity() != 0 {
 		time.Sleep(time.Millisecond)
@@ -177,7 +154,7 @@ func TestDrainLosesNothing(t *testing.T) {
 	if _, err := s.Start(request); !errors.Is(err, hbone.ErrRefused) {
 		t.Errorf("Start = %v, want ErrRefused", err)
 	}
-	ping(t, live)
+	hbonetest.Ping(t, live)
 	if _, err := live.Write([]byte("last")); err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +187,7 @@ func TestRetiredSessionLeavesTheServerItsTime(t *testing.T) {
 		read <- len(all)
 	}, nil)
 	s := w.connect(t)
-	st, _, err := conformance.Open(t.Context(), s, request)
+	st, _, err := hbonetest.Open(t.Context(), s, request)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +215,7 @@ func TestFirstBytesTravelWithConnect(t *testing.T) {
 	judged := make(chan struct{})
 	w := newWorld(t, "127.0.0.1", func(r *hbone.ServerRequest) {
 		<-judged
-		echo(r)
+		hbonetest.Echo(r)
 	}, nil)
 	s := w.connect(t)
 	o, err := s.Start(request)
@@ -291,11 +268,11 @@ func TestLostBeforeTheAnswerIsUncertainOnlyWithBytes(t *testing.T) {
 }
 
 func TestStreamsAreBounded(t *testing.T) {
-	w := newWorld(t, "127.0.0.1", echo, func(c *h3.Config, _ *hbone.ServerConfig) { c.MaxStreams = 3 })
+	w := newWorld(t, "127.0.0.1", hbonetest.Echo, func(c *h3.Config, _ *hbone.ServerConfig) { c.MaxStreams = 3 })
 	s := w.connect(t)
 	var open []hbone.Stream
 	for range 3 {
-		st, _, err := conformance.Open(t.Context(), s, request)
+		st, _, err := hbonetest.Open(t.Context(), s, request)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -313,7 +290,7 @@ func TestStreamsAreBounded(t *testing.T) {
 	for s.Capacity() == 0 { // it forgets that it was full
 		time.Sleep(10 * time.Millisecond)
 	}
-	st, _, err := conformance.Open(t.Context(), s, request)
+	st, _, err := hbonetest.Open(t.Context(), s, request)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -323,7 +300,7 @@ func TestStreamsAreBounded(t *testing.T) {
 func TestHandshakesOfOneAddressAreBounded(t *testing.T) {
 	var mu sync.Mutex
 	refused := 0
-	w := newWorld(t, "127.0.0.1", echo, func(_ *h3.Config, s *hbone.ServerConfig) {
+	w := newWorld(t, "127.0.0.1", hbonetest.Echo, func(_ *h3.Config, s *hbone.ServerConfig) {
 		s.MaxHandshakes = 4 // one for an address
 		verify := s.TLS.VerifyConnection
 		s.TLS.VerifyConnection = func(state tls.ConnectionState) error {
@@ -366,7 +343,7 @@ func TestHandshakesOfOneAddressAreBounded(t *testing.T) {
 
 func TestBudgetBoundsConnections(t *testing.T) {
 	budget := &counted{limit: 400 << 10} // two connections' beginnings
-	w := newWorld(t, "127.0.0.1", echo, func(c *h3.Config, _ *hbone.ServerConfig) { c.Budget = budget })
+	w := newWorld(t, "127.0.0.1", hbonetest.Echo, func(c *h3.Config, _ *hbone.ServerConfig) { c.Budget = budget })
 	a, b := w.connect(t), w.connect(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
@@ -422,7 +399,7 @@ func TestEveryEndGivesThePlaceBack(t *testing.T) {
 	ends := map[string]func(r *hbone.ServerRequest){
 		"unanswered": func(*hbone.ServerRequest) {},
 		"rejected":   func(r *hbone.ServerRequest) { r.Reject(503) },
-		"served":     echo,
+		"served":     hbonetest.Echo,
 		"refused": func(r *hbone.ServerRequest) {
 			if f, err := r.AcceptDatagrams(hbone.Response{}); err == nil {
 				_ = f.Refuse()
@@ -451,7 +428,7 @@ func TestEveryEndGivesThePlaceBack(t *testing.T) {
 					}
 				} else {
 					var st hbone.Stream
-					if st, _, err = conformance.Open(t.Context(), s, request); err == nil {
+					if st, _, err = hbonetest.Open(t.Context(), s, request); err == nil {
 						_ = st.Close()
 					}
 				}

@@ -13,7 +13,7 @@ import (
 
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h3"
-	"github.com/raceway-mesh/raceway/hbone/hbonetest/conformance"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 // raw is a client that says what it likes.
@@ -119,7 +119,7 @@ func TestServerClosesWhoBreaksTheProtocol(t *testing.T) {
 		"datagram beyond all bounds": {func(r *raw) { _ = r.SendDatagram(bytes.Repeat([]byte{0xff}, 8)) }, 0x33},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, "127.0.0.1", echo, nil)
+			w := newWorld(t, "127.0.0.1", hbonetest.Echo, nil)
 			r := w.raw(t)
 			test.do(r)
 			r.wantClosed(test.code)
@@ -139,7 +139,7 @@ func TestServerResetsAStreamThatIsMalformed(t *testing.T) {
 		"much grease":         {join([]byte{0x21, 0x80, 1, 0, 0}, make([]byte, 1<<16)), 0x107},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, "127.0.0.1", echo, nil)
+			w := newWorld(t, "127.0.0.1", hbonetest.Echo, nil)
 			r := w.raw(t)
 			s := r.stream(test.data, true)
 			wantReset(t, s, test.code)
@@ -152,7 +152,7 @@ func TestServerResetsAStreamThatIsMalformed(t *testing.T) {
 
 // Datagrams for streams that never come are kept within bounds, and forgotten.
 func TestFloodOfEarlyDatagramsHurtsNobody(t *testing.T) {
-	w := newWorld(t, "127.0.0.1", func(r *hbone.ServerRequest) { echo(r) }, nil)
+	w := newWorld(t, "127.0.0.1", func(r *hbone.ServerRequest) { hbonetest.Echo(r) }, nil)
 	r := w.raw(t)
 	for i := range uint64(5000) {
 		if err := r.SendDatagram(append(hbone.AppendVarint(nil, 1000+i), make([]byte, 1000)...)); err != nil {
@@ -222,14 +222,14 @@ func (s sizes) End(error)         {}
 
 // Who breaks the protocol loses its own connection alone.
 func TestConnectionLivesBesideABrokenOne(t *testing.T) {
-	w := newWorld(t, "127.0.0.1", echo, nil)
+	w := newWorld(t, "127.0.0.1", hbonetest.Echo, nil)
 	r := w.raw(t)
-	s, _, err := conformance.Open(t.Context(), w.connect(t), request)
+	s, _, err := hbonetest.Open(t.Context(), w.connect(t), request)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = s.Close() }()
 	r.stream(frame(6), false)
 	r.wantClosed(0x105)
-	ping(t, s)
+	hbonetest.Ping(t, s)
 }

@@ -58,17 +58,8 @@ func ourHTTP3Server(t *testing.T, ca *hbonetest.CA) netip.AddrPort {
 	t.Helper()
 	e, addr := endpoint(t, h3.Config{Datagrams: true})
 	srv := hbone.NewServer(hbone.ServerConfig{
-		TLS: ca.ServerTLS(t, hbonetest.ServerID),
-		Handler: func(r *hbone.ServerRequest) {
-			s, err := r.Accept(hbone.Response{})
-			if err != nil {
-				return
-			}
-			defer func() { _ = s.Close() }()
-			if _, err := io.Copy(struct{ io.Writer }{s}, s); err == nil {
-				_ = s.CloseWrite()
-			}
-		},
+		TLS:     ca.ServerTLS(t, hbonetest.ServerID),
+		Handler: hbonetest.Echo,
 		Datagrams: func(r *hbone.ServerRequest) {
 			if r.Target.Port() != 53 {
 				r.Reject(401)

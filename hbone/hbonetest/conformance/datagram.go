@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 // TestDatagrams tests the flows of what with makes. Datagrams may get lost, so that tests send
@@ -141,7 +142,7 @@ func (with Connect) testRequestNamesTheTarget(t *testing.T) {
 			t.Errorf("response = %+v", response)
 		}
 		_ = f.Close()
-		waitStreams(t, p.Session, 0)
+		hbonetest.WaitStreams(t, p.Session, 0)
 	}
 }
 
@@ -215,7 +216,7 @@ func (with Connect) testRejectedFlowHasItsStatus(t *testing.T) {
 		if !errors.As(err, &se) || se.Status != status {
 			t.Errorf("OpenDatagrams = %v, want status %d", err, status)
 		}
-		waitStreams(t, p.Session, 0)
+		hbonetest.WaitStreams(t, p.Session, 0)
 	}
 }
 
@@ -237,7 +238,7 @@ func (with Connect) testClosedPortIsTold(t *testing.T) {
 	if !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("end = %v, want ECONNREFUSED", err)
 	}
-	waitStreams(t, p.Session, 0)
+	hbonetest.WaitStreams(t, p.Session, 0)
 }
 
 func (with Connect) testCloseIsACleanEnd(t *testing.T) {
@@ -253,7 +254,7 @@ func (with Connect) testCloseIsACleanEnd(t *testing.T) {
 	if err := f.Send([]byte("x"), true); err == nil {
 		t.Error("Send after Close succeeded")
 	}
-	waitStreams(t, p.Session, 0)
+	hbonetest.WaitStreams(t, p.Session, 0)
 
 	p = with(t, func(r *hbone.ServerRequest) {
 		if f, err := r.AcceptDatagrams(hbone.Response{}); err == nil {
@@ -325,7 +326,7 @@ func (with Connect) testOpeningEndsWithItsContext(t *testing.T) {
 		t.Errorf("OpenDatagrams = %v, want the deadline's error", err)
 	}
 	within(t, "the request's end", ended)
-	waitStreams(t, p.Session, 0)
+	hbonetest.WaitStreams(t, p.Session, 0)
 }
 
 func (with Connect) testManyFlowsKeepApart(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 // sink takes what it has room for, and keeps it.
@@ -65,10 +66,10 @@ func within[T any](t *testing.T, what string, c <-chan T) T {
 
 func (with Connect) testSinkGetsWhatCameBeforeItAndTheEnd(t *testing.T) {
 	client, server, _ := with.both(t)
-	write(t, client, "early ")
+	hbonetest.Write(t, client, "early ")
 	s := newSink(1 << 20)
 	server.Deliver(s)
-	write(t, client, "and late")
+	hbonetest.Write(t, client, "and late")
 	if err := client.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +82,7 @@ func (with Connect) testFullSinkGetsTheRestAndTheEndWhenItResumes(t *testing.T) 
 	client, server, _ := with.both(t)
 	s := newSink(3)
 	server.Deliver(s)
-	write(t, client, "abcdef")
+	hbonetest.Write(t, client, "abcdef")
 	if err := client.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +109,7 @@ func (with Connect) testFullSinkGetsTheRestAndTheEndWhenItResumes(t *testing.T) 
 // A sink without room holds back its own peer, by the window, and no other stream.
 func (with Connect) testFullSinkHoldsUpNobodyElse(t *testing.T) {
 	streams, done := make(chan hbone.Stream, 2), make(chan struct{})
-	p := with(t, accepting(streams, done))
+	p := with(t, hbonetest.Accepting(streams, done))
 	t.Cleanup(func() { close(done) })
 	stuck, first := p.open(t), newSink(0)
 	(<-streams).Deliver(first)

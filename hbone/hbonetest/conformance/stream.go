@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 func (with Connect) testRequestAndResponseCarryTheirContent(t *testing.T) {
@@ -26,7 +27,7 @@ func (with Connect) testRequestAndResponseCarryTheirContent(t *testing.T) {
 		Baggage:     hbone.Baggage{Namespace: "demo", WorkloadKind: "deployment", WorkloadName: "web"},
 		TraceParent: hbone.NewTraceParent(),
 	}
-	s, resp, err := Open(t.Context(), p.Session, req)
+	s, resp, err := hbonetest.Open(t.Context(), p.Session, req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,41 +49,41 @@ func (with Connect) testRequestAndResponseCarryTheirContent(t *testing.T) {
 
 func (with Connect) testHalfCloseByClientDrainsReturnTraffic(t *testing.T) {
 	c, s, p := with.both(t)
-	write(t, c, "request")
+	hbonetest.Write(t, c, "request")
 	if err := c.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	read(t, s, "request")
-	readEOF(t, s)
-	write(t, s, "answer")
-	read(t, c, "answer")
+	hbonetest.Read(t, s, "request")
+	hbonetest.ReadEOF(t, s)
+	hbonetest.Write(t, s, "answer")
+	hbonetest.Read(t, c, "answer")
 	if err := s.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	readEOF(t, c)
+	hbonetest.ReadEOF(t, c)
 	if _, err := c.Write([]byte("x")); err == nil {
 		t.Error("Write after CloseWrite succeeded")
 	}
-	waitStreams(t, p.Session, 0)
+	hbonetest.WaitStreams(t, p.Session, 0)
 }
 
 func (with Connect) testHalfCloseByServerLeavesRequestTrafficGoing(t *testing.T) {
 	c, s, p := with.both(t)
-	write(t, s, "greeting")
+	hbonetest.Write(t, s, "greeting")
 	if err := s.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	read(t, c, "greeting")
-	readEOF(t, c)
+	hbonetest.Read(t, c, "greeting")
+	hbonetest.ReadEOF(t, c)
 	for range 100 {
-		write(t, c, "still talking")
-		read(t, s, "still talking")
+		hbonetest.Write(t, c, "still talking")
+		hbonetest.Read(t, s, "still talking")
 	}
 	if err := c.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	readEOF(t, s)
-	waitStreams(t, p.Session, 0)
+	hbonetest.ReadEOF(t, s)
+	hbonetest.WaitStreams(t, p.Session, 0)
 }
 
 func (with Connect) testCloseWithoutCleanEndResetsThePeer(t *testing.T) {
@@ -173,18 +174,18 @@ func (with Connect) testRejectAnswersWithStatus(t *testing.T) {
 				t.Error("Accept after Reject succeeded")
 			}
 		})
-		_, _, err := Open(t.Context(), p.Session, &hbone.Request{Authority: "10.0.0.1:80"})
+		_, _, err := hbonetest.Open(t.Context(), p.Session, &hbone.Request{Authority: "10.0.0.1:80"})
 		var se *hbone.StatusError
 		if !errors.As(err, &se) || se.Status != status {
 			t.Errorf("Open = %v, want status %d", err, status)
 		}
-		waitStreams(t, p.Session, 0)
+		hbonetest.WaitStreams(t, p.Session, 0)
 	}
 }
 
 func (with Connect) testUnansweredRequestIsReset(t *testing.T) {
 	p := with(t, func(*hbone.ServerRequest) {})
-	_, _, err := Open(t.Context(), p.Session, &hbone.Request{Authority: "10.0.0.1:80"})
+	_, _, err := hbonetest.Open(t.Context(), p.Session, &hbone.Request{Authority: "10.0.0.1:80"})
 	var reset *hbone.ResetError
 	if !errors.As(err, &reset) || errors.Is(err, hbone.ErrRefused) {
 		t.Errorf("Open = %v, want a reset that is no refusal", err)
@@ -192,17 +193,17 @@ func (with Connect) testUnansweredRequestIsReset(t *testing.T) {
 }
 
 func (with Connect) testOpenContextBoundsOnlyTheOpening(t *testing.T) {
-	p := with(t, echo)
+	p := with(t, hbonetest.Echo)
 	ctx, cancel := context.WithCancel(t.Context())
-	s, _, err := Open(ctx, p.Session, &hbone.Request{Authority: "10.0.0.1:80"})
+	s, _, err := hbonetest.Open(ctx, p.Session, &hbone.Request{Authority: "10.0.0.1:80"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = s.Close() }()
 	cancel()
 	time.Sleep(20 * time.Millisecond)
-	write(t, s, "ping")
-	read(t, s, "ping")
+	hbonetest.Write(t, s, "ping")
+	hbonetest.Read(t, s, "ping")
 }
 
 func (with Connect) testOpenGivesUpWithItsContext(t *testing.T) {
@@ -213,11 +214,11 @@ func (with Connect) testOpenGivesUpWithItsContext(t *testing.T) {
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if _, _, err := Open(ctx, p.Session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, context.DeadlineExceeded) {
+	if _, _, err := hbonetest.Open(ctx, p.Session, &hbone.Request{Authority: "10.0.0.1:80"}); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Open = %v", err)
 	}
 	<-ended // the server saw the reset
-	waitStreams(t, p.Session, 0)
+	hbonetest.WaitStreams(t, p.Session, 0)
 }
 
 func (with Connect) testRequestContextEnds(t *testing.T) {
