@@ -282,6 +282,7 @@ const (
 	RacewayPodFlagPOD_INBOUND  RacewayPodFlag = 2
 	RacewayPodFlagPOD_UDP      RacewayPodFlag = 4
 	RacewayPodFlagPOD_STRICT   RacewayPodFlag = 8
+	RacewayPodFlagPOD_REQUIRE  RacewayPodFlag = 16
 )
 
 type RacewayPorts struct {

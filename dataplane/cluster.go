@@ -12,6 +12,25 @@ type Namespace struct {
 	Labels map[string]string
 }
 
+// UDP is the mode of its pods' UDP. A label that cannot be read counts as the mode on the safe
+// side, UDPRequire.
+func (ns *Namespace) UDP() UDPMode {
+	mode := UDPMode(ns.Labels[UDPLabel])
+	if mode.Validate() != nil {
+		return UDPRequire
+	}
+	return mode
+}
+
+// Transport is what carries its pods' connections. A label that cannot be read counts as none.
+func (ns *Namespace) Transport() TransportMode {
+	mode := TransportMode(ns.Labels[TransportLabel])
+	if mode.Validate() != nil {
+		return TransportDefault
+	}
+	return mode
+}
+
 // Node is a Kubernetes node.
 type Node struct {
 	Name     string

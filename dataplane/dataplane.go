@@ -24,15 +24,18 @@ const (
 
 	// UDPAnnotation on a pod says that its agent takes UDP for it in tunnels, when it is
 	// UDPEnabled. Only the agent of the pod's node writes it. The label of that name on a
-	// namespace leaves the UDP of its pods alone, when it is UDPOff.
+	// namespace is a UDPMode.
 	UDPAnnotation = "raceway.dev/udp"
 	UDPEnabled    = "enabled"
 	UDPLabel      = UDPAnnotation
-	UDPOff        = "off"
 
 	// UDPClearAnnotation on a pod names UDP ports that are left alone, those of the pod and
 	// those that it asks others at: "123,10000-20000".
 	UDPClearAnnotation = "raceway.dev/udp-clear-ports"
+
+	// TransportLabel on a namespace says what its pods' connections are carried by: a
+	// TransportMode.
+	TransportLabel = "raceway.dev/transport"
 
 	// SameNodeLabel on a namespace says how its pods talk to others of their node: a
 	// SameNodeMode.
@@ -117,6 +120,44 @@ const (
 	// kernel alone, authorized but not encrypted.
 	ProtocolKernel Protocol = "KERNEL"
 )
+
+// UDPMode is what becomes of the UDP of a namespace's pods.
+type UDPMode string
+
+// Modes of UDP. The zero value has tunnels carry it wherever both ends can.
+const (
+	UDPDefault UDPMode = ""
+	UDPOff     UDPMode = "off"     // it is left alone
+	UDPRequire UDPMode = "require" // what its pods send and no tunnel can carry is refused
+)
+
+// Validate complains of anything that is no mode.
+func (m UDPMode) Validate() error {
+	switch m {
+	case UDPDefault, UDPOff, UDPRequire:
+		return nil
+	}
+	return fmt.Errorf("UDP mode %q is neither %s nor %s", string(m), UDPOff, UDPRequire)
+}
+
+// TransportMode is what carries the tunnels of connections.
+type TransportMode string
+
+// Modes of transport. The zero value is HTTP/2.
+const (
+	TransportDefault TransportMode = ""
+	TransportH2      TransportMode = "h2"
+	TransportH3      TransportMode = "h3" // HTTP/3, where the peer can
+)
+
+// Validate complains of anything that is no mode.
+func (m TransportMode) Validate() error {
+	switch m {
+	case TransportDefault, TransportH2, TransportH3:
+		return nil
+	}
+	return fmt.Errorf("transport %q is neither %s nor %s", string(m), TransportH2, TransportH3)
+}
 
 // SameNodeMode is how pods of one node talk to each other.
 type SameNodeMode string

@@ -48,6 +48,17 @@ static __always_inline bool addr_is_link_local(const struct addr *a)
 	return (a->word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
+/* Multicast, broadcast and link-local, 169.254.0.0/16 included. */
+static __always_inline bool addr_is_local_scope(const struct addr *a)
+{
+	__u32 first = bpf_ntohl(a->word[0]);
+
+	if (!addr_is_v4(a))
+		return first >> 24 == 0xff || addr_is_link_local(a);
+	first = bpf_ntohl(a->word[3]);
+	return first >= 0xe0000000 || first >> 16 == 0xa9fe;
+}
+
 static __always_inline bool pod_owns(const struct pod *pod, const struct addr *a)
 {
 #pragma unroll

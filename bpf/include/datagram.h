@@ -12,6 +12,7 @@
  * Capture is by destination, so that one socket may talk to peers and to others at once. In
  * clear stay, of what goes to peers: sockets older than the capture, ports that are left alone,
  * and answers to what came in clear. Whatever of the rest gets to the guard is dropped there.
+ * Where POD_REQUIRE is set everybody is a peer to that, for the agent to refuse.
  */
 #pragma once
 #include <linux/udp.h>
@@ -20,6 +21,8 @@
 #include "packet.h"
 
 enum {
+	DHCP_SERVER = 67, /* RFC 2131 section 4.1 */
+	DHCP_CLIENT = 68,
 	CLEAR_NS = 120 * 1000000000LL, /* what was said in clear is answered in clear for that long (RFC 4787 REQ-5) */
 };
 
@@ -90,6 +93,12 @@ static __always_inline void fragment_key(struct fragmented *f, __u64 netns, cons
 	f->hook = hook;
 }
 
+/* Whether the pod's UDP to remote, which is no peer, is not to leave in clear all the same. */
+static __always_inline bool is_required(const struct pod *pod, const struct addr *remote)
+{
+	return (pod->flags & POD_REQUIRE) && !addr_is_local_scope(remote);
+}
+
 /* Of a whole datagram, or its first fragment. t: the pod's end is local. */
 static __always_inline enum way way_of_flow(const struct pod *pod, const struct tuple *t, struct bpf_sock *sk)
 {
@@ -98,9 +107,9 @@ static __always_inline enum way way_of_flow(const struct pod *pod, const struct 
 	if (bpf_map_lookup_elem(&flows, t))
 		return WAY_TUNNEL;
 	peer = find_peer(&t->remote, t->remote_port);
-	if (!peer)
+	if (!peer && (!is_required(pod, &t->remote) || (t->local_port == DHCP_CLIENT && t->remote_port == DHCP_SERVER)))
 		return WAY_ELSEWHERE;
-	if (in_ports(peer, t->remote_port) || in_ports(&pod->clear, t->remote_port))
+	if ((peer && in_ports(peer, t->remote_port)) || in_ports(&pod->clear, t->remote_port))
 		return WAY_CLEAR_PORT;
 	if (sk && bpf_sk_storage_get(&older_sockets, sk, 0, 0))
 		return WAY_CLEAR_OLDER;
@@ -125,7 +134,7 @@ static __always_inline enum way way_of(struct __sk_buff *skb, __u64 netns, const
 		judged = bpf_map_lookup_elem(&fragments, &f);
 		if (judged)
 			return *judged;
-		return find_peer(&p->dst, 0) ? WAY_TUNNEL : WAY_ELSEWHERE;
+		return find_peer(&p->dst, 0) || is_required(pod, &p->dst) ? WAY_TUNNEL : WAY_ELSEWHERE;
 	}
 	if (!read_udp(skb, p, &udp))
 		return WAY_MALFORMED;

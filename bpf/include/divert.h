@@ -98,8 +98,11 @@ static __always_inline enum counter receive_flow(const struct pod *pod, const st
 	if (t->local_port == tunnel_port)
 		return RECEIVE_TUNNEL;
 	peer = find_peer(&t->remote, 0);
-	if (!peer)
+	if (!peer) {
+		if (pod->flags & POD_REQUIRE)
+			note_clear(t);
 		return RECEIVE_ELSEWHERE;
+	}
 	left_alone = in_ports(peer, t->local_port) || in_ports(&pod->clear, t->local_port);
 	if ((pod->flags & POD_STRICT) && !left_alone)
 		return spoke_in_clear(t) ? RECEIVE_CLEAR : RECEIVE_DROPPED_CLEAR; /* an answer, or not */

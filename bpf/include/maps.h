@@ -37,6 +37,7 @@ enum pod_flag {
 	POD_INBOUND = 2,  /* plaintext from outside goes to the inbound listener */
 	POD_UDP = 4,      /* UDP to peers goes to the agent: see datagram.h */
 	POD_STRICT = 8,   /* and in clear peers may send none */
+	POD_REQUIRE = 16, /* and so does UDP to others, which it refuses */
 };
 
 /* Host byte order, both ends included. */

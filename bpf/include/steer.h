@@ -88,7 +88,7 @@ static __always_inline int steer_udp(struct bpf_sk_lookup *ctx, struct listener_
 			.remote_port = a.local_port,
 		};
 
-		if (find_peer(&a.local, a.local_port) || bpf_map_lookup_elem(&flows, &t))
+		if (find_peer(&a.local, a.local_port) || bpf_map_lookup_elem(&flows, &t) || is_required(pod, &a.local))
 			key->kind = LISTENER_DATAGRAMS;
 	}
 	if (key->kind == LISTENER_NONE) {

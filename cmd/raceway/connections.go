@@ -46,6 +46,7 @@ the destination's. SENT is what the source sent, RECEIVED what came back to it.`
 			{name: "SOURCE ADDRESS", wide: true, cell: func(n admin.Connection) cell { return plain(addrPort(n.Source.Addr)) }},
 			{name: "DESTINATION ADDRESS", wide: true, cell: func(n admin.Connection) cell { return plain(addrPort(n.Destination.Addr)) }},
 			{name: "TUNNEL", wide: true, cell: func(n admin.Connection) cell { return plain(addrPort(n.Tunnel)) }},
+			{name: "TRANSPORT", wide: true, cell: func(n admin.Connection) cell { return plain(n.Transport) }},
 			{name: "POLICY", wide: true, cell: func(n admin.Connection) cell { return plain(n.Policy) }},
 		},
 	})

@@ -70,7 +70,8 @@ type Connection struct {
 	Source      Peer               `json:"source"`
 	Destination Peer               `json:"destination"`
 	Service     string             `json:"service,omitempty"`
-	Tunnel      netip.AddrPort     `json:"tunnel,omitzero"` // the peer's HBONE address
+	Tunnel      netip.AddrPort     `json:"tunnel,omitzero"`     // the peer's HBONE address
+	Transport   string             `json:"transport,omitempty"` // what carries the tunnel, and why, where it is not h2 as ever
 	Opened      time.Time          `json:"opened"`
 	Sent        uint64             `json:"sent"`     // bytes from source to destination
 	Received    uint64             `json:"received"` // bytes from destination to source

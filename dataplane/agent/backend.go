@@ -252,6 +252,9 @@ func (b backend) checkAgent() []admin.Finding {
 		for _, issue := range samenode.Issues(s) {
 			findings = append(findings, admin.Finding{Subject: agentSubject, Check: "same node", Detail: issue})
 		}
+		for _, issue := range udpIssues(s) {
+			findings = append(findings, admin.Finding{Subject: agentSubject, Check: "udp", Detail: issue})
+		}
 	}
 	if b.plugin != nil && !b.released.Load() {
 		findings = append(findings, finding("CNI plugin", b.plugin.check()))

@@ -113,11 +113,30 @@ func (u *udpKeeper) follow(ctx context.Context, s *dataplane.Snapshot) map[strin
 
 // want is how the pod's UDP is to be captured; nil leaves it alone.
 func (u *udpKeeper) want(s *dataplane.Snapshot, w *dataplane.Workload) *kernel.UDPConfig {
-	if ns := s.Namespace(w.Name.Namespace); ns != nil && ns.Labels[dataplane.UDPLabel] == dataplane.UDPOff {
+	mode := dataplane.UDPDefault
+	if ns := s.Namespace(w.Name.Namespace); ns != nil {
+		mode = ns.UDP()
+	}
+	if mode == dataplane.UDPOff {
 		return nil
 	}
 	_, strict := u.rules.Rules(w).Strict(0)
-	return &kernel.UDPConfig{Strict: strict, Clear: w.UDPClear}
+	return &kernel.UDPConfig{Strict: strict, Require: mode == dataplane.UDPRequire, Clear: w.UDPClear}
+}
+
+// udpIssues lists the namespaces whose labels are no mode of UDP or of transport, with what they
+// count as.
+func udpIssues(s *dataplane.Snapshot) []string {
+	var issues []string
+	for _, ns := range s.Namespaces() {
+		if err := dataplane.UDPMode(ns.Labels[dataplane.UDPLabel]).Validate(); err != nil {
+			issues = append(issues, fmt.Sprintf("namespace %s: label %s: %v: it counts as %s", ns.Name, dataplane.UDPLabel, err, ns.UDP()))
+		}
+		if err := dataplane.TransportMode(ns.Labels[dataplane.TransportLabel]).Validate(); err != nil {
+			issues = append(issues, fmt.Sprintf("namespace %s: label %s: %v: it counts as %s", ns.Name, dataplane.TransportLabel, err, dataplane.TransportH2))
+		}
+	}
+	return issues
 }
 
 // udpPeers are the pods that take UDP in tunnels, and the services of which every endpoint that
@@ -174,7 +193,7 @@ func (p *pods) setUDP(s *servedPod, w *dataplane.Workload, want *kernel.UDPConfi
 		s.udp = nil
 		return s.ReleaseUDP()
 	}
-	if s.udp == nil || s.udp.Strict != want.Strict || !slices.Equal(s.udp.Clear, want.Clear) {
+	if s.udp == nil || s.udp.Strict != want.Strict || s.udp.Require != want.Require || !slices.Equal(s.udp.Clear, want.Clear) {
 		if err := s.CaptureUDP(*want); err != nil {
 			return err
 		}

@@ -447,6 +447,9 @@ func podValue(r *record) bpf.RacewayPod {
 	if r.UDPStrict {
 		v.Flags |= bpf.RacewayPodFlagPOD_STRICT
 	}
+	if r.UDPRequire {
+		v.Flags |= bpf.RacewayPodFlagPOD_REQUIRE
+	}
 	for i, a := range r.Addrs {
 		v.Addrs[i] = toAddr(a)
 	}

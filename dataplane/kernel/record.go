@@ -24,9 +24,10 @@ type record struct {
 	Outbound bool         `json:"outbound"`
 	Inbound  bool         `json:"inbound"`
 	// UDP says that UDP is captured, and how: see UDPConfig.
-	UDP       bool                  `json:"udp,omitempty"`
-	UDPStrict bool                  `json:"udpStrict,omitempty"`
-	UDPClear  []dataplane.PortRange `json:"udpClear,omitempty"`
+	UDP        bool                  `json:"udp,omitempty"`
+	UDPStrict  bool                  `json:"udpStrict,omitempty"`
+	UDPRequire bool                  `json:"udpRequire,omitempty"`
+	UDPClear   []dataplane.PortRange `json:"udpClear,omitempty"`
 	// UDPIfindexes are the pod's own interfaces, where programs for UDP are attached.
 	UDPIfindexes []int `json:"udpIfindexes,omitempty"`
 	// OutboundSince is when outbound capture was switched on, in nanoseconds since boot; 0

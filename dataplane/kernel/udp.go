@@ -19,6 +19,9 @@ import (
 type UDPConfig struct {
 	// Strict refuses what peers send in clear, but answers to what the pod sent in clear.
 	Strict bool
+	// Require captures what the pod sends to others than peers as well, but to multicast,
+	// broadcast and link-local addresses, DHCP, and in answer to what they sent in clear.
+	Require bool
 	// Clear is destination ports of the pod, and of its peers as the pod sees them, that are
 	// left alone; at most MaxClearPorts.
 	Clear []dataplane.PortRange
@@ -53,7 +56,7 @@ func (p *Pod) captureUDP(cfg UDPConfig) error {
 		return err
 	}
 	before := *p.rec
-	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPClear = true, cfg.Strict, cfg.Clear
+	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPRequire, p.rec.UDPClear = true, cfg.Strict, cfg.Require, cfg.Clear
 	err := p.d.ledger.save(p.rec)
 	if err == nil && !before.UDP {
 		err = errors.Join(p.setUpRouting(), p.openUDP(), p.noteOlderSockets())
@@ -86,7 +89,7 @@ func (p *Pod) ReleaseUDP() error {
 }
 
 func (p *Pod) releaseUDP() error {
-	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPClear = false, false, nil
+	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPRequire, p.rec.UDPClear = false, false, false, nil
 	errs := []error{
 		p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)),
 		p.d.detachUDP(p.rec, p.ns),

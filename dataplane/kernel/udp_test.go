@@ -375,6 +375,54 @@ func TestUDPStrict(t *testing.T) {
 	})
 }
 
+// A pod that requires tunnels hands to the agent what it sends to anybody, or has it dropped on
+// the host's end, but for answers, ports that are left alone, older sockets, DHCP and multicast.
+func TestUDPRequire(t *testing.T) {
+	inUDPModes(t, func(t *testing.T, m mode) {
+		f := enrolled(t, m)
+		other := f.node.NewPod(t)
+		w := newWire(t, f.node, f.web, other)
+		forFamilies(t, func(t *testing.T, fam family) {
+			older := bindUDP(t, f.web.Namespace, at(fam.of(f.web), 0))
+			f.captureUDP(t, kernel.UDPConfig{Require: true, Clear: []dataplane.PortRange{{First: 5, Last: 5}, {First: 123, Last: 123}}})
+			app := bindUDP(t, f.web.Namespace, at(fam.of(f.web), 0))
+			plain := bindUDP(t, other.Namespace, at(fam.of(other), 0))
+			say(t, app, localOf(plain), "captured")
+			if d := f.captured(t, "captured"); d.To != localOf(plain) {
+				t.Errorf("it was to %v, the agent says %v", localOf(plain), d.To)
+			}
+			long := string(bytes.Repeat([]byte("in fragments"), 500))
+			say(t, app, localOf(plain), long)
+			f.captured(t, long)
+			say(t, older, localOf(plain), "older")
+			say(t, plain, hear(t, plain, "older"), "answer")
+			hear(t, older, "answer")
+			asker := bindUDP(t, other.Namespace, at(fam.of(other), 0))
+			say(t, asker, localOf(app), "question")
+			say(t, app, hear(t, app, "question"), "answer")
+			hear(t, asker, "answer")
+			ntp := bindUDP(t, other.Namespace, at(fam.of(other), 123))
+			say(t, app, localOf(ntp), "left alone")
+			hear(t, ntp, "left alone")
+			if err := f.pod.ReleaseUDP(); err != nil {
+				t.Fatal(err)
+			}
+		})
+		before := f.counter(t, "divert", "elsewhere")
+		f.captureUDP(t, kernel.UDPConfig{Require: true, Clear: []dataplane.PortRange{{First: 5, Last: 5}}})
+		local := bindUDP(t, f.web.Namespace, at(netip.IPv4Unspecified(), 68))
+		for _, to := range []string{"224.0.0.251:5353", "169.254.20.10:53", "192.0.2.1:67"} {
+			say(t, local, netip.MustParseAddrPort(to), "left alone")
+		}
+		if got := f.counter(t, "divert", "elsewhere"); got != before+3 {
+			t.Errorf("%d datagrams left alone, want %d", got-before, 3)
+		}
+		if w.udpArrives(t, 53, "past every queue") || w.udpFragmentsArrive(t, 53, "later fragment") {
+			t.Error("a datagram to who is no peer gets past the guard")
+		}
+	})
+}
+
 // The longest datagram, of many fragments, arrives whole; so does it in the other direction.
 func TestUDPFragments(t *testing.T) {
 	inUDPMode(t, func(t *testing.T, m mode) {

@@ -192,6 +192,7 @@ func (f *flow) tunnelled(s *servedPod, r *hbone.ServerRequest) {
 	f.attempt.Destination.Identity = s.identity
 	f.attempt.Tunnel = r.Conn.Local
 	f.attempt.Socket = tcpOf(r.Conn)
+	f.attempt.Transport = carriedBy(r.Conn, "")
 	f.attempt.Service = s.requestedService(r, f.attempt.Destination.Workload)
 	f.tunnel = r.Conn
 }

@@ -373,6 +373,8 @@ func TestUDPToWhoDoesNotSpeakIt(t *testing.T) {
 	u.webUDP.sent <- fakeDatagram{from: u.at(u.web, 40000), to: u.at(u.db, 9000), payload: "lost"}
 	flows := u.nodes[0].telemetry
 	eventually(t, "the flow fails", func() bool { return len(flows.Connections()) == 0 && u.flows(u.nodes[0], "web") == 1 })
+	want := fmt.Sprint("refused ", u.at(u.web, 40000), " ", u.at(u.db, 9000))
+	eventually(t, "the application is told", func() bool { return len(u.webUDP.told) > 0 && <-u.webUDP.told == want })
 	eventually(t, "it can be tried again", func() bool { return u.flows(u.nodes[0], "web") == 0 })
 }
 

@@ -27,11 +27,15 @@ func (f *datagramFlow) open() {
 	stream, sent, err := f.reach(trace)
 	if err != nil {
 		s.refused(f.ctx, f.flow, err)
+		var unroutable *routeError
 		if errors.Is(err, syscall.ECONNREFUSED) { // the peer found out before its answer was here
 			f.End(err)
-		} else {
-			f.fail()
+			return
 		}
+		if errors.As(err, &unroutable) {
+			_ = f.u.d.Refuse(f.ends.app, f.ends.peer) // or the application waits for an answer
+		}
+		f.fail()
 		return
 	}
 	if !f.up(stream) {
@@ -76,7 +80,8 @@ func (f *datagramFlow) reach(trace string) (hbone.DatagramStream, [][]byte, erro
 func (u *datagramPod) openDatagrams(ctx context.Context, f *flow, d route.Decision, trace string, first [][]byte) (hbone.DatagramStream, error) {
 	var tunnel *hbone.Flow
 	err := u.s.reachPeer(ctx, f, d, trace, func(ctx context.Context, key hbone.Key, r *hbone.Request) (_ *hbone.Conn, _ io.Closer, err error) {
-		if tunnel, err = u.tunnel(ctx, key, r, first); err != nil {
+		tunnel, err = byQUIC(ctx, u.s, u.quic, key, func(c *hbone.Client) (*hbone.Flow, error) { return c.OpenDatagrams(ctx, key, r, first) })
+		if err != nil {
 			return nil, nil, err
 		}
 		return tunnel.Conn, tunnel, nil

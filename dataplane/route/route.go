@@ -105,6 +105,9 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 		}
 		return decideService(s, f, svc, port, svc.InternalTraffic, pick)
 	}
+	if f.UDP { // services take it by their cluster IPs alone
+		return decideTarget(s, f)
+	}
 	// What a service does not serve of an external address is somebody else's: another
 	// service's, or the node's whose address it is.
 	if svc := s.ServiceAtExternal(f.Dst); svc != nil {
@@ -117,6 +120,11 @@ func Decide(s *dataplane.Snapshot, f Flow, pick func(n int) int) Decision {
 			return decideService(s, f, svc, port, dataplane.TrafficCluster, pick)
 		}
 	}
+	return decideTarget(s, f)
+}
+
+// decideTarget is for an address that leads to no service.
+func decideTarget(s *dataplane.Snapshot, f Flow) Decision {
 	if f.tried(f.Dst) {
 		return Decision{Target: f.Dst, Workload: s.WorkloadAt(f.Dst.Addr()), Reason: fmt.Sprintf("%s was tried and there is no other address to try", f.Dst)}
 	}

@@ -465,8 +465,11 @@ func TestUDPGoesToWhoTakesIt(t *testing.T) {
 			Name: dataplane.Name{Namespace: "shop", Name: "dns"}, Addrs: []netip.Addr{vip},
 			Ports: []dataplane.ServicePort{{Name: "tcp", Port: 53}, {Name: "web", Port: 80}}, UDPPorts: []dataplane.ServicePort{{Name: "udp", Port: 53}},
 			Endpoints: []dataplane.Endpoint{{
+				Addr: netip.MustParseAddr("10.0.0.2"), WorkloadUID: "not", Ready: true, Ports: map[string]uint16{"tcp": 1, "udp": 5353},
+			}, {
 				Addr: netip.MustParseAddr("10.0.0.1"), WorkloadUID: "takes", Ready: true, Ports: map[string]uint16{"tcp": 1, "udp": 5353, "web": 2},
 			}},
+			External: []netip.Addr{netip.MustParseAddr("192.0.2.1")},
 		}},
 		Captured: map[string]bool{"takes": true, "not": true},
 		UDP:      map[string]bool{"takes": true},
@@ -480,8 +483,9 @@ func TestUDPGoesToWhoTakesIt(t *testing.T) {
 		{"10.0.0.2:9", Passthrough, "10.0.0.2:9"},
 		{"10.96.0.1:53", Tunnel, "10.0.0.1:5353"},
 		{"10.96.0.1:80", Refuse, ""},
+		{"192.0.2.1:80", Passthrough, "192.0.2.1:80"},
 	} {
-		d := Decide(s, Flow{Dst: netip.MustParseAddrPort(c.dst), UDP: true}, nil)
+		d := Decide(s, Flow{Dst: netip.MustParseAddrPort(c.dst), UDP: true}, func(int) int { return 0 })
 		if d.Action != c.action || c.target != "" && d.Target.String() != c.target {
 			t.Errorf("%s: %v %v (%s), want %v %s", c.dst, d.Action, d.Target, d.Reason, c.action, c.target)
 		}

@@ -61,6 +61,11 @@ func candidates(s *dataplane.Snapshot, f Flow, svc *dataplane.Service, port data
 	if len(untried) == 0 {
 		return nil, fmt.Sprintf("every endpoint of service %s was tried", svc.Name)
 	}
+	if f.UDP { // it is not to go in clear while there is a choice
+		if takers := keep(untried, func(c candidate) bool { return c.workload != nil && c.workload.UDP }); len(takers) > 0 {
+			untried = takers
+		}
+	}
 	preferred := untried
 	if policy != dataplane.TrafficLocal {
 		preferred = prefer(s, f, svc.Distribution, untried)

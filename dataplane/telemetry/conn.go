@@ -84,6 +84,8 @@ type Attempt struct {
 	Service *dataplane.Service
 	// Tunnel is the peer's HBONE address, zero for plain TCP.
 	Tunnel netip.AddrPort
+	// Transport is what the tunnel is carried by, and why, where that is not as ever.
+	Transport string
 	// Kernel says that it goes by the kernel alone, between two pods of this node.
 	Kernel bool
 	// UDP says that it is a flow of datagrams.
@@ -118,12 +120,13 @@ type facts struct {
 	id                          ID
 	parties                     *parties
 	source, destination, tunnel netip.AddrPort
+	transport                   string
 	started                     time.Time     // accepted
 	setup                       time.Duration // from then until it was open
 }
 
 func (t *Telemetry) facts(a *Attempt, p *parties, now time.Time) facts {
-	f := facts{id: a.ID, parties: p, source: a.Source.Addr, destination: a.Destination.Addr, tunnel: a.Tunnel, started: a.Started}
+	f := facts{id: a.ID, parties: p, source: a.Source.Addr, destination: a.Destination.Addr, tunnel: a.Tunnel, transport: a.Transport, started: a.Started}
 	if f.id == 0 {
 		f.id = NewID()
 	}

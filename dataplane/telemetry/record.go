@@ -34,7 +34,7 @@ func (r *record) connection() admin.Connection {
 	c := admin.Connection{
 		ID: r.id.String(), Direction: string(p.direction), Protocol: dataplane.ProtocolTCP,
 		Source: p.source.peer(r.source), Destination: p.destination.peer(r.destination),
-		Service: p.service, Tunnel: r.tunnel, Policy: p.policy, Opened: r.opened(),
+		Service: p.service, Tunnel: r.tunnel, Transport: r.transport, Policy: p.policy, Opened: r.opened(),
 		Sent: r.sent, Received: r.received, RTTMicros: r.rtt, Retransmits: r.retransmits,
 	}
 	switch {

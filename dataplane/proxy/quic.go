@@ -12,8 +12,9 @@ import (
 	"github.com/raceway-mesh/raceway/hbone/h3"
 )
 
-// quicTunnels are a pod's tunnels over QUIC, on one socket, which carry its flows of UDP. Where
-// nothing answers there the flows go by HTTP/2 (RFC 9298 section 3.4).
+// quicTunnels are a pod's tunnels over QUIC, on one socket, which carry its flows of UDP, and its
+// connections where that was asked for. Where nothing answers there they go by HTTP/2 (RFC 9298
+// section 3.4).
 type quicTunnels struct {
 	endpoint *h3.Endpoint
 	client   *hbone.Client
@@ -25,7 +26,7 @@ type quicTunnels struct {
 const (
 	// quicPatience bounds the wait for a peer's first answer.
 	quicPatience = 3 * time.Second
-	// maxConnFlows is how many flows share a connection: nearly as many as a peer of ours takes
+	// maxConnFlows is how many flows and streams share a connection: nearly as many as a peer of ours takes
 	// (h3.Config.MaxStreams), since each connection costs more than a flow.
 	maxConnFlows = 900
 	// blockedPause is how long a peer that did not answer is not asked again.
@@ -80,22 +81,25 @@ func (q *quicTunnels) block(peer netip.AddrPort) {
 	q.blocked[peer] = time.Now().Add(blockedPause)
 }
 
-// tunnel opens a flow over QUIC, or over HTTP/2 where that is not possible.
-func (u *datagramPod) tunnel(ctx context.Context, key hbone.Key, r *hbone.Request, first [][]byte) (*hbone.Flow, error) {
-	if u.quic == nil || u.quic.isBlocked(key.Remote) {
-		return u.s.client.OpenDatagrams(ctx, key, r, first)
+// byQUIC has open ask by QUIC, and by HTTP/2 where no connection to the peer comes up.
+func byQUIC[T any](ctx context.Context, s *servedPod, q *quicTunnels, key hbone.Key, open func(*hbone.Client) (T, error)) (T, error) {
+	if q == nil || q.isBlocked(key.Remote) {
+		return open(s.client)
 	}
-	f, err := u.quic.client.OpenDatagrams(ctx, key, r, first)
+	t, err := open(q.client)
 	var dial *hbone.DialError
-	if err == nil || !errors.As(err, &dial) || ctx.Err() != nil {
-		return f, err
+	switch {
+	case errors.Is(err, hbone.ErrClosed): // the pod's UDP was released meanwhile
+	case err == nil, !errors.As(err, &dial), ctx.Err() != nil:
+		return t, err
+	default:
+		q.block(key.Remote)
+		s.cfg.Log.Warn("tunnels to a peer go by HTTP/2: nothing answers at its UDP port 15008, which a NetworkPolicy may be blocking",
+			"pod", s.uid, "peer", key.Remote, "for", blockedPause, "error", err)
 	}
-	u.quic.block(key.Remote)
-	u.s.cfg.Log.Warn("UDP goes by HTTP/2 to a peer: nothing answers at its UDP port 15008, which a NetworkPolicy may be blocking",
-		"pod", u.s.uid, "peer", key.Remote, "for", blockedPause, "error", err)
-	f, slow := u.s.client.OpenDatagrams(ctx, key, r, first)
+	t, slow := open(s.client)
 	if slow != nil {
-		return nil, fmt.Errorf("%w; and over HTTP/2: %w", err, slow)
+		return t, fmt.Errorf("%w; and over HTTP/2: %w", err, slow)
 	}
-	return f, nil
+	return t, nil
 }

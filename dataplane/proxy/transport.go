@@ -1,0 +1,58 @@
+package proxy
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/hbone"
+)
+
+// transport says how the peer w is to be asked for f's stream, by QUIC unless nil is returned, and
+// why. The reason is "" while the pod's namespace has no wish.
+func (s *servedPod) transport(f *flow, w *dataplane.Workload, peer netip.AddrPort) (quic *quicTunnels, why string) {
+	mode := s.transportMode(f.attempt.Source.Workload)
+	if mode == dataplane.TransportDefault {
+		return nil, ""
+	}
+	asked := fmt.Sprintf("%s=%s", dataplane.TransportLabel, mode)
+	u := s.datagrams()
+	switch {
+	case mode == dataplane.TransportH2:
+		return nil, asked
+	case u == nil || u.quic == nil:
+		return nil, asked + ", but the agent does not take the UDP of this pod"
+	case !w.UDP:
+		return nil, fmt.Sprintf("%s, but the agent of %s does not take its UDP", asked, w.Name)
+	case u.quic.isBlocked(peer):
+		return nil, asked + ", but nothing answers at the peer's UDP port 15008"
+	}
+	return u.quic, asked
+}
+
+func (s *servedPod) transportMode(source *dataplane.Workload) dataplane.TransportMode {
+	snapshot, _ := s.cfg.Store.Load()
+	if snapshot == nil || source == nil {
+		return dataplane.TransportDefault
+	}
+	ns := snapshot.Namespace(source.Name.Namespace)
+	if ns == nil {
+		return dataplane.TransportDefault
+	}
+	return ns.Transport()
+}
+
+// carriedBy is the transport of conn, with why it was chosen.
+func carriedBy(conn *hbone.Conn, why string) string {
+	carrier := "h2"
+	if conn.Raw == nil {
+		carrier = "h3"
+	}
+	switch {
+	case why != "":
+		return carrier + ": " + why
+	case carrier == "h3":
+		return carrier
+	}
+	return "" // as ever
+}
