@@ -170,6 +170,13 @@ func (c *Client) handler(ctx context.Context) http.Handler {
 		}
 		return c.close(q.Name)
 	}))
+	mux.Handle("/datagrams", answer(func(r *http.Request) ([]request, error) {
+		q, err := read[datagramQuestion](r)
+		if err != nil {
+			return nil, err
+		}
+		return sendOrders(r.Context(), q)
+	}))
 	mux.Handle("/load", answer(func(r *http.Request) (traffic.RateResult, error) {
 		q, err := read[loadQuestion](r)
 		if err != nil {

@@ -17,6 +17,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -80,15 +81,20 @@ type step struct {
 }
 
 func (s *story) steps() []step {
-	return []step{
+	steps := []step{
 		{"Two nodes, an agent on each, and nothing in the mesh", s.plain},
 		{"The namespace gets its label", s.label},
 		{"Who talks to whom", s.identities},
+		{udpTitle, s.udp},
 		{"The server speaks first", s.serverFirst},
 		{"A policy: a dry run first, then in force", s.policy},
 		{"Why?", s.why},
 		{"The label goes", s.unlabel},
 	}
+	if !s.withUDP {
+		steps = slices.DeleteFunc(steps, func(st step) bool { return st.title == udpTitle })
+	}
+	return steps
 }
 
 // Run tells the story to its end. Whatever happens, and unless Keep says otherwise, nothing
@@ -101,7 +107,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	s := &story{cfg: cfg, page: newPage(cfg.Out, cfg.Color, cfg.Width), mariaDB: maria, began: time.Now()}
+	s := &story{cfg: cfg, page: newPage(cfg.Out, cfg.Color, cfg.Width), mariaDB: maria, withUDP: capturesUDP(), began: time.Now()}
 	if err := s.removeDead(); err != nil {
 		return err
 	}

@@ -53,8 +53,13 @@ func (s *Server) Run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, app.Close())
 	}
+	datagrams, err := new(net.ListenConfig).ListenPacket(ctx, "udp", fmt.Sprintf(":%d", datagramPort))
+	if err != nil {
+		return errors.Join(err, app.Close(), load.Close())
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.serve(ctx, app) })
+	group.Go(func() error { return serveDatagrams(ctx, datagrams) })
 	group.Go(func() error { return traffic.Serve(ctx, load) })
 	group.Go(func() error { return serveControl(ctx, s.Socket, s.handler()) })
 	return group.Wait()

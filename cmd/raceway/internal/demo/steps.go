@@ -49,6 +49,11 @@ func (s *story) plain(ctx context.Context) error {
 	first := found[0]
 	p.block(fmt.Sprintf("%s > %s\n    %s", first.Source, first.Destination, strings.TrimSpace(string(first.Payload))))
 	p.good("plain TCP: the capture has the payload of all %d requests in clear", len(requests))
+	if s.withUDP {
+		if err := s.plainUDP(ctx); err != nil {
+			return err
+		}
+	}
 	if err := s.raceway(ctx, "workloads"); err != nil {
 		return err
 	}

@@ -40,6 +40,7 @@ type story struct {
 	db         *app
 	vip        netip.AddrPort // of the service db
 	mariaDB    *mariaDB       // nil where it is not installed
+	withUDP    bool           // the kernel can capture it
 
 	fail     context.CancelCauseFunc // ends the step that is on
 	watchers sync.WaitGroup
@@ -125,7 +126,11 @@ func (s *story) startMesh(ctx context.Context) error {
 	s.watchProcess(ctx, "raceway-ca", ca.Process)
 	for _, n := range s.lab.Nodes() {
 		accessLog := filepath.Join(s.lab.Dir(), "log", "access-"+n.Name+".txt")
-		agent, err := s.lab.StartAgent(ctx, n, "--access-log", accessLog)
+		args := []string{"--access-log", accessLog}
+		if s.withUDP {
+			args = append(args, "--experimental-udp")
+		}
+		agent, err := s.lab.StartAgent(ctx, n, args...)
 		if err != nil {
 			return err
 		}
