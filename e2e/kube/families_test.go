@@ -26,6 +26,7 @@ func TestIPFamilies(t *testing.T) {
 				{name: "enrolment", test: TestALabelEnrolsWithoutARestart},
 				{name: "every address", test: everyAddress},
 				{name: "probes", test: TestStrictServersPassTheirProbes},
+				{name: "UDP", test: TestUDPBetweenPods, slow: true},
 				{name: "policies", test: TestPoliciesDecideByServiceAccount, slow: true},
 				{name: "lives", test: TestPodsLiveAsWithoutTheMesh, slow: true},
 				{name: "protocols and tools", test: TestProtocolsAndToolsWorkAsWithoutTheMesh, slow: true},

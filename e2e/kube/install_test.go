@@ -71,7 +71,10 @@ metadata:
   labels: {pod-security.kubernetes.io/enforce: privileged}
 `)
 	w.runHelm(t, "upgrade", "--install", "raceway-crds", "daemonset/crds", "-n", system)
-	args := []string{"upgrade", "--install", "raceway", "daemonset/chart", "-n", system, "--wait", "--timeout", "3m"}
+	args := []string{
+		"upgrade", "--install", "raceway", "daemonset/chart", "-n", system, "--wait", "--timeout", "3m",
+		"--set", "agent.extraArgs={--experimental-udp}",
+	}
 	w.runHelm(t, append(args, values...)...)
 	w.installed = true
 }

@@ -103,7 +103,7 @@ const serverService = `---
 apiVersion: v1
 kind: Service
 metadata: {name: server, namespace: %[1]s}
-spec: {ipFamilyPolicy: PreferDualStack, selector: {role: server}, ports: [{name: http, port: 80, targetPort: 8080}, {name: echo, port: 9000}]}
+spec: {ipFamilyPolicy: PreferDualStack, selector: {role: server}, ports: [{name: http, port: 80, targetPort: 8080}, {name: echo, port: 9000}, {name: datagrams, port: 9000, protocol: UDP}]}
 ---
 apiVersion: v1
 kind: Service

@@ -103,6 +103,45 @@ func (c client) echo(ctx context.Context, address, text string) error {
 	return nil
 }
 
+// ask sends a datagram again each second, as who uses UDP must.
+func (c client) ask(ctx context.Context, address, text string) error {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "udp", address)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	back := make([]byte, 64<<10)
+	for end := time.Now().Add(c.timeout); ; {
+		if _, err := conn.Write([]byte(text)); err != nil {
+			return err
+		}
+		if err := conn.SetReadDeadline(time.Now().Add(min(time.Second, c.timeout))); err != nil {
+			return err
+		}
+		n, err := conn.Read(back)
+		switch {
+		case err == nil && string(back[:n]) != text:
+			return fmt.Errorf("sent %q, got %q", text, back[:n])
+		case err == nil:
+			fmt.Println(text)
+			return nil
+		case !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(end):
+			return err
+		}
+	}
+}
+
+func (c client) resolve(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupHost(ctx, name)
+	if err != nil {
+		return err
+	}
+	fmt.Println(addrs)
+	return nil
+}
+
 // loop ends with ctx, whatever fails.
 func (c client) loop(ctx context.Context, url string, every time.Duration) error {
 	return report(ctx, every, func() error {

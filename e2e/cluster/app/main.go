@@ -1,9 +1,11 @@
 // Command app is what tests run in pods: a server, and clients of it.
 //
-//	app serve                   HTTP, an echo, a greeting and gRPC's health service, until it is told to end
+//	app serve                   HTTP, an echo (of datagrams, too), a greeting and gRPC's health service, until it is told to end
 //	app webhook DIR             admission webhook with tls.crt and tls.key of DIR; refuses what is named refused
 //	app get [-n N] URL          N requests, each on a connection of its own; the last answer
 //	app echo ADDRESS TEXT       one connection, one message and its echo
+//	app ask ADDRESS TEXT        one datagram to the echo, again each second, and its echo
+//	app resolve NAME            the addresses of a name
 //	app transfer [-n N] ADDRESS N MiB to the echo and back, and what they hash to
 //	app hear ADDRESS            what a server says that speaks first
 //	app loop URL                requests one after the other, each on a new connection
@@ -44,7 +46,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New("usage: app serve | webhook | get | echo | transfer | hear | loop | hold | check")
+		return errors.New("usage: app serve | webhook | get | echo | ask | resolve | transfer | hear | loop | hold | check")
 	}
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	count := flags.Int("n", 1, "how many")
@@ -63,6 +65,10 @@ func run(ctx context.Context, args []string) error {
 		return c.get(ctx, flags.Arg(0), *count)
 	case "echo":
 		return c.echo(ctx, flags.Arg(0), flags.Arg(1))
+	case "ask":
+		return c.ask(ctx, flags.Arg(0), flags.Arg(1))
+	case "resolve":
+		return c.resolve(ctx, flags.Arg(0))
 	case "transfer":
 		return c.transfer(ctx, flags.Arg(0), *count)
 	case "hear":

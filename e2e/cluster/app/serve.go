@@ -45,6 +45,10 @@ func serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	datagrams, err := net.ListenPacket("udp", fmt.Sprintf(":%d", echoPort))
+	if err != nil {
+		return err
+	}
 	wellness, err := net.Listen("tcp", fmt.Sprintf(":%d", grpcPort))
 	if err != nil {
 		return err
@@ -63,6 +67,7 @@ func serve(ctx context.Context) error {
 	var group errgroup.Group
 	group.Go(func() error { return rpc.Serve(wellness) })
 	group.Go(func() error { return serveEach(echo, func(conn net.Conn) { _, _ = io.Copy(conn, conn) }) }) // the client sees it
+	group.Go(func() error { return echoDatagrams(datagrams) })
 	group.Go(func() error { return serveEach(greeter, func(conn net.Conn) { _, _ = io.WriteString(conn, pod) }) })
 	group.Go(func() error {
 		if err := server.Serve(web); !errors.Is(err, http.ErrServerClosed) {
@@ -73,7 +78,21 @@ func serve(ctx context.Context) error {
 	<-ctx.Done()
 	time.Sleep(drainTime)
 	rpc.Stop()
-	return errors.Join(server.Close(), echo.Close(), greeter.Close(), group.Wait())
+	return errors.Join(server.Close(), echo.Close(), datagrams.Close(), greeter.Close(), group.Wait())
+}
+
+// echoDatagrams ends with conn.
+func echoDatagrams(conn net.PacketConn) error {
+	b := make([]byte, 64<<10)
+	for {
+		n, from, err := conn.ReadFrom(b)
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err == nil {
+			_, _ = conn.WriteTo(b[:n], from) // whoever asked has gone
+		}
+	}
 }
 
 // serveEach ends with l, and leaves connections to the end of the process.
