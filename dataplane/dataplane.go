@@ -147,16 +147,17 @@ type TransportMode string
 const (
 	TransportDefault TransportMode = ""
 	TransportH2      TransportMode = "h2"
-	TransportH3      TransportMode = "h3" // HTTP/3, where the peer can
+	TransportH3      TransportMode = "h3"   // HTTP/3, where the peer can
+	TransportAuto    TransportMode = "auto" // HTTP/3 there on a path that loses packets
 )
 
 // Validate complains of anything that is no mode.
 func (m TransportMode) Validate() error {
 	switch m {
-	case TransportDefault, TransportH2, TransportH3:
+	case TransportDefault, TransportH2, TransportH3, TransportAuto:
 		return nil
 	}
-	return fmt.Errorf("transport %q is neither %s nor %s", string(m), TransportH2, TransportH3)
+	return fmt.Errorf("transport %q is none of %s, %s and %s", string(m), TransportH2, TransportH3, TransportAuto)
 }
 
 // SameNodeMode is how pods of one node talk to each other.

@@ -150,6 +150,7 @@ type Opening interface {
 // Response is what a peer said beside 200.
 type Response struct {
 	Baggage Baggage
+	Path    string // what the peer lost of what it sent, in agents' own words; "" for nothing
 }
 
 // ClientTransport makes a Session from a TLS connection on a Wire whose handshake has completed.

@@ -15,11 +15,14 @@ import (
 const (
 	MaxHeaderList         = 64 << 10
 	MaxResponseHeaderList = 16 << 10
+
+	maxPath = 128 // of Response.Path, in bytes
 )
 
 // Names of the header fields that HBONE knows.
 const (
 	headerBaggage     = "baggage"
+	headerPath        = "raceway-path"
 	headerForwarded   = "forwarded"
 	headerTraceParent = "traceparent"
 )
@@ -101,15 +104,20 @@ func (r *Response) Fields(emit func(name, value string)) {
 	if v := r.Baggage.String(); v != "" {
 		emit(headerBaggage, v)
 	}
+	if r.Path != "" {
+		emit(headerPath, r.Path)
+	}
 }
 
 // SetField takes a header field that arrived, as Request.SetField does.
 func (r *Response) SetField(name, value string) {
-	if name != headerBaggage || r.Baggage != (Baggage{}) {
-		return
-	}
-	if b, err := ParseBaggage(value); err == nil {
-		r.Baggage = b
+	switch {
+	case name == headerPath && len(value) <= maxPath:
+		r.Path = value
+	case name == headerBaggage && r.Baggage == (Baggage{}):
+		if b, err := ParseBaggage(value); err == nil {
+			r.Baggage = b
+		}
 	}
 }
 

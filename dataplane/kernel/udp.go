@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"syscall"
 
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/raceway-mesh/raceway/bpf"
@@ -32,6 +34,19 @@ const (
 	progReceive   = "receive"
 	progNoteOlder = "note_older"
 )
+
+// CanCaptureUDP reports whether this kernel's SK_LOOKUP knows the interface, as since Linux 5.17.
+func CanCaptureUDP() bool {
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return false
+	}
+	var lookup *btf.Struct
+	if err := spec.TypeByName("bpf_sk_lookup", &lookup); err != nil {
+		return false
+	}
+	return slices.ContainsFunc(lookup.Members, func(m btf.Member) bool { return m.Name == "ingress_ifindex" })
+}
 
 // CaptureUDP hands the pod's UDP with peers to the agent, from now on: sockets that exist go on
 // in clear until they close. It may be called again with another configuration. It needs a

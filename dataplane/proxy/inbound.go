@@ -211,7 +211,7 @@ func (s *servedPod) checkTunnel(r *hbone.ServerRequest, identityErr error) error
 
 // response describes the destination of f to the peer.
 func (s *servedPod) response(f *flow) hbone.Response {
-	var r hbone.Response
+	r := hbone.Response{Path: s.tellPath(f.tunnel)}
 	if w := f.attempt.Destination.Workload; w != nil {
 		r.Baggage = s.baggage(w)
 	}

@@ -220,6 +220,7 @@ func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, t
 			return nil, nil, err
 		}
 		f.attempt.Transport = carriedBy(tunnel.Conn, why)
+		s.hearPath(f, tunnel)
 		return tunnel.Conn, tunnel, nil
 	})
 	if err != nil {

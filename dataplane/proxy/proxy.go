@@ -29,6 +29,7 @@ import (
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/authz"
+	"github.com/raceway-mesh/raceway/dataplane/paths"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
 )
@@ -154,6 +155,7 @@ type Proxy struct {
 	files budget       // open files of connections, of all pods
 	idle  lot          // sockets without traffic, of all pods
 	warn  limitLog
+	paths paths.Judge // of those to peers
 	// handshakes has one for each of a tunnel that some pod opens.
 	handshakes chan struct{}
 

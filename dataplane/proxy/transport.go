@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/paths"
 	"github.com/raceway-mesh/raceway/hbone"
 )
 
@@ -26,8 +27,42 @@ func (s *servedPod) transport(f *flow, w *dataplane.Workload, peer netip.AddrPor
 		return nil, fmt.Sprintf("%s, but the agent of %s does not take its UDP", asked, w.Name)
 	case u.quic.isBlocked(peer):
 		return nil, asked + ", but nothing answers at the peer's UDP port 15008"
+	case mode == dataplane.TransportAuto:
+		bad, quality := s.paths.Bad(peer.Addr())
+		why = fmt.Sprintf("%s: %v", asked, quality)
+		if !bad {
+			return nil, why
+		}
+		return u.quic, why
 	}
 	return u.quic, asked
+}
+
+// hearPath has a tunnel that our side opened tell of the way to the peer.
+func (s *servedPod) hearPath(f *flow, t *hbone.Tunnel) {
+	if s.transportMode(f.attempt.Source.Workload) != dataplane.TransportAuto {
+		return
+	}
+	peer := t.Conn.Remote.Addr()
+	if tcp := tcpOf(t.Conn); tcp != nil {
+		s.paths.Watch(peer, tcp)
+	}
+	if quality, err := paths.Parse(t.Response.Path); err == nil {
+		s.paths.Hear(peer, quality)
+	}
+}
+
+// tellPath is what to tell the peer of the way of conn, which it opened.
+func (s *servedPod) tellPath(conn *hbone.Conn) string {
+	tcp := tcpOf(conn)
+	if tcp == nil {
+		return ""
+	}
+	s.paths.Watch(conn.Remote.Addr(), tcp)
+	if quality := s.paths.Ours(conn.Remote.Addr()); quality.Bad() {
+		return quality.String()
+	}
+	return ""
 }
 
 func (s *servedPod) transportMode(source *dataplane.Workload) dataplane.TransportMode {

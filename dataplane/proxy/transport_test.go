@@ -4,9 +4,11 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
+	"github.com/raceway-mesh/raceway/dataplane/paths"
 )
 
 // A connection goes by HTTP/3 where its namespace asks for it and the peer can, and by HTTP/2
@@ -16,6 +18,7 @@ func TestConnectionsGoByTheTransportThatIsAskedFor(t *testing.T) {
 		name, label  string
 		unpublished  bool // the peer's agent does not say that it takes UDP
 		blocked      bool // nothing comes through to the peer's UDP port
+		heard        paths.Quality
 		out, in, why string
 	}{
 		{name: "nothing is asked for"},
@@ -23,12 +26,20 @@ func TestConnectionsGoByTheTransportThatIsAskedFor(t *testing.T) {
 		{name: "HTTP/3", label: "h3", out: "h3", in: "h3", why: "raceway.dev/transport=h3"},
 		{name: "the peer takes none", label: "h3", unpublished: true, out: "h2", why: "does not take its UDP"},
 		{name: "blocked", label: "h3", blocked: true, out: "h2", why: "nothing answers at the peer's UDP port 15008"},
+		{name: "a path that is not known to lose anything", label: "auto", out: "h2", why: "raceway.dev/transport=auto: lost=0"},
+		{
+			name: "a path that loses packets", label: "auto", heard: paths.Quality{Segments: 2000, Lost: 40, RTT: 20 * time.Millisecond},
+			out: "h3", in: "h3", why: "raceway.dev/transport=auto: lost=40, sent=2000, rtt=20ms",
+		},
 		{name: "what is no transport", label: "http3"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			u := newTransportWorld(t, c.label, c.blocked)
 			if c.unpublished {
 				u.publish(func(c *dataplane.Contents) { c.UDP = map[string]bool{"web": true} })
+			}
+			if c.heard != (paths.Quality{}) {
+				u.nodes[0].paths.Hear(u.db.addr, c.heard)
 			}
 			for range 2 { // the first may find out that the port is blocked
 				conn := u.dial(u.nodes[0], u.web, u.listen(u.db.addr, echo))

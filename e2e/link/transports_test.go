@@ -7,16 +7,21 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
+	"github.com/raceway-mesh/raceway/dataplane/paths"
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h2"
 	"github.com/raceway-mesh/raceway/hbone/h3"
@@ -28,13 +33,22 @@ const rate = 200_000_000
 
 // tunnels is a client in one namespace and a server in the other, with a link between.
 type tunnels struct {
-	client *hbone.Client
-	key    hbone.Key
+	clients map[string]*hbone.Client // by transport
+	key     hbone.Key
+	ours    paths.Judge // the client's, with both transports
+	theirs  paths.Judge
 }
 
-// serveBytes sends as many bytes as the first eight that it gets say, and echoes the rest.
-func serveBytes(r *hbone.ServerRequest) {
-	s, err := r.Accept(hbone.Response{})
+// serve sends as many bytes as the first eight that it gets say, and echoes the rest.
+func (w *tunnels) serve(r *hbone.ServerRequest) {
+	var response hbone.Response
+	if tcp, ok := r.Conn.Raw.(*net.TCPConn); ok {
+		w.theirs.Watch(r.Conn.Remote.Addr(), tcp)
+		if q := w.theirs.Ours(r.Conn.Remote.Addr()); q.Bad() {
+			response.Path = q.String()
+		}
+	}
+	s, err := r.Accept(response)
 	if err != nil {
 		return
 	}
@@ -56,7 +70,7 @@ func serveBytes(r *hbone.ServerRequest) {
 	}
 }
 
-func newTunnels(t testing.TB, transport string, way Path) *tunnels {
+func newTunnels(t testing.TB, way Path, transports ...string) *tunnels {
 	t.Helper()
 	back := way
 	back.Seed++
@@ -69,35 +83,61 @@ func newTunnels(t testing.TB, transport string, way Path) *tunnels {
 	}
 	ca := hbonetest.NewCA(t)
 	cfg := ca.ClientTLS(t, hbonetest.ClientID, hbonetest.ServerID)
-	client := hbone.ClientConfig{TLS: func(context.Context, hbone.Key) (*tls.Config, error) { return cfg, nil }}
-	server := hbone.ServerConfig{TLS: ca.ServerTLS(t, hbonetest.ServerID), Handler: serveBytes, Transport: h2.Server{}}
 	addr := netip.AddrPortFrom(l.B.V4, 15008)
-	var serve func(ctx context.Context, srv *hbone.Server) error
-	switch transport {
-	case "h2":
-		client.Transport = h2.Client{}
-		client.Dial = func(ctx context.Context, key hbone.Key) (net.Conn, error) {
-			return a.Dial(ctx, netns.DialConfig{Remote: key.Remote})
-		}
-		listener := netnstest.Listen(t, b, "tcp", addr.String())
-		serve = func(ctx context.Context, srv *hbone.Server) error { return srv.Serve(ctx, ctx, listener) }
-	case "h3":
-		client.Connector = newEndpoint(t, a, netip.AddrPortFrom(l.A.V4, 15008))
-		endpoint := newEndpoint(t, b, addr)
-		serve = func(ctx context.Context, srv *hbone.Server) error { return srv.ServeEndpoint(ctx, ctx, endpoint) }
-	}
+	w := &tunnels{clients: make(map[string]*hbone.Client), key: hbone.Key{Remote: addr, Local: l.A.V4}}
+	server := hbone.NewServer(hbone.ServerConfig{TLS: ca.ServerTLS(t, hbonetest.ServerID), Handler: w.serve, Transport: h2.Server{}})
 	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan error, 1)
-	go func() { served <- serve(ctx, hbone.NewServer(server)) }()
-	w := &tunnels{client: hbone.NewClient(client), key: hbone.Key{Remote: addr, Local: l.A.V4}}
+	var served errgroup.Group
+	for _, transport := range transports {
+		client := hbone.ClientConfig{TLS: func(context.Context, hbone.Key) (*tls.Config, error) { return cfg, nil }}
+		switch transport {
+		case "h2":
+			client.Transport = h2.Client{}
+			client.Dial = func(ctx context.Context, key hbone.Key) (net.Conn, error) {
+				return a.Dial(ctx, netns.DialConfig{Remote: key.Remote})
+			}
+			listener := netnstest.Listen(t, b, "tcp", addr.String())
+			served.Go(func() error { return server.Serve(ctx, ctx, listener) })
+		case "h3":
+			client.Connector = newEndpoint(t, a, netip.AddrPortFrom(l.A.V4, 15008))
+			endpoint := newEndpoint(t, b, addr)
+			served.Go(func() error { return server.ServeEndpoint(ctx, ctx, endpoint) })
+		}
+		w.clients[transport] = hbone.NewClient(client)
+	}
 	t.Cleanup(func() {
-		_ = w.client.Close()
+		for _, c := range w.clients {
+			_ = c.Close()
+		}
 		cancel()
-		if err := <-served; err != nil {
+		if err := served.Wait(); err != nil {
 			t.Error(err)
 		}
 	})
 	return w
+}
+
+// open opens a stream by the only transport, or by the one that suits the path.
+func (w *tunnels) open(ctx context.Context) (*hbone.Tunnel, error) {
+	peer := w.key.Remote.Addr()
+	transport := slices.Collect(maps.Keys(w.clients))[0]
+	if len(w.clients) > 1 {
+		transport = "h2"
+		if bad, _ := w.ours.Bad(peer); bad {
+			transport = "h3"
+		}
+	}
+	s, err := w.clients[transport].Open(ctx, w.key, &hbone.Request{Authority: "10.99.0.2:80"})
+	if err != nil {
+		return nil, err
+	}
+	if tcp, ok := s.Conn.Raw.(*net.TCPConn); ok {
+		w.ours.Watch(peer, tcp)
+	}
+	if q, err := paths.Parse(s.Response.Path); err == nil {
+		w.ours.Hear(peer, q)
+	}
+	return s, nil
 }
 
 func newEndpoint(t testing.TB, ns *netns.Namespace, addr netip.AddrPort) *h3.Endpoint {
@@ -121,7 +161,7 @@ func newEndpoint(t testing.TB, ns *netns.Namespace, addr netip.AddrPort) *h3.End
 
 // get fetches n bytes and leaves the stream to echo.
 func (w *tunnels) get(ctx context.Context, n int) (*hbone.Tunnel, error) {
-	s, err := w.client.Open(ctx, w.key, &hbone.Request{Authority: "10.99.0.2:80"})
+	s, err := w.open(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +177,7 @@ func (w *tunnels) get(ctx context.Context, n int) (*hbone.Tunnel, error) {
 func TestTunnelsCarryAllOverALinkThatLosesAndReorders(t *testing.T) {
 	for _, transport := range []string{"h2", "h3"} {
 		t.Run(transport, func(t *testing.T) {
-			w := newTunnels(t, transport, Path{Delay: 2 * time.Millisecond, Loss: 0.02, Reorder: 0.02, Rate: rate})
+			w := newTunnels(t, Path{Delay: 2 * time.Millisecond, Loss: 0.02, Reorder: 0.02, Rate: rate}, transport)
 			s, err := w.get(t.Context(), 1<<20)
 			if err != nil {
 				t.Fatal(err)
@@ -156,14 +196,38 @@ func TestTunnelsCarryAllOverALinkThatLosesAndReorders(t *testing.T) {
 	}
 }
 
-// paths calls run for each transport, round trip and loss.
-func paths(b *testing.B, run func(b *testing.B, transport string, way Path)) {
+// The path decides which transport carries the next stream, by what either end lost.
+func TestAPathThatLosesPacketsIsTakenByHTTP3(t *testing.T) {
+	for loss, want := range map[float64]bool{0: false, 0.02: true} {
+		t.Run(fmt.Sprintf("%v%%", loss*100), func(t *testing.T) {
+			w := newTunnels(t, Path{Delay: 5 * time.Millisecond, Loss: loss, Rate: rate, Seed: 1}, "h2", "h3")
+			over3 := false
+			for deadline := time.Now().Add(20 * time.Second); !over3 && time.Now().Before(deadline); {
+				s, err := w.get(t.Context(), 1<<20)
+				if err != nil {
+					t.Fatal(err)
+				}
+				over3 = s.Conn.Raw == nil
+				_ = s.Close()
+				if !want && w.theirs.Ours(w.key.Local).Segments > 4000 {
+					break
+				}
+			}
+			if over3 != want {
+				t.Errorf("by HTTP/3: %v, want %v", over3, want)
+			}
+		})
+	}
+}
+
+// eachPath calls run for each choice of transports, round trip and loss.
+func eachPath(b *testing.B, run func(b *testing.B, way Path, transports []string)) {
 	for _, rtt := range []time.Duration{time.Millisecond, 20 * time.Millisecond, 80 * time.Millisecond} {
 		for _, loss := range []float64{0, 0.001, 0.01, 0.03} {
-			for _, transport := range []string{"h2", "h3"} {
-				name := fmt.Sprintf("rtt=%v/loss=%v%%/%s", rtt, loss*100, transport)
+			for _, transports := range [][]string{{"h2"}, {"h3"}, {"h2", "h3"}} {
+				name := fmt.Sprintf("rtt=%v/loss=%v%%/%s", rtt, loss*100, strings.Join(transports, "+"))
 				b.Run(name, func(b *testing.B) {
-					run(b, transport, Path{Delay: rtt / 2, Loss: loss, Rate: rate, Seed: 1})
+					run(b, Path{Delay: rtt / 2, Loss: loss, Rate: rate, Seed: 1}, transports)
 				})
 			}
 		}
@@ -174,14 +238,10 @@ func paths(b *testing.B, run func(b *testing.B, transport string, way Path)) {
 func BenchmarkBulk(b *testing.B) {
 	for _, streams := range []int{1, 8} {
 		b.Run(fmt.Sprintf("streams=%d", streams), func(b *testing.B) {
-			paths(b, func(b *testing.B, transport string, way Path) {
+			eachPath(b, func(b *testing.B, way Path, transports []string) {
 				const total = 4 << 20
-				w := newTunnels(b, transport, way)
-				s, err := w.get(b.Context(), 1) // the handshake
-				if err != nil {
-					b.Fatal(err)
-				}
-				_ = s.Close()
+				w := newTunnels(b, way, transports...)
+				w.settle(b)
 				b.SetBytes(total)
 				for b.Loop() {
 					var work sync.WaitGroup
@@ -202,11 +262,36 @@ func BenchmarkBulk(b *testing.B) {
 	}
 }
 
+// settle makes the handshake, and moves what a choice of transports needs to know the path.
+func (w *tunnels) settle(b *testing.B) {
+	b.Helper()
+	n := 1
+	if len(w.clients) > 1 {
+		n = 1 << 20
+	}
+	for range 3 {
+		for end := time.Now().Add(1100 * time.Millisecond); ; {
+			s, err := w.get(b.Context(), n)
+			if err != nil {
+				b.Fatal(err)
+			}
+			_ = s.Close()
+			if n == 1 {
+				return
+			}
+			if time.Now().After(end) {
+				break
+			}
+		}
+	}
+}
+
 // BenchmarkRequestBesideBulk is 256 bytes there and back while another stream of the connection
 // moves bulk.
 func BenchmarkRequestBesideBulk(b *testing.B) {
-	paths(b, func(b *testing.B, transport string, way Path) {
-		w := newTunnels(b, transport, way)
+	eachPath(b, func(b *testing.B, way Path, transports []string) {
+		w := newTunnels(b, way, transports...)
+		w.settle(b)
 		s, err := w.get(b.Context(), 1)
 		if err != nil {
 			b.Fatal(err)

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/kernel"
 	"github.com/raceway-mesh/raceway/e2e/lab"
 )
 
@@ -107,7 +108,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	s := &story{cfg: cfg, page: newPage(cfg.Out, cfg.Color, cfg.Width), mariaDB: maria, withUDP: capturesUDP(), began: time.Now()}
+	s := &story{cfg: cfg, page: newPage(cfg.Out, cfg.Color, cfg.Width), mariaDB: maria, withUDP: kernel.CanCaptureUDP(), began: time.Now()}
 	if err := s.removeDead(); err != nil {
 		return err
 	}

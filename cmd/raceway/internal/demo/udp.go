@@ -10,8 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cilium/ebpf/btf"
-
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 )
@@ -27,19 +25,6 @@ const (
 
 // udpTitle is that of the step about UDP.
 const udpTitle = "UDP as well"
-
-// capturesUDP reports whether SK_LOOKUP knows the interface, as since Linux 5.17.
-func capturesUDP() bool {
-	spec, err := btf.LoadKernelSpec()
-	if err != nil {
-		return false
-	}
-	var lookup *btf.Struct
-	if err := spec.TypeByName("bpf_sk_lookup", &lookup); err != nil {
-		return false
-	}
-	return slices.ContainsFunc(lookup.Members, func(m btf.Member) bool { return m.Name == "ingress_ifindex" })
-}
 
 // datagramQuestion has a client send orders to target by UDP, from a socket of its own.
 type datagramQuestion struct {

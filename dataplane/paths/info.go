@@ -1,0 +1,26 @@
+package paths
+
+import (
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// info is false for a connection that is closed or not TCP. What the peer says to have got twice
+// was not lost (DSACK, RFC 2883).
+func info(c syscall.Conn) (seen counts, rtt time.Duration, ok bool) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return counts{}, 0, false
+	}
+	err = raw.Control(func(fd uintptr) {
+		i, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err != nil {
+			return
+		}
+		seen = counts{segments: uint64(i.Data_segs_out), lost: uint64(max(i.Total_retrans, i.Dsack_dups) - i.Dsack_dups)}
+		rtt, ok = time.Duration(i.Rtt)*time.Microsecond, true
+	})
+	return seen, rtt, ok && err == nil
+}
