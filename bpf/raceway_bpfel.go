@@ -342,6 +342,7 @@ const (
 	RacewayProgGuardMore       = "guard_more"
 	RacewayProgIngress         = "ingress"
 	RacewayProgListDirect      = "list_direct"
+	RacewayProgListOlder       = "list_older"
 	RacewayProgNoteOlder       = "note_older"
 	RacewayProgReceive         = "receive"
 	RacewayProgSteer           = "steer"
@@ -406,6 +407,7 @@ type RacewayProgramSpecs struct {
 	GuardMore    *ebpf.ProgramSpec `ebpf:"guard_more"`
 	Ingress      *ebpf.ProgramSpec `ebpf:"ingress"`
 	ListDirect   *ebpf.ProgramSpec `ebpf:"list_direct"`
+	ListOlder    *ebpf.ProgramSpec `ebpf:"list_older"`
 	NoteOlder    *ebpf.ProgramSpec `ebpf:"note_older"`
 	Receive      *ebpf.ProgramSpec `ebpf:"receive"`
 	Steer        *ebpf.ProgramSpec `ebpf:"steer"`
@@ -543,6 +545,7 @@ type RacewayPrograms struct {
 	GuardMore    *ebpf.Program `ebpf:"guard_more"`
 	Ingress      *ebpf.Program `ebpf:"ingress"`
 	ListDirect   *ebpf.Program `ebpf:"list_direct"`
+	ListOlder    *ebpf.Program `ebpf:"list_older"`
 	NoteOlder    *ebpf.Program `ebpf:"note_older"`
 	Receive      *ebpf.Program `ebpf:"receive"`
 	Steer        *ebpf.Program `ebpf:"steer"`
@@ -561,6 +564,7 @@ func (p *RacewayPrograms) Close() error {
 		p.GuardMore,
 		p.Ingress,
 		p.ListDirect,
+		p.ListOlder,
 		p.NoteOlder,
 		p.Receive,
 		p.Steer,

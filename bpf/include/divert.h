@@ -182,3 +182,15 @@ int note_older(struct bpf_iter__udp *ctx)
 		*since = bpf_ktime_get_ns();
 	return 0;
 }
+
+/* Writes a byte for each of them. */
+SEC("iter/udp")
+int list_older(struct bpf_iter__udp *ctx)
+{
+	struct udp_sock *udp = ctx->udp_sk;
+	__u8 one = 1;
+
+	if (udp && bpf_sk_storage_get(&older_sockets, udp, 0, 0))
+		bpf_seq_write(ctx->meta->seq, &one, sizeof(one));
+	return 0;
+}

@@ -20,7 +20,7 @@ func newWorkloads(c *cli) *cobra.Command {
 PROTOCOL is how others reach the pod now: HBONE through a tunnel, TCP in clear. CAPTURE is
 none, pending, captured, failed or releasing, and SINCE when; it is known of the pods of the
 agent's own node, and - for enrolled pods of others (--agent all asks those agents, too). OLD
-counts connections that are older than the capture and go on in clear.`,
+counts connections that are older than the capture and go on in clear, OLD UDP such sockets.`,
 		example: `  raceway workloads
   raceway workloads -n shop -o wide
   raceway workloads --agent all -o json | jq '.[] | select(.capture == "failed")'`,
@@ -42,6 +42,7 @@ counts connections that are older than the capture and go on in clear.`,
 			{name: "CAPTURE", cell: captureCell},
 			{name: "SINCE", cell: func(w admin.Workload) cell { return plain(c.age(w.Since)) }},
 			{name: "OLD", right: true, wide: true, cell: func(w admin.Workload) cell { return plain(strconv.Itoa(w.Bypassing)) }},
+			{name: "OLD UDP", right: true, wide: true, cell: func(w admin.Workload) cell { return plain(strconv.Itoa(w.OlderUDP)) }},
 			{name: "IDENTITY", wide: true, cell: func(w admin.Workload) cell { return plain(w.Identity.String()) }},
 			{name: "REASON", cell: func(w admin.Workload) cell { return plain(w.Reason) }},
 		},

@@ -24,6 +24,8 @@ type Workload struct {
 	Since     time.Time              `json:"since,omitzero"`
 	// Bypassing counts connections that are older than the enrolment and go on in clear.
 	Bypassing int `json:"bypassing,omitempty"`
+	// OlderUDP counts UDP sockets that are older than the capture of UDP and go on in clear.
+	OlderUDP int `json:"olderUDP,omitempty"`
 }
 
 // Service is one row of `raceway services`.

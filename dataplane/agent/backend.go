@@ -53,6 +53,9 @@ func (b backend) Workloads(context.Context) ([]admin.Workload, error) {
 		}
 		if pod := b.pods.get(w.UID); pod != nil {
 			row.Bypassing = pod.Bypassing()
+			if row.OlderUDP, err = pod.OlderUDP(); err != nil {
+				return nil, err
+			}
 		}
 		rows = append(rows, row)
 	}

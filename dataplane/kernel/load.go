@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -57,9 +58,12 @@ type loaded struct {
 	maps  bpf.RacewayMaps
 	coll  *ebpf.Collection // owns the maps
 	dump  *link.Iter
-	dir   string // of all pins
-	hooks string // directory with the links of the connect hooks
-	fresh bool   // made by this agent, not adopted
+	older *link.Iter // of UDP sockets, since it was needed first
+	dir   string     // of all pins
+	hooks string     // directory with the links of the connect hooks
+	fresh bool       // made by this agent, not adopted
+
+	olderMu sync.Mutex // guards older
 
 	track          *ebpf.Program // nil where noProbes and noDirect say why
 	noProbes       error         // why the kubelet's probes cannot be told from others
@@ -143,7 +147,7 @@ func newLoaded() (*loaded, error) {
 // that all pods share. Without a path nothing is pinned.
 func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 	spec := l.spec.Copy()
-	for _, later := range []string{progSteer, progIngress, progGuard, progGuardMore, progTrack, progListDirect, progPeername4, progPeername6, progDivert, progReceive, progNoteOlder} {
+	for _, later := range []string{progSteer, progIngress, progGuard, progGuardMore, progTrack, progListDirect, progPeername4, progPeername6, progDivert, progReceive, progNoteOlder, progListOlder} {
 		delete(spec.Programs, later)
 	}
 	for name, m := range spec.Maps {
@@ -417,6 +421,9 @@ func (l *loaded) close() error {
 	var err error
 	if l.dump != nil {
 		err = l.dump.Close()
+	}
+	if l.older != nil {
+		err = errors.Join(err, l.older.Close())
 	}
 	if l.track != nil {
 		err = errors.Join(err, l.track.Close())

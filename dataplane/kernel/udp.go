@@ -33,6 +33,7 @@ const (
 	progDivert    = "divert"
 	progReceive   = "receive"
 	progNoteOlder = "note_older"
+	progListOlder = "list_older"
 )
 
 // CanCaptureUDP reports whether this kernel's SK_LOOKUP knows the interface, as since Linux 5.17.
@@ -170,31 +171,69 @@ func withFD(s syscall.Conn, fn func(fd int) error) error {
 // noteOlderSockets has the pod's present UDP sockets go on in clear. One that has neither sent
 // nor bound yet is none of them.
 func (p *Pod) noteOlderSockets() error {
-	prog, err := p.d.loaded.program(p.d.loaded.spec.Programs[progNoteOlder].Copy())
+	iter, err := p.d.loaded.udpIter(progNoteOlder)
 	if err != nil {
 		return err
 	}
-	defer prog.Close()
-	iter, err := link.AttachIter(link.IterOptions{Program: prog})
-	if err != nil {
-		return fmt.Errorf("attach iter/udp: %w", err)
-	}
-	if err := errors.Join(p.run(iter), iter.Close()); err != nil {
+	_, err = p.list(iter)
+	if err := errors.Join(err, iter.Close()); err != nil {
 		return fmt.Errorf("note older UDP sockets: %w", err)
 	}
 	return nil
 }
 
-// run has an iterator that writes nothing go through the pod's namespace.
-func (p *Pod) run(iter *link.Iter) error {
+// OlderUDP counts the UDP sockets that are older than the capture and go on in clear.
+func (p *Pod) OlderUDP() (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.rec.UDP || p.usable() != nil {
+		return 0, nil
+	}
+	iter, err := p.d.loaded.listOlder()
+	if err != nil {
+		return 0, fmt.Errorf("count older UDP sockets of pod %s: %w", p.uid, err)
+	}
+	list, err := p.list(iter)
+	if err != nil {
+		return 0, fmt.Errorf("count older UDP sockets of pod %s: %w", p.uid, err)
+	}
+	return len(list), nil
+}
+
+func (l *loaded) udpIter(name string) (*link.Iter, error) {
+	prog, err := l.program(l.spec.Programs[name].Copy())
+	if err != nil {
+		return nil, err
+	}
+	iter, err := link.AttachIter(link.IterOptions{Program: prog})
+	if err != nil {
+		err = fmt.Errorf("attach iter/udp: %w", err)
+	}
+	return iter, errors.Join(err, prog.Close()) // the iterator holds it
+}
+
+// listOlder is made when it is needed first, and ends with l.
+func (l *loaded) listOlder() (*link.Iter, error) {
+	l.olderMu.Lock()
+	defer l.olderMu.Unlock()
+	if l.older != nil {
+		return l.older, nil
+	}
+	var err error
+	l.older, err = l.udpIter(progListOlder)
+	return l.older, err
+}
+
+// list is what an iterator writes of the pod's namespace.
+func (p *Pod) list(iter *link.Iter) ([]byte, error) {
 	var list io.ReadCloser
 	err := p.ns.Do(func() (err error) {
 		list, err = iter.Open()
 		return err
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	_, err = io.Copy(io.Discard, list)
-	return errors.Join(err, list.Close())
+	data, err := io.ReadAll(list)
+	return data, errors.Join(err, list.Close())
 }

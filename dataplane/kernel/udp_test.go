@@ -257,6 +257,9 @@ func TestUDPOlderSocketsGoOnInClear(t *testing.T) {
 			peer := bindUDP(t, f.db.Namespace, at(fam.of(f.db), 0))
 			older := bindUDP(t, f.web.Namespace, at(fam.of(f.web), 0))
 			f.captureUDP(t, kernel.UDPConfig{})
+			if n, err := f.pod.OlderUDP(); n != 1 || err != nil {
+				t.Errorf("%d older sockets, %v; want 1", n, err)
+			}
 			say(t, older, localOf(peer), "older")
 			hear(t, peer, "older")
 			say(t, peer, localOf(older), "answer")
@@ -271,6 +274,10 @@ func TestUDPOlderSocketsGoOnInClear(t *testing.T) {
 			// The same server begins something with a peer that did not ask.
 			say(t, server, at(fam.of(f.db), 9), "of its own")
 			f.captured(t, "of its own")
+			_ = older.Close()
+			if n, err := f.pod.OlderUDP(); n != 0 || err != nil {
+				t.Errorf("%d older sockets once it is closed, %v; want 0", n, err)
+			}
 			if err := f.pod.ReleaseUDP(); err != nil {
 				t.Fatal(err)
 			}
