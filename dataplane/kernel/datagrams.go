@@ -166,6 +166,18 @@ func hearRefusals(family int) func(fd int) error {
 // controlSpace is for the address, the mark and the size of segments.
 const controlSpace = 128
 
+// Wait waits until Receive has something. It fails as Receive does.
+func (d *Datagrams) Wait() error {
+	raw, err := d.conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Read(func(fd uintptr) bool {
+		_, _, err := unix.Recvfrom(int(fd), nil, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return !errors.Is(err, unix.EAGAIN)
+	})
+}
+
 // Receive waits for a datagram of an application to a peer and reads it into b, which should
 // hold 65,535 bytes: what is longer is cut off. It fails with net.ErrClosed once closed.
 func (d *Datagrams) Receive(b []byte) (int, dataplane.Datagram, error) {

@@ -18,9 +18,11 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 )
 
-// Datagrams is the captured UDP of a pod; *kernel.Datagrams is one. Nothing but Receive and
+// Datagrams is the captured UDP of a pod; *kernel.Datagrams is one. Nothing but Wait, Receive and
 // Refused waits.
 type Datagrams interface {
+	// Wait waits until Receive has something: nobody need hold a buffer for it meanwhile.
+	Wait() error
 	// Receive waits for what an application sends to a peer and reads it into b.
 	Receive(b []byte) (int, dataplane.Datagram, error)
 	// Deliver gives payload to the application at to, which sees from as its sender.
@@ -45,6 +47,9 @@ type Datagrams interface {
 
 // maxDatagrams is the longest that Receive may read: several in one buffer included.
 const maxDatagrams = 65535
+
+// receiveBuffers are for pods that receive something just now.
+var receiveBuffers = sync.Pool{New: func() any { return new([maxDatagrams]byte) }}
 
 // datagramPod is the UDP of a pod that is served:
 //
@@ -144,12 +149,13 @@ func (p *Proxy) awaitServed(ctx context.Context, uid string) (*servedPod, error)
 
 // receive hands what applications send to its flows.
 func (u *datagramPod) receive(ctx context.Context) error {
-	b := make([]byte, maxDatagrams)
 	for {
-		n, d, err := u.d.Receive(b)
+		err := u.d.Wait()
+		if err == nil {
+			err = u.receiveOne()
+		}
 		switch {
 		case err == nil:
-			u.dispatch(b[:n], d)
 		case ctx.Err() != nil, errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrDeadlineExceeded):
 			return err
 		default: // a datagram that makes no sense, as one with a forged source
@@ -157,6 +163,16 @@ func (u *datagramPod) receive(ctx context.Context) error {
 			u.s.cfg.Log.Debug("datagram of an application", "pod", u.s.uid, "error", err)
 		}
 	}
+}
+
+func (u *datagramPod) receiveOne() error {
+	b := receiveBuffers.Get().(*[maxDatagrams]byte)
+	defer receiveBuffers.Put(b)
+	n, d, err := u.d.Receive(b[:])
+	if err == nil {
+		u.dispatch(b[:n], d)
+	}
+	return err
 }
 
 func (u *datagramPod) dispatch(b []byte, d dataplane.Datagram) {

@@ -44,6 +44,8 @@ func newFakeDatagrams() *fakeDatagrams {
 	}
 }
 
+func (d *fakeDatagrams) Wait() error { return nil }
+
 func (d *fakeDatagrams) Receive(b []byte) (int, dataplane.Datagram, error) {
 	select {
 	case s := <-d.sent:
