@@ -15,11 +15,10 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 )
 
-// ways are the three ways through a proxy; each gives a client's connection to an application.
+// ways are the ways through a proxy; each gives a client's connection to an application.
 var ways = map[string]func(w *world, serve func(*net.TCPConn)) (client *net.TCPConn, reporting *node){
-	"tunnel": func(w *world, serve func(*net.TCPConn)) (*net.TCPConn, *node) {
-		return w.dial(w.nodes[0], w.web, w.listen(w.db.addr, serve)), w.nodes[1]
-	},
+	"tunnel": throughTunnel,
+	overHTTP3: throughTunnel,
 	"passthrough": func(w *world, serve func(*net.TCPConn)) (*net.TCPConn, *node) {
 		return w.dial(w.nodes[0], w.web, w.listen(netip.MustParseAddr("127.0.0.1"), serve)), w.nodes[0]
 	},
@@ -28,10 +27,21 @@ var ways = map[string]func(w *world, serve func(*net.TCPConn)) (client *net.TCPC
 	},
 }
 
+const overHTTP3 = "tunnel over HTTP/3"
+
+func throughTunnel(w *world, serve func(*net.TCPConn)) (*net.TCPConn, *node) {
+	return w.dial(w.nodes[0], w.web, w.listen(w.db.addr, serve)), w.nodes[1]
+}
+
 func everyWay(t *testing.T, test func(t *testing.T, w *world, open func(serve func(*net.TCPConn)) *net.TCPConn, reporting func() *node)) {
 	for name, way := range ways {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
+			var w *world
+			if name == overHTTP3 {
+				w = newTransportWorld(t, "h3", false).world
+			} else {
+				w = newWorld(t)
+			}
 			var n *node
 			test(t, w, func(serve func(*net.TCPConn)) (client *net.TCPConn) {
 				client, n = way(w, serve)
@@ -249,6 +259,7 @@ func TestSlowReaderHoldsTheSenderBack(t *testing.T) {
 		if got.Load() != sent {
 			t.Errorf("%d bytes arrived of %d", got.Load(), sent)
 		}
+		w.nodes[0].serving("web")[0].retireTunnels() // QUIC keeps windows as long as its connection
 		for _, n := range w.nodes {
 			eventually(t, "all buffers are back", func() bool { return n.bulk.used.Load() == 0 })
 		}

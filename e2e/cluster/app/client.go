@@ -109,7 +109,7 @@ func (c client) ask(ctx context.Context, address, text string) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	back := make([]byte, 64<<10)
 	for end := time.Now().Add(c.timeout); ; {
 		if _, err := conn.Write([]byte(text)); err != nil {
