@@ -167,16 +167,7 @@ func hearRefusals(family int) func(fd int) error {
 const controlSpace = 128
 
 // Wait waits until Receive has something. It fails as Receive does.
-func (d *Datagrams) Wait() error {
-	raw, err := d.conn.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return raw.Read(func(fd uintptr) bool {
-		_, _, err := unix.Recvfrom(int(fd), nil, unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return !errors.Is(err, unix.EAGAIN)
-	})
-}
+func (d *Datagrams) Wait() error { return netns.AwaitDatagram(d.conn) }
 
 // Receive waits for a datagram of an application to a peer and reads it into b, which should
 // hold 65,535 bytes: what is longer is cut off. It fails with net.ErrClosed once closed.

@@ -285,6 +285,36 @@ func TestUDPOlderSocketsGoOnInClear(t *testing.T) {
 	})
 }
 
+// Whoever waits needs no buffer until there is something to receive.
+func TestUDPWait(t *testing.T) {
+	inUDPMode(t, func(t *testing.T, m mode) {
+		f := withUDP(t, m, kernel.UDPConfig{})
+		d := f.pod.Datagrams()
+		quic, err := d.QUIC()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer quic.Close()
+		soon := time.Now().Add(50 * time.Millisecond)
+		if err := errors.Join(d.SetDeadline(soon), quic.SetReadDeadline(soon)); err != nil {
+			t.Fatal(err)
+		}
+		for name, err := range map[string]error{"the pod's datagrams": d.Wait(), "the tunnel's": netns.AwaitDatagram(quic)} {
+			if !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s: waiting for nothing ends with %v", name, err)
+			}
+		}
+		if err := d.SetDeadline(time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+		say(t, bindUDP(t, f.web.Namespace, at(netip.IPv4Unspecified(), 0)), at(families()[0].of(f.db), 9), "something")
+		if err := d.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		f.captured(t, "something")
+	})
+}
+
 // Ports that are left alone, by the pod or by its peer.
 func TestUDPClearPorts(t *testing.T) {
 	inUDPMode(t, func(t *testing.T, m mode) {

@@ -1,25 +1,37 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"time"
 
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h3"
 )
 
 // quicTunnels are a pod's tunnels over QUIC, on one socket, which carry its flows of UDP, and its
 // connections where that was asked for. Where nothing answers there they go by HTTP/2 (RFC 9298
-// section 3.4).
+// section 3.4). There is an endpoint, which takes memory, once there is something for it: a packet
+// on the socket, or a tunnel to open.
 type quicTunnels struct {
+	conn   *net.UDPConn
+	make   func() (*h3.Endpoint, error)
+	client *hbone.Client
+
+	up       chan struct{} // closed when endpoint or err is set
 	endpoint *h3.Endpoint
-	client   *hbone.Client
+	err      error
 
 	mu      sync.Mutex
+	woken   bool                         // nobody waits for the first packet any more
 	blocked map[netip.AddrPort]time.Time // peers that did not answer, until when
 }
 
@@ -41,24 +53,78 @@ func (s *servedPod) newQUIC(d Datagrams) (*quicTunnels, error) {
 	if conn == nil || err != nil {
 		return nil, err
 	}
-	endpoint, err := h3.New(h3.Config{
-		Conn: conn, Budget: windows{&s.buffers}, ResetKey: s.cfg.ResetKey, Datagrams: true, Log: s.cfg.Log,
-	})
-	if err != nil {
-		return nil, errors.Join(err, conn.Close())
+	q := &quicTunnels{conn: conn, up: make(chan struct{}), blocked: make(map[netip.AddrPort]time.Time)}
+	q.make = func() (*h3.Endpoint, error) {
+		return h3.New(h3.Config{
+			Conn: conn, Budget: windows{&s.buffers}, ResetKey: s.cfg.ResetKey, Datagrams: true, Log: s.cfg.Log,
+		})
 	}
 	cfg := s.clientConfig()
-	cfg.Connector = endpoint
+	cfg.Connector = q
 	cfg.ConnectTimeout = min(cfg.ConnectTimeout, quicPatience)
 	cfg.MaxStreamsPerConn = maxConnFlows
-	return &quicTunnels{endpoint: endpoint, client: hbone.NewClient(cfg), blocked: make(map[netip.AddrPort]time.Time)}, nil
+	q.client = hbone.NewClient(cfg)
+	return q, nil
 }
 
+// serve waits for something to do and serves what peers ask for, until ctx ends.
+func (q *quicTunnels) serve(ctx, force context.Context, server *hbone.Server) error {
+	q.endpoint, q.err = q.begin(ctx)
+	close(q.up)
+	if q.err != nil {
+		return q.err
+	}
+	return server.ServeEndpoint(ctx, force, q.endpoint)
+}
+
+func (q *quicTunnels) begin(ctx context.Context) (*h3.Endpoint, error) {
+	defer context.AfterFunc(ctx, q.wake)()
+	if err := netns.AwaitDatagram(q.conn); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil, err
+	}
+	q.mu.Lock()
+	q.woken = true
+	q.mu.Unlock()
+	if err := cmp.Or(context.Cause(ctx), q.conn.SetReadDeadline(time.Time{})); err != nil {
+		return nil, err
+	}
+	return q.make()
+}
+
+// wake ends the wait for the first packet.
+func (q *quicTunnels) wake() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.woken {
+		q.woken = true
+		_ = q.conn.SetReadDeadline(time.Unix(1, 0)) // fails when it is closed, which ends the wait
+	}
+}
+
+// Connect implements hbone.Connector.
+func (q *quicTunnels) Connect(ctx context.Context, key hbone.Key, cfg *tls.Config) (hbone.Session, *hbone.Conn, error) {
+	q.wake()
+	select {
+	case <-q.up:
+	case <-ctx.Done():
+		return nil, nil, &hbone.DialError{Remote: key.Remote, Err: context.Cause(ctx)}
+	}
+	if q.err != nil {
+		return nil, nil, &hbone.DialError{Remote: key.Remote, Err: q.err}
+	}
+	return q.endpoint.Connect(ctx, key, cfg)
+}
+
+// close is called after serve has returned.
 func (q *quicTunnels) close() error {
 	if q == nil {
 		return nil
 	}
-	return errors.Join(q.client.Close(), q.endpoint.Close())
+	err := q.client.Close()
+	if q.endpoint == nil {
+		return errors.Join(err, q.conn.Close())
+	}
+	return errors.Join(err, q.endpoint.Close())
 }
 
 func (q *quicTunnels) isBlocked(peer netip.AddrPort) bool {

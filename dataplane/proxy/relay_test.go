@@ -17,7 +17,7 @@ import (
 
 // ways are the ways through a proxy; each gives a client's connection to an application.
 var ways = map[string]func(w *world, serve func(*net.TCPConn)) (client *net.TCPConn, reporting *node){
-	"tunnel": throughTunnel,
+	"tunnel":  throughTunnel,
 	overHTTP3: throughTunnel,
 	"passthrough": func(w *world, serve func(*net.TCPConn)) (*net.TCPConn, *node) {
 		return w.dial(w.nodes[0], w.web, w.listen(netip.MustParseAddr("127.0.0.1"), serve)), w.nodes[0]

@@ -110,7 +110,7 @@ func (p *Proxy) ServeUDP(ctx context.Context, uid string, d Datagrams) error {
 		force, cut := context.WithCancel(context.Background())
 		defer cut()
 		defer context.AfterFunc(ctx, cut)() // its flows have no drain
-		group.Go(func() error { return stop(s.server.ServeEndpoint(ctx, force, u.quic.endpoint)) })
+		group.Go(func() error { return stop(u.quic.serve(ctx, force, s.server)) })
 	}
 	v4, v6 := d.Families()
 	for family, there := range map[bool]bool{true: v4, false: v6} {
