@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -17,7 +18,7 @@ import (
 const (
 	// datagramPort is where db confirms orders that come as datagrams.
 	datagramPort = 7000
-	// datagramTimeout is when the answer to a datagram counts as lost.
+	// datagramTimeout is when a datagram or its answer counts as lost.
 	datagramTimeout = time.Second
 	// orders is how many datagrams say something.
 	orders = 50
@@ -75,19 +76,29 @@ func sendOrders(ctx context.Context, q datagramQuestion) ([]request, error) {
 	return requests, conn.Close()
 }
 
+// order sends its datagram again until it is confirmed, as who uses UDP must.
 func order(conn net.Conn, nonce string) error {
-	if err := conn.SetDeadline(time.Now().Add(datagramTimeout)); err != nil {
-		return err
-	}
-	if _, err := conn.Write([]byte(payment(nonce))); err != nil {
-		return err
-	}
 	var b [1500]byte
-	n, err := conn.Read(b[:])
-	if err == nil && string(b[:n]) != "done "+nonce {
-		err = fmt.Errorf("the server answers %q", b[:n])
+	for end := time.Now().Add(requestTimeout); ; {
+		if err := conn.SetDeadline(time.Now().Add(datagramTimeout)); err != nil {
+			return err
+		}
+		if _, err := conn.Write([]byte(payment(nonce))); err != nil {
+			return err
+		}
+		for {
+			n, err := conn.Read(b[:])
+			if err == nil && string(b[:n]) == "done "+nonce {
+				return nil
+			}
+			if errors.Is(err, os.ErrDeadlineExceeded) && time.Now().Before(end) {
+				break
+			}
+			if err != nil {
+				return err
+			}
+		}
 	}
-	return err
 }
 
 // datagrams has web send orders by UDP, which all are to be confirmed.
