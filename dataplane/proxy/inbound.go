@@ -125,7 +125,7 @@ func (e *requestError) Unwrap() error { return e.err }
 func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
 	transport := s.cfg.ServerTransport
 	if transport == nil {
-		transport = h2.Server{Budget: windows{&s.buffers}}
+		transport = h2.Server{Budget: windows{&s.buffers}, Datagrams: s.cfg.UDP}
 	}
 	return hbone.NewServer(hbone.ServerConfig{
 		TLS:           s.cfg.Certs.ServerTLS(s.identity),

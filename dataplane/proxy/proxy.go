@@ -99,6 +99,9 @@ type Config struct {
 	ClientTransport hbone.ClientTransport
 	ServerTransport hbone.ServerTransport
 
+	// UDP has peers told that HTTP/2 carries UDP too, for where none comes through to the tunnels'
+	// UDP port.
+	UDP bool
 	// ResetKey lets peers of an earlier agent's QUIC connections know that they are gone. nil
 	// leaves them to find out.
 	ResetKey *[32]byte

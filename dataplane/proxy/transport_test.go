@@ -65,6 +65,17 @@ func TestConnectionsGoByTheTransportThatIsAskedFor(t *testing.T) {
 	}
 }
 
+// Where nothing comes through to the peer's UDP port, a flow goes by HTTP/2.
+func TestUDPGoesByHTTP2WhereItsPortIsBlocked(t *testing.T) {
+	u := newTransportWorld(t, "", true)
+	app, server := u.open(t)
+	answer := fakeDatagram{from: server, to: app, payload: "answer"}
+	u.dbUDP.sent <- answer
+	if got := u.webUDP.hear(t); got != answer {
+		t.Errorf("got %+v, want %+v", got, answer)
+	}
+}
+
 // newTransportWorld is a world whose pods' UDP is captured and whose tunnels are the real ones.
 func newTransportWorld(t *testing.T, label string, blocked bool) *udpWorld {
 	t.Helper()

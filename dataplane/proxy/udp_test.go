@@ -160,7 +160,7 @@ func tunnelPort(p *fakePod) func() (*net.UDPConn, error) {
 }
 
 // overQUIC has the flows of a world go by QUIC.
-func overQUIC(c *Config) { c.ResetKey = &[32]byte{1} }
+func overQUIC(c *Config) { c.UDP, c.ResetKey = true, &[32]byte{1} }
 
 func (u *udpWorld) serveUDP(n *node, pod *fakePod, d *fakeDatagrams) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
