@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
@@ -122,18 +123,30 @@ func echoUDP(t *testing.T, pod *lab.Pod, port uint16) {
 	})
 }
 
-// askUDP sends payload from a socket of its own, again each second, and waits for the same back.
+// askUDP is exchangeUDP from a socket of its own.
 func askUDP(pod *lab.Pod, to netip.AddrPort, payload string, bound time.Duration) error {
-	var conn *net.UDPConn
-	err := pod.Do(func() (err error) {
-		conn, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
-		return err
-	})
+	conn, err := dialUDP(pod, to)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
+	return exchangeUDP(conn, payload, bound)
+}
+
+// dialUDP makes a connected socket in the pod.
+func dialUDP(pod *lab.Pod, to netip.AddrPort) (conn *net.UDPConn, err error) {
+	err = pod.Do(func() (err error) {
+		conn, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+		return err
+	})
+	return conn, err
+}
+
+// exchangeUDP sends payload, again each second, and waits for the same back. Other answers may be
+// late ones to what was asked before.
+func exchangeUDP(conn *net.UDPConn, payload string, bound time.Duration) error {
 	buf := make([]byte, 65536)
+	var other error
 	for end := time.Now().Add(bound); ; {
 		if _, err := conn.Write([]byte(payload)); err != nil {
 			return err
@@ -142,11 +155,14 @@ func askUDP(pod *lab.Pod, to netip.AddrPort, payload string, bound time.Duration
 			return err
 		}
 		n, err := conn.Read(buf)
-		if err == nil && string(buf[:n]) != payload {
-			return fmt.Errorf("the answer is %q", buf[:n])
+		for ; err == nil && string(buf[:n]) != payload; n, err = conn.Read(buf) {
+			other = fmt.Errorf("another answer has %d bytes and begins with %q", n, buf[:min(n, 32)])
 		}
-		if err == nil || time.Now().After(end) {
-			return err
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(end) {
+			return errors.Join(err, other)
 		}
 	}
 }
@@ -161,6 +177,82 @@ func awaitUDP(t *testing.T, c *cluster, pod *lab.Pod, to netip.AddrPort) {
 		}
 	}
 	t.Fatal("UDP is not tunnelled")
+}
+
+// udpPair is two pods whose agents tunnel UDP, and the link between their nodes. Nobody is
+// enrolled yet:
+//
+//	node1: web ── link ── fabric ── node2: db (echoes at portEcho)
+type udpPair struct {
+	*cluster
+	web, db *lab.Pod
+	link    *lab.Capture
+}
+
+// newUDPPair makes db with annotations.
+func newUDPPair(t *testing.T, opts lab.Options, annotations map[string]string) *udpPair {
+	t.Helper()
+	c := newCluster(t, opts)
+	db, err := c.AddPod(lab.PodSpec{Namespace: "shop", Name: "db", Node: 2, ServiceAccount: "db", Annotations: annotations})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &udpPair{cluster: c, web: c.pod("web", 1), db: db}
+	echoUDP(t, p.db, portEcho)
+	c.start("--experimental-udp")
+	if p.link, err = c.Capture(t.Context(), c.Node(1)); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// protect enrols both pods and waits until their UDP goes in tunnels.
+func (p *udpPair) protect() {
+	p.t.Helper()
+	p.enrol(p.web, p.db)
+	awaitUDP(p.t, p.cluster, p.web, p.db.AddrPort(portEcho))
+}
+
+// conceals runs an application in clear, and then in tunnels: the link must show it, and then
+// not any more.
+func (p *udpPair) conceals(shown func() bool, run func()) {
+	p.t.Helper()
+	run()
+	if !shown() {
+		p.t.Error("the application was not seen on the link in clear: the search proves nothing")
+	}
+	p.protect()
+	if err := p.link.Reset(p.t.Context()); err != nil {
+		p.t.Fatal(err)
+	}
+	run()
+	if shown() {
+		p.t.Error("the application is in clear on the link")
+	}
+	if dropped, err := p.link.Dropped(p.t.Context()); err != nil || dropped > 0 {
+		p.t.Errorf("the capture lost %d packets, and %v", dropped, err)
+	}
+}
+
+// readable tells whether the link shows a text, port whether it shows datagrams of a port.
+func (p *udpPair) readable(text []byte) func() bool {
+	return func() bool {
+		found, err := p.link.Contains(p.t.Context(), text)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		return found
+	}
+}
+
+func (p *udpPair) port(number uint16) func() bool {
+	return func() bool {
+		n, err := p.link.CountDatagrams(p.t.Context(), number)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		return n > 0
+	}
 }
 
 // udpFlows lists what an agent carries of UDP.

@@ -241,6 +241,36 @@ func (c *Capture) Contains(ctx context.Context, needle []byte) (bool, error) {
 
 // CountPort counts TCP packets from or to a port.
 func (c *Capture) CountPort(ctx context.Context, port uint16) (int, error) {
+	return c.count(ctx, func(p gopacket.Packet) bool {
+		tcp, ok := p.Layer(layers.LayerTypeTCP).(*layers.TCP)
+		return ok && (uint16(tcp.SrcPort) == port || uint16(tcp.DstPort) == port)
+	})
+}
+
+// CountDatagrams counts UDP datagrams from or to a port; one in fragments counts once.
+func (c *Capture) CountDatagrams(ctx context.Context, port uint16) (int, error) {
+	return c.count(ctx, func(p gopacket.Packet) bool {
+		head := udpOf(p)
+		return len(head) >= 4 && (binary.BigEndian.Uint16(head) == port || binary.BigEndian.Uint16(head[2:]) == port)
+	})
+}
+
+// udpOf is what begins with the header of UDP, nil when p has none. gopacket decodes nothing of a
+// first fragment.
+func udpOf(p gopacket.Packet) []byte {
+	if ip, ok := p.Layer(layers.LayerTypeIPv4).(*layers.IPv4); ok && ip.Protocol == layers.IPProtocolUDP && ip.FragOffset == 0 {
+		return ip.Payload
+	}
+	if f, ok := p.Layer(layers.LayerTypeIPv6Fragment).(*layers.IPv6Fragment); ok && f.NextHeader == layers.IPProtocolUDP && f.FragmentOffset == 0 {
+		return f.Payload
+	}
+	if ip, ok := p.Layer(layers.LayerTypeIPv6).(*layers.IPv6); ok && ip.NextHeader == layers.IPProtocolUDP {
+		return ip.Payload
+	}
+	return nil
+}
+
+func (c *Capture) count(ctx context.Context, match func(gopacket.Packet) bool) (int, error) {
 	if err := c.sync(ctx); err != nil {
 		return 0, err
 	}
@@ -248,9 +278,7 @@ func (c *Capture) CountPort(ctx context.Context, port uint16) (int, error) {
 	defer c.mu.Unlock()
 	count := 0
 	for _, p := range c.packets {
-		decoded := gopacket.NewPacket(p.data, layers.LayerTypeEthernet, gopacket.DecodeOptions{Lazy: true, NoCopy: true})
-		tcp, ok := decoded.Layer(layers.LayerTypeTCP).(*layers.TCP)
-		if ok && (uint16(tcp.SrcPort) == port || uint16(tcp.DstPort) == port) {
+		if match(gopacket.NewPacket(p.data, layers.LayerTypeEthernet, gopacket.DecodeOptions{Lazy: true, NoCopy: true})) {
 			count++
 		}
 	}

@@ -169,11 +169,13 @@ func (l *Lab) writePodLocked(p *Pod) error {
 	if p.ready {
 		ready = corev1.ConditionTrue
 	}
+	annotations := map[string]string{dataplane.NetNSAnnotation: p.NetNS()}
+	maps.Copy(annotations, p.annotations)
 	pod := &corev1.Pod{
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: p.Name.Namespace, Name: p.Name.Name, UID: types.UID(p.UID), Labels: p.labels,
-			Annotations: map[string]string{dataplane.NetNSAnnotation: p.NetNS()},
+			Annotations: annotations,
 		},
 		Spec: corev1.PodSpec{
 			NodeName: p.Node.Name, ServiceAccountName: p.ServiceAccount, HostNetwork: p.HostNetwork,

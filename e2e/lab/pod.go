@@ -19,8 +19,9 @@ type PodSpec struct {
 	Node           int               // counted from 1; default 1
 	ServiceAccount string            // default "default"
 	Labels         map[string]string // default app=<Deployment, else Name>
-	Deployment     string            // makes the pod one of a ReplicaSet of this Deployment
-	HostNetwork    bool              // the pod is in its node's namespace
+	Annotations    map[string]string
+	Deployment     string // makes the pod one of a ReplicaSet of this Deployment
+	HostNetwork    bool   // the pod is in its node's namespace
 	NotReady       bool
 }
 
@@ -34,8 +35,9 @@ type Pod struct {
 	Deployment     string
 	HostNetwork    bool
 
-	labels map[string]string // guarded by Lab.mu, as is ready
-	ready  bool
+	annotations map[string]string // never changes
+	labels      map[string]string // guarded by Lab.mu, as is ready
+	ready       bool
 }
 
 // String is namespace/name.
@@ -63,7 +65,7 @@ func (l *Lab) AddPod(spec PodSpec) (_ *Pod, err error) {
 	p := &Pod{
 		Name: dataplane.Name{Namespace: spec.Namespace, Name: spec.Name}, UID: randomUID(), ServiceAccount: spec.ServiceAccount,
 		Node: node, Deployment: spec.Deployment, HostNetwork: spec.HostNetwork,
-		labels: maps.Clone(spec.Labels), ready: !spec.NotReady,
+		annotations: maps.Clone(spec.Annotations), labels: maps.Clone(spec.Labels), ready: !spec.NotReady,
 	}
 	if p.labels == nil {
 		p.labels = map[string]string{"app": spec.Name}
