@@ -11,6 +11,7 @@ import (
 	"slices"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -222,12 +223,12 @@ func (d *Datagrams) Deliver(from, to netip.AddrPort, payload []byte) error {
 	header := appendUDP(space[:0], from, to, payload)
 	if len(header)+len(payload) > loopbackMTU {
 		first, second := splitIPv6(header, payload, rand.Uint32())
-		if err := d.write(from.Addr(), to, first...); err != nil {
+		if err := d.write(from.Addr(), to, nil, first...); err != nil {
 			return err
 		}
-		return d.write(from.Addr(), to, second...)
+		return d.write(from.Addr(), to, nil, second...)
 	}
-	return d.write(from.Addr(), to, header, payload)
+	return d.write(from.Addr(), to, nil, header, payload)
 }
 
 // Refuse tells the application at app that nothing listens at peer's port: its socket sees
@@ -247,11 +248,22 @@ func (d *Datagrams) TooBig(app, peer netip.AddrPort, size, longest int) error {
 }
 
 func (d *Datagrams) complain(e icmpError) error {
-	return d.write(e.peer.Addr(), e.app, e.appendTo(make([]byte, 0, 2*(ipv6Header+udpHeader)+icmpHeader)))
+	return d.write(e.peer.Addr(), e.app, unmarked(), e.appendTo(make([]byte, 0, 2*(ipv6Header+udpHeader)+icmpHeader)))
 }
 
-// write sends a packet that is in parts to one of the pod's addresses, by lo.
-func (d *Datagrams) write(from netip.Addr, to netip.AddrPort, parts ...[]byte) error {
+// unmarked takes the socket's mark off one packet: with fwmark_reflect IPv6 looks up the route
+// whose MTU an error changes by the error's mark, and would find that to lo.
+func unmarked() []byte {
+	b := make([]byte, unix.CmsgSpace(4)) // the mark is zero
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+	h.Level, h.Type = unix.SOL_SOCKET, unix.SO_MARK
+	h.SetLen(unix.CmsgLen(4))
+	return b
+}
+
+// write sends a packet that is in parts to one of the pod's addresses, by lo. control is for
+// sendmsg.
+func (d *Datagrams) write(from netip.Addr, to netip.AddrPort, control []byte, parts ...[]byte) error {
 	if !slices.Contains(d.addrs, to.Addr()) {
 		return fmt.Errorf("send to %v: %w", to, ErrForeign)
 	}
@@ -265,7 +277,7 @@ func (d *Datagrams) write(from netip.Addr, to netip.AddrPort, parts ...[]byte) e
 	}
 	var failure error
 	err = raw.Write(func(fd uintptr) bool {
-		_, failure = unix.SendmsgBuffers(int(fd), parts, nil, ipSockaddr(to.Addr()), unix.MSG_DONTWAIT)
+		_, failure = unix.SendmsgBuffers(int(fd), parts, control, ipSockaddr(to.Addr()), unix.MSG_DONTWAIT)
 		return true
 	})
 	if err != nil {
