@@ -17,9 +17,9 @@ import (
 
 // Latency is a distribution of times.
 type Latency struct {
-	Count          int64
-	P50, P99, P999 time.Duration
-	Max            time.Duration
+	Count               int64
+	P50, P90, P99, P999 time.Duration
+	Max                 time.Duration
 }
 
 // RateResult is what a number of like operations came to.
@@ -56,7 +56,7 @@ func summarize(histograms []*hdrhistogram.Histogram) (Latency, error) {
 		return Latency{}, errors.New("not one exchange ended in time")
 	}
 	at := func(quantile float64) time.Duration { return time.Duration(all.ValueAtQuantile(quantile)) }
-	return Latency{Count: all.TotalCount(), P50: at(50), P99: at(99), P999: at(99.9), Max: time.Duration(all.Max())}, nil
+	return Latency{Count: all.TotalCount(), P50: at(50), P90: at(90), P99: at(99), P999: at(99.9), Max: time.Duration(all.Max())}, nil
 }
 
 // ExchangeOptions says how requests are made.

@@ -1,5 +1,5 @@
 // Package traffic is load on the path between two pods: a server, and clients for bulk
-// transfer, request and response, and new connections. It knows nothing of the mesh.
+// transfer, request and response, new connections, and datagrams. It knows nothing of the mesh.
 //
 // The first byte of a connection says what it is for:
 //
@@ -214,7 +214,7 @@ func dialAll(ctx context.Context, to netip.AddrPort, n int, header ...byte) ([]*
 	return conns, nil
 }
 
-func closeAll(conns []*net.TCPConn) error {
+func closeAll[C net.Conn](conns []C) error {
 	var errs []error
 	for _, c := range conns {
 		errs = append(errs, c.Close())
