@@ -29,16 +29,21 @@ type relay struct {
 
 // Relay is the process of a Go pair's side: it listens on --listen and connects to --dial
 // until ctx ends. With --tls client the connections that it makes are TLS, with --tls server
-// those that it accepts, with the credentials of the directory --credentials.
+// those that it accepts, with the credentials of the directory --credentials. With --quic client
+// it is UDP that it takes, and QUIC that it connects with, and with --quic server the reverse.
 func Relay(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("relay", flag.ContinueOnError)
 	listen := flags.String("listen", "", "address")
 	r := &relay{buffers: sync.Pool{New: func() any { return new([relayBuffer]byte) }}}
 	flags.StringVar(&r.dial, "dial", "", "address")
 	flags.StringVar((*string)(&r.side), "tls", "", "client or server")
+	side := flags.String("quic", "", "client or server")
 	credentials := flags.String("credentials", "", "directory")
 	if err := flags.Parse(args); err != nil {
 		return err
+	}
+	if *side != "" {
+		return datagramRelay{listen: *listen, dial: r.dial}.run(ctx, Side(*side), *credentials)
 	}
 	if r.side != "" {
 		config, err := tlsConfig(*credentials, r.side)

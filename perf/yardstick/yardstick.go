@@ -1,8 +1,8 @@
 // Package yardstick runs what the mesh is compared with: pairs of relays that nobody would
 // call slow, on the same way through the same network namespaces.
 //
-//	client ─► Entry, relay ══ mutual TLS ══► Link, relay ─► Application
-//	└── the client's pod ──┘               └── the server's pod ──┘
+//	client ─► Entry, relay ══ mutual TLS, or QUIC ══► Link, relay ─► Application
+//	└── the client's pod ──┘                        └── the server's pod ──┘
 //
 // The mesh captures a connection inside the client's pod and delivers it inside the
 // server's, so the relays stand there too: the hops are the same.

@@ -6,14 +6,18 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/quic-go/quic-go"
 	"go.uber.org/goleak"
 )
 
@@ -75,22 +79,137 @@ func start(t *testing.T, pair Pair) (Path, string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var output bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &output, &output
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait() // killed
-			if t.Failed() {
-				t.Logf("%s: %s", side, output.Bytes())
-			}
-		})
+		run(t, cmd, side)
 		listen, _ := path.hop(side)
 		awaitListener(t, listen)
 	}
 	return path, dir
+}
+
+// run has a relay's command run until the test ends.
+func run(t *testing.T, cmd *exec.Cmd, side Side) {
+	t.Helper()
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // killed
+		if t.Failed() {
+			t.Logf("%s: %s", side, output.Bytes())
+		}
+	})
+}
+
+// startQUIC runs both relays of UDP in front of an echo, until something comes back through them.
+func startQUIC(t *testing.T) (path Path, dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := WriteCredentials(dir); err != nil {
+		t.Fatal(err)
+	}
+	echo, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		buffer := make([]byte, maxPayload)
+		for {
+			n, from, err := echo.ReadFromUDPAddrPort(buffer)
+			if err != nil {
+				return
+			}
+			_, _ = echo.WriteToUDPAddrPort(buffer[:n], from)
+		}
+	}()
+	t.Cleanup(func() {
+		_ = echo.Close()
+		<-ended
+	})
+	path = Path{Entry: freePort(t), Link: freePort(t), Application: echo.LocalAddr().(*net.UDPAddr).AddrPort()}
+	for _, side := range []Side{ServerSide, ClientSide} {
+		cmd, err := QUICRelay{Program: []string{os.Args[0], "relay"}}.Command(dir, side, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		run(t, cmd, side)
+	}
+	socket := dialUDP(t, path.Entry)
+	for deadline := time.Now().Add(20 * time.Second); !answers(socket, "ready"); {
+		if time.Now().After(deadline) {
+			t.Fatal("nothing comes back through the relays")
+		}
+	}
+	return path, dir
+}
+
+func dialUDP(t *testing.T, to netip.AddrPort) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("udp", to.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// answers reports whether a datagram comes back within a while.
+func answers(conn net.Conn, payload string) bool {
+	buffer := make([]byte, maxPayload)
+	if _, err := conn.Write([]byte(payload)); err != nil {
+		time.Sleep(20 * time.Millisecond) // nobody listens yet
+		return false
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond)) // an open socket takes one
+	n, err := conn.Read(buffer)
+	return err == nil && string(buffer[:n]) == payload
+}
+
+func TestDatagramsOfManyFlowsComeBackToTheirOwn(t *testing.T) {
+	path, _ := startQUIC(t)
+	for i := range 100 { // more than a varint of one byte numbers
+		socket := dialUDP(t, path.Entry)
+		payload := fmt.Sprint(i, strings.Repeat("x", 1190))
+		for tries := 0; !answers(socket, payload); { // UDP may lose one
+			if tries++; tries == 3 {
+				t.Errorf("flow %d did not get its datagram back", i)
+				break
+			}
+		}
+	}
+}
+
+func TestTheQUICLinkIsMutualTLS(t *testing.T) {
+	path, dir := startQUIC(t)
+	config, err := tlsConfig(dir, ClientSide)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.NextProtos = []string{quicALPN}
+	greet := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		conn, err := quic.DialAddr(t.Context(), path.Link.String(), config, &quic.Config{EnableDatagrams: true})
+		if err != nil {
+			return err
+		}
+		defer func() { _ = conn.CloseWithError(0, "") }()
+		if _, err = conn.ReceiveDatagram(ctx); errors.Is(err, context.DeadlineExceeded) {
+			return nil // the server keeps it
+		}
+		return err
+	}
+	if err := greet(); err != nil {
+		t.Errorf("with a certificate: %v", err)
+	}
+	config.Certificates = nil
+	if greet() == nil {
+		t.Error("the link takes a client without a certificate")
+	}
 }
 
 func awaitListener(t *testing.T, at netip.AddrPort) {
