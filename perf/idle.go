@@ -40,10 +40,20 @@ func (st *site) sides() map[string]*lab.Process {
 	return all
 }
 
-// idle measures what an open connection on which nothing moves costs the proxies beyond the
-// kernel's memory, and that each of them still works afterwards.
+// idle measures open connections.
 func (st *site) idle(ctx context.Context, found *report.Report) error {
-	conns := st.config.IdleConns
+	return st.hold(ctx, found, task{Workload: report.IdleWorkload, Conns: st.config.IdleConns})
+}
+
+// flows measures flows of UDP.
+func (st *site) flows(ctx context.Context, found *report.Report) error {
+	return st.hold(ctx, found, task{Workload: report.FlowsWorkload, Conns: st.config.IdleFlows})
+}
+
+// hold measures what an open connection on which nothing moves, or a flow, costs the proxies beyond
+// the kernel's memory, and that each of them still works afterwards.
+func (st *site) hold(ctx context.Context, found *report.Report, t task) error {
+	workload, conns := t.Workload, t.Conns
 	if st.scenario.Mesh { // an agent gives back what its start took
 		if err := st.settle(ctx); err != nil {
 			return err
@@ -53,7 +63,8 @@ func (st *site) idle(ctx context.Context, found *report.Report) error {
 	if err != nil {
 		return err
 	}
-	argument, err := json.Marshal(task{To: st.target(), Conns: conns})
+	t.To = st.target()
+	argument, err := json.Marshal(t)
 	if err != nil {
 		return fmt.Errorf("write the task: %w", err)
 	}
@@ -79,21 +90,25 @@ func (st *site) idle(ctx context.Context, found *report.Report) error {
 	if _, err := w.line(ctx); err != nil {
 		return err
 	}
-	found.Add(st.scenario.Name, report.IdleWorkload, "connections", "held", float64(conns))
+	what := "connections"
+	if st.scenario.udp {
+		what = "flows"
+	}
+	found.Add(st.scenario.Name, workload, what, "held", float64(conns))
 	for _, side := range []string{"client", "server"} {
 		if _, there := after[side]; !there {
 			continue
 		}
 		each := func(after, before uint64) float64 { return (float64(after) - float64(before)) / float64(conns) / 1000 }
-		found.Add(st.scenario.Name, report.IdleWorkload, "RSS "+side, "kB each", each(after[side].rss, before[side].rss))
+		found.Add(st.scenario.Name, workload, "RSS "+side, "kB each", each(after[side].rss, before[side].rss))
 		if after[side].heap > 0 {
-			found.Add(st.scenario.Name, report.IdleWorkload, "Go memory "+side, "kB each", each(after[side].heap, before[side].heap))
+			found.Add(st.scenario.Name, workload, "Go memory "+side, "kB each", each(after[side].heap, before[side].heap))
 		}
 	}
 	return w.process.Wait(ctx)
 }
 
-// holding is c for a lab of its own that holds idle connections: as many as its proxies can, and
+// holding is c for a lab of its own that holds idle connections or flows: as many as its proxies can, and
 // agents that are allowed so many.
 func (c Config) holding(s Scenario) (Config, error) {
 	limit, err := descriptors()
@@ -101,7 +116,8 @@ func (c Config) holding(s Scenario) (Config, error) {
 		return c, err
 	}
 	c.IdleConns = min(c.IdleConns, (limit-512)/s.descriptors())
-	bound := strconv.Itoa(c.IdleConns * s.ends())
+	c.IdleFlows = min(c.IdleFlows, (limit-512)/s.descriptors())
+	bound := strconv.Itoa(max(c.IdleConns, c.IdleFlows) * s.ends())
 	c.AgentArgs = append([]string{"--pod-connections", bound, "--node-connections", bound}, c.AgentArgs...)
 	return c, nil
 }

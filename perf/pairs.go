@@ -27,11 +27,11 @@ type Pair struct {
 
 // RunPairs measures between pods of a cluster: the pairs in turn, in each of the rounds. Nodes has
 // a pod of each node that takes part, whose machines' CPU time is added up; the first one's is
-// described. Of c it uses Workloads (those that are no load of a client's are not possible; by
-// default ShortWorkloads), Rounds, Duration, Warmup, Rate and Log.
+// described. Of c it uses Workloads (those that are no load of a client's, and those of UDP, are not
+// possible; by default ShortLoads), Rounds, Duration, Warmup, Rate and Log.
 func RunPairs(ctx context.Context, c Config, pairs []Pair, nodes []Remote) (_ *report.Report, err error) {
 	if len(c.Workloads) == 0 {
-		c.Workloads = ShortWorkloads()
+		c.Workloads = ShortLoads()
 	}
 	workloads, err := loads(c.Workloads)
 	if err != nil {
@@ -81,7 +81,7 @@ func RunPairs(ctx context.Context, c Config, pairs []Pair, nodes []Remote) (_ *r
 // loads are the workloads of these names, of those that a client makes.
 func loads(names []string) (chosen []Workload, err error) {
 	for _, w := range Workloads() {
-		if i := slices.Index(names, w.Name); i >= 0 && w.run != nil {
+		if slices.Contains(names, w.Name) && w.betweenPods() {
 			chosen = append(chosen, w)
 		}
 	}
@@ -95,8 +95,11 @@ func loads(names []string) (chosen []Workload, err error) {
 
 // LoadNames are what Config.Workloads may name for RunPairs.
 func LoadNames() []string {
-	return names(slices.DeleteFunc(Workloads(), func(w Workload) bool { return w.run == nil }))
+	return names(slices.DeleteFunc(Workloads(), func(w Workload) bool { return !w.betweenPods() }))
 }
+
+// betweenPods is of those that need nothing of agents.
+func (w Workload) betweenPods() bool { return w.run != nil && !w.udp }
 
 // load runs one client to its end and returns what the nodes used meanwhile.
 func (p Pair) load(ctx context.Context, t task, meters meters) (_ outcome, _ usage, err error) {

@@ -16,8 +16,12 @@ type Scenario struct {
 	Kernel    bool // of a mesh on one node: by the kernel alone
 	Yardstick bool // a pair of relays that is none of ours
 	Rules     bool // of many policies, of which the last one allows
+	UDP       bool // it is measured with UDP
+	OnlyUDP   bool // and with nothing else
 	// PassThrough has the client alone in the mesh: its traffic is captured, and leaves plain.
 	PassThrough bool
+
+	udp bool // a lab of it for UDP, which agents carry only when they are told to
 }
 
 func (s Scenario) name() string { return s.Name }
@@ -31,12 +35,13 @@ func (s Scenario) crossing() bool { return s.Name == "hbone-cross" }
 // Scenarios lists them all, each meshed one after those that it compares with.
 func Scenarios() []Scenario {
 	return []Scenario{
-		{Name: "plain-cross", Title: "no mesh, across nodes"},
+		{Name: "plain-cross", Title: "no mesh, across nodes", UDP: true},
 		{Name: "relay-plain", Title: "bare Go relays, plain", Yardstick: true},
 		{Name: "relay-tls", Title: "bare Go relays, TLS", Yardstick: true},
+		{Name: "relay-quic", Title: "bare Go relays, QUIC", Yardstick: true, UDP: true, OnlyUDP: true},
 		{Name: "haproxy", Title: "HAProxy pair, TLS", Yardstick: true},
 		{Name: "envoy", Title: "Envoy pair, HBONE", Yardstick: true},
-		{Name: "hbone-cross", Title: "HBONE, across nodes", Mesh: true},
+		{Name: "hbone-cross", Title: "HBONE, across nodes", Mesh: true, UDP: true},
 		{Name: "hbone-rules", Title: "HBONE, many policies", Mesh: true, Rules: true},
 		{Name: "pass-through", Title: "pass-through, across nodes", Mesh: true, PassThrough: true},
 		{Name: "plain-same", Title: "no mesh, same node", SameNode: true},
@@ -56,6 +61,8 @@ func (c Config) pair(scenario string) (yardstick.Pair, error) {
 		return yardstick.GoRelay{Program: relay}, nil
 	case "relay-tls":
 		return yardstick.GoRelay{Program: relay, TLS: true}, nil
+	case "relay-quic":
+		return yardstick.QUICRelay{Program: relay}, nil
 	case "haproxy":
 		return yardstick.FindHAProxy(c.HAProxy)
 	case "envoy":

@@ -40,6 +40,8 @@ type Config struct {
 	// IdleConns is how many connections the idle workload holds; default 10,000. Where
 	// each takes several descriptors of a proxy, the limit of those bounds it.
 	IdleConns int
+	// IdleFlows is how many flows of UDP the flows workload holds; default 2,000.
+	IdleFlows int
 	// Pods is how many the pods workload has captured; default 100.
 	Pods int
 	// Settle is how long proxies get to give back what they needed only for their start, or for
@@ -82,6 +84,9 @@ func (c Config) withDefaults() Config {
 	if c.IdleConns == 0 {
 		c.IdleConns = 10000
 	}
+	if c.IdleFlows == 0 {
+		c.IdleFlows = 2000
+	}
 	if c.Pods == 0 {
 		c.Pods = 100
 	}
@@ -113,8 +118,8 @@ func (c Config) Validate() error {
 			}
 		}
 	}
-	if c.Rounds < 0 || c.Duration < 0 || c.Warmup < 0 || c.Rate < 0 || c.IdleConns < 0 || c.Pods < 0 || c.Settle < 0 || c.Rules < 0 {
-		errs = append(errs, errors.New("rounds, duration, warm-up, rate, idle connections, pods, their time to settle and rules cannot be negative"))
+	if c.Rounds < 0 || c.Duration < 0 || c.Warmup < 0 || c.Rate < 0 || c.IdleConns < 0 || c.IdleFlows < 0 || c.Pods < 0 || c.Settle < 0 || c.Rules < 0 {
+		errs = append(errs, errors.New("rounds, duration, warm-up, rate, idle connections and flows, pods, their time to settle and rules cannot be negative"))
 	}
 	if len(c.Worker) == 0 {
 		errs = append(errs, errors.New("no worker command"))

@@ -38,26 +38,38 @@ func shortConfig(scenarios ...string) Config {
 
 func TestEveryWorkloadIsMeasuredWithoutMesh(t *testing.T) {
 	netnstest.Require(t)
-	for _, c := range []Config{shortConfig("plain-cross", "plain-same", "relay-plain", "relay-tls"), {IPv6: true, Scenarios: []string{"plain-cross"}, Rounds: 1}} {
+	for _, c := range []Config{shortConfig("plain-cross", "plain-same", "relay-plain", "relay-tls", "relay-quic"), {IPv6: true, Scenarios: []string{"plain-cross"}, Rounds: 1}} {
 		c.Duration, c.Worker, c.IdleConns = 100*time.Millisecond, []string{os.Args[0], "worker"}, 20
 		c.Warmup = c.Duration
 		found, err := Run(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, scenario := range c.Scenarios {
+		for _, s := range Scenarios() {
+			if !slices.Contains(c.Scenarios, s.Name) {
+				continue
+			}
 			for _, w := range Workloads() {
 				if w.alone != nil {
 					continue
 				}
+				if !w.on(s) {
+					if found.Find(s.Name, w.Name, "CPU total") != nil {
+						t.Errorf("%s was measured on %s", w.Name, s.Name)
+					}
+					continue
+				}
 				metrics := []string{"rate", "p50", "p99", "p99.9", "CPU total"}
+				if w.udp {
+					metrics = append(metrics, "p90", "lost")
+				}
 				if strings.HasPrefix(w.Name, "bulk") || strings.HasPrefix(w.Name, "download") {
 					metrics = []string{"throughput", "CPU user", "CPU system", "CPU softirq"}
 				}
 				for _, metric := range metrics {
-					r := found.Find(scenario, w.Name, metric)
+					r := found.Find(s.Name, w.Name, metric)
 					if r == nil || len(r.Rounds) != c.Rounds || r.Min > r.Median || r.Median > r.Max {
-						t.Errorf("%s, %s, %s: %+v", scenario, w.Name, metric, r)
+						t.Errorf("%s, %s, %s: %+v", s.Name, w.Name, metric, r)
 					}
 				}
 			}
@@ -83,6 +95,54 @@ func TestIdleConnectionsAreHeldThroughRelays(t *testing.T) {
 	}
 	if found.Find("plain-cross", report.IdleWorkload, "connections") != nil {
 		t.Error("without a proxy there is nothing to measure")
+	}
+}
+
+func TestIdleFlowsAreHeldThroughRelays(t *testing.T) {
+	netnstest.Require(t)
+	c := shortConfig("relay-quic", "relay-tls", "plain-cross")
+	c.Workloads, c.IdleFlows, c.Rounds = []string{report.FlowsWorkload, report.IdleWorkload}, 50, 1
+	c.IdleConns = 20
+	found, err := Run(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, metric := range []string{"flows", "RSS client", "RSS server"} {
+		if found.Find("relay-quic", report.FlowsWorkload, metric) == nil {
+			t.Errorf("no %s was measured", metric)
+		}
+	}
+	for scenario, workload := range map[string]string{
+		"relay-quic": report.IdleWorkload, "relay-tls": report.FlowsWorkload, "plain-cross": report.FlowsWorkload,
+	} {
+		if found.Find(scenario, workload, "RSS client") != nil {
+			t.Errorf("%s was measured on %s", workload, scenario)
+		}
+	}
+}
+
+func TestUDPIsMeasuredInTheMesh(t *testing.T) {
+	netnstest.Require(t)
+	c := shortConfig("hbone-cross")
+	c.Workloads, c.IdleFlows, c.Rounds = []string{"datagrams-512", "datagram-exchange", report.FlowsWorkload}, 50, 1
+	c.BinDir = labtest.Build(t, "raceway-agent", "raceway-ca")
+	found, err := Run(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for workload, metrics := range map[string][]string{
+		"datagrams-512":      {"rate", "lost", "p50", "CPU total", "CPU proxies"},
+		"datagram-exchange":  {"rate", "lost", "p50", "p90", "p99", "p99.9", "CPU proxies"},
+		report.FlowsWorkload: {"flows", "RSS client", "Go memory client", "RSS server", "Go memory server"},
+	} {
+		for _, metric := range metrics {
+			if found.Find("hbone-cross", workload, metric) == nil {
+				t.Errorf("%s: no %s was measured", workload, metric)
+			}
+		}
+	}
+	if found.Find("hbone-cross", report.MemoryWorkload, "RSS at rest") != nil {
+		t.Error("agents that carry UDP are taken for those that do not")
 	}
 }
 
@@ -159,9 +219,16 @@ func TestPlainTrafficIsNotTakenForMesh(t *testing.T) {
 	if err := st.verify(t.Context()); err != nil {
 		t.Errorf("as plain: %v", err)
 	}
+	st.scenario.udp = true
+	if err := st.verify(t.Context()); err != nil {
+		t.Errorf("UDP as plain: %v", err)
+	}
 	st.scenario.Mesh = true
-	if err := st.verify(t.Context()); err == nil {
-		t.Error("plain traffic passed for HBONE")
+	for _, udp := range []bool{false, true} {
+		st.scenario.udp = udp
+		if err := st.verify(t.Context()); err == nil {
+			t.Errorf("plain traffic (UDP: %v) passed for HBONE", udp)
+		}
 	}
 }
 

@@ -51,9 +51,15 @@ func (st *site) startRelays(ctx context.Context) error {
 			return err
 		}
 		st.relays = append(st.relays, p)
+		if st.scenario.udp {
+			continue
+		}
 		if err := listening(ctx, p, relay.listen); err != nil {
 			return fmt.Errorf("start the %s's relay: %w%s", relay.side, err, p.LogTail())
 		}
+	}
+	if st.scenario.udp { // nobody can see that somebody listens
+		return st.awaitUDP(ctx)
 	}
 	return nil
 }

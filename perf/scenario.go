@@ -33,15 +33,18 @@ type site struct {
 }
 
 // runScenario measures every workload on the scenario and adds to the report: those that go
-// alone in labs of their own.
+// alone in labs of their own, and those of UDP in another one than the rest, since agents are
+// told to carry it.
 func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report) error {
-	var together []Workload
+	together := make(map[bool][]Workload) // by whether they are of UDP
 	for _, w := range Workloads() {
 		switch {
-		case !slices.Contains(c.Workloads, w.Name):
+		case !slices.Contains(c.Workloads, w.Name), !w.on(s):
 		case w.alone == nil:
-			together = append(together, w)
-		case w.in(s):
+			together[w.udp] = append(together[w.udp], w)
+		default:
+			s := s
+			s.udp = w.udp
 			holding, err := c.holding(s)
 			if err != nil {
 				return err
@@ -52,23 +55,32 @@ func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report
 			}
 		}
 	}
-	if len(together) == 0 {
-		return nil
+	for _, udp := range []bool{false, true} {
+		if len(together[udp]) == 0 {
+			continue
+		}
+		s.udp = udp
+		if err := onSite(ctx, c, s, func(st *site) error { return st.measureAll(ctx, together[udp], found) }); err != nil {
+			return err
+		}
 	}
-	return onSite(ctx, c, s, func(st *site) error {
-		if err := st.rest(found); err != nil {
-			return err
+	return nil
+}
+
+// measureAll measures workloads one after the other.
+func (st *site) measureAll(ctx context.Context, all []Workload, found *report.Report) error {
+	if err := st.rest(found); err != nil {
+		return err
+	}
+	if err := st.verify(ctx); err != nil {
+		return err
+	}
+	for _, w := range all {
+		if err := st.measure(ctx, w, found); err != nil {
+			return fmt.Errorf("workload %s: %w", w.Name, err)
 		}
-		if err := st.verify(ctx); err != nil {
-			return err
-		}
-		for _, w := range together {
-			if err := st.measure(ctx, w, found); err != nil {
-				return fmt.Errorf("workload %s: %w", w.Name, err)
-			}
-		}
-		return st.memory(found)
-	})
+	}
+	return st.memory(found)
 }
 
 // onSite builds the scenario, and takes it down after measure.
@@ -125,7 +137,11 @@ func (st *site) enrol(ctx context.Context) error {
 	if st.scenario.Kernel {
 		mode = "kernel"
 	}
-	if err := st.lab.StartMesh(ctx, append([]string{"--same-node", mode}, st.config.AgentArgs...)...); err != nil {
+	args := []string{"--same-node", mode}
+	if st.scenario.udp {
+		args = append(args, "--experimental-udp")
+	}
+	if err := st.lab.StartMesh(ctx, append(args, st.config.AgentArgs...)...); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
@@ -144,10 +160,14 @@ func (st *site) enrol(ctx context.Context) error {
 	if err := st.lab.LabelNamespace(namespace, dataplane.ModeAmbient); err != nil {
 		return err
 	}
-	return errors.Join(
+	err := errors.Join(
 		st.lab.WaitCapture(ctx, dataplane.CaptureInForce, st.client, st.server),
 		st.lab.WaitProtocol(ctx, dataplane.ProtocolHBONE, st.client, st.server),
 	)
+	if err != nil || !st.scenario.udp {
+		return err
+	}
+	return st.awaitUDP(ctx)
 }
 
 func (st *site) startServer(ctx context.Context) error {
@@ -163,9 +183,13 @@ func (st *site) startServer(ctx context.Context) error {
 // verify makes sure that the scenario is what it says: the traffic of one probe is in
 // tunnels, or is not.
 func (st *site) verify(ctx context.Context) (err error) {
+	workload, count := "paced", (*lab.Capture).CountPort
+	if st.scenario.udp {
+		workload, count = "datagram-exchange", (*lab.Capture).CountDatagrams
+	}
 	// The client's own link sees both kinds on one node and across nodes.
 	probe := func() error {
-		if _, _, err := st.load(ctx, task{Workload: "paced", Duration: 100 * time.Millisecond, Rate: 160}); err != nil {
+		if _, _, err := st.load(ctx, task{Workload: workload, Duration: 100 * time.Millisecond, Rate: 160}); err != nil {
 			return fmt.Errorf("probe the path: %w", err)
 		}
 		return nil
@@ -183,11 +207,11 @@ func (st *site) verify(ctx context.Context) (err error) {
 	if err := probe(); err != nil {
 		return err
 	}
-	tunnel, err := c.CountPort(ctx, dataplane.PortTunnel)
+	tunnel, err := count(c, ctx, dataplane.PortTunnel)
 	if err != nil {
 		return err
 	}
-	plain, err := c.CountPort(ctx, serverPort)
+	plain, err := count(c, ctx, serverPort)
 	if err != nil {
 		return err
 	}
@@ -212,6 +236,10 @@ func (st *site) measure(ctx context.Context, w Workload, found *report.Report) e
 // record adds what a client found and what the machines used meanwhile.
 func record(found *report.Report, scenario, workload string, got outcome, used usage) {
 	add := func(metric, unit string, value float64) { found.Add(scenario, workload, metric, unit, value) }
+	if got.Sent > 0 {
+		recordDatagrams(add, got, used)
+		return
+	}
 	if got.Bytes > 0 {
 		gb := float64(got.Bytes) / 1e9
 		add("throughput", "Gbit/s", gb*8/got.Elapsed.Seconds())
@@ -301,8 +329,12 @@ func (st *site) usage() (usage, error) {
 	return u, nil
 }
 
-// rest adds what the proxies have resident before any load.
+// rest adds what the proxies have resident before any load. Of UDP there are no such figures: they
+// would be taken for those of agents that are told nothing.
 func (st *site) rest(found *report.Report) error {
+	if st.scenario.udp {
+		return nil
+	}
 	rss, _, err := st.resident()
 	if err == nil && rss > 0 {
 		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at rest", "MiB", mebibytes(rss))
@@ -312,6 +344,9 @@ func (st *site) rest(found *report.Report) error {
 
 // memory adds what the proxies have resident after all the load.
 func (st *site) memory(found *report.Report) error {
+	if st.scenario.udp {
+		return nil
+	}
 	rss, peak, err := st.resident()
 	if err == nil && rss > 0 {
 		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at the end", "MiB", mebibytes(rss))

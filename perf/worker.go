@@ -11,7 +11,10 @@ import (
 	"net/netip"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/raceway-mesh/raceway/e2e/lab/traffic"
+	"github.com/raceway-mesh/raceway/perf/report"
 	"github.com/raceway-mesh/raceway/perf/yardstick"
 )
 
@@ -29,9 +32,11 @@ type task struct {
 }
 
 // outcome is what a client found, as one line of JSON on its output. Bytes is of bulk
-// workloads, the rest of the others.
+// workloads, Sent and Arrived are of datagrams, and Latency is of all but bulk.
 type outcome struct {
 	Bytes   uint64          `json:"bytes,omitempty"`
+	Sent    uint64          `json:"sent,omitempty"`
+	Arrived uint64          `json:"arrived,omitempty"`
 	Elapsed time.Duration   `json:"elapsed"`
 	Latency traffic.Latency `json:"latency,omitzero"`
 }
@@ -71,10 +76,17 @@ func serve(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintln(out, "listening"); err != nil {
+	packets, err := new(net.ListenConfig).ListenPacket(ctx, "udp", fmt.Sprintf(":%d", serverPort))
+	if err != nil {
 		return errors.Join(err, l.Close())
 	}
-	return traffic.Serve(ctx, l)
+	if _, err := fmt.Fprintln(out, "listening"); err != nil {
+		return errors.Join(err, l.Close(), packets.Close())
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return traffic.Serve(ctx, l) })
+	group.Go(func() error { return traffic.ServeDatagrams(ctx, packets.(*net.UDPConn)) })
+	return group.Wait()
 }
 
 // meter writes the machine's CPU time for each line that it is sent.
@@ -108,9 +120,13 @@ func load(ctx context.Context, t task, in io.Reader, out io.Writer) error {
 	return json.NewEncoder(out).Encode(found)
 }
 
-// hold opens the task's connections, has them idle until it is told, and asks each of them.
+// hold opens the task's connections, or flows, has them idle until it is told, and asks each of them.
 func hold(ctx context.Context, t task, in io.Reader, out io.Writer) (err error) {
-	held, err := traffic.Hold(ctx, t.To, t.Conns)
+	open := traffic.Hold
+	if t.Workload == report.FlowsWorkload {
+		open = traffic.HoldDatagrams
+	}
+	held, err := open(ctx, t.To, t.Conns)
 	if err != nil {
 		return err
 	}

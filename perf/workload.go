@@ -13,19 +13,34 @@ type Workload struct {
 	Title string
 	// run makes the load for the task's duration.
 	run func(context.Context, task) (outcome, error)
-	// alone measures it, instead of run, in a lab in which nothing else ran, of those scenarios
-	// that are in it.
+	// alone measures it, instead of run, in a lab in which nothing else ran. in says on which
+	// scenarios; without it on all.
 	alone func(*site, context.Context, *report.Report) error
 	in    func(Scenario) bool
+	udp   bool // on those scenarios that carry it; the others on those that carry TCP
 }
 
 func (w Workload) name() string { return w.Name }
+
+// on reports whether it is measured on the scenario.
+func (w Workload) on(s Scenario) bool {
+	carried := !s.OnlyUDP
+	if w.udp {
+		carried = s.UDP
+	}
+	return carried && (w.in == nil || w.in(s))
+}
 
 // WorkloadNames are what Config.Workloads may name.
 func WorkloadNames() []string { return names(Workloads()) }
 
 // ShortWorkloads are those that show in little time whether everything works.
 func ShortWorkloads() []string {
+	return append(ShortLoads(), "datagrams-512")
+}
+
+// ShortLoads are those of them that RunPairs can measure.
+func ShortLoads() []string {
 	return []string{"bulk-1", "bulk-8", "download-8", "exchange-1", "exchange-32", "paced", "connect"}
 }
 
@@ -45,7 +60,12 @@ func Workloads() []Workload {
 		{Name: "exchange-64k", Title: "64 KiB request/response, 16 connections, saturated", run: messages(64<<10, 16)},
 		{Name: "paced", Title: "1 KiB request/response, 16 connections, fixed rate", run: paced(16)},
 		{Name: "connect", Title: "new connections, 16 at a time", run: connect(16)},
+		{Name: "datagrams-64", Title: "datagrams of 64 B, 4 flows", run: datagrams(64), udp: true},
+		{Name: "datagrams-512", Title: "datagrams of 512 B, 4 flows", run: datagrams(512), udp: true},
+		{Name: "datagrams-1200", Title: "datagrams of 1,200 B, 4 flows", run: datagrams(1200), udp: true},
+		{Name: "datagram-exchange", Title: "64 B datagram and response, 16 flows, fixed rate", run: datagramExchange(16), udp: true},
 		{Name: report.IdleWorkload, Title: "idle connections", alone: (*site).idle, in: Scenario.proxied},
+		{Name: report.FlowsWorkload, Title: "idle flows of UDP", alone: (*site).flows, in: Scenario.proxied, udp: true},
 		{Name: report.PodsWorkload, Title: "pods that do nothing", alone: (*site).pods, in: Scenario.crossing},
 	}
 }

@@ -72,6 +72,7 @@ that the run covers. It needs root, and raceway-agent and raceway-ca beside this
 	f.DurationVar(&r.Duration, "duration", 2*time.Second, "of one measurement")
 	f.Float64Var(&r.Rate, "rate", 1000, "requests per second of the paced workloads")
 	f.IntVar(&r.IdleConns, "idle", 10000, "connections of the idle workload")
+	f.IntVar(&r.IdleFlows, "flows", 2000, "flows of UDP of the flows workload")
 	f.IntVar(&r.Pods, "pods", 100, "pods of the workload that captures many")
 	f.IntVar(&r.Rules, "rules", 10000, "rules of the scenario with many policies")
 	f.BoolVar(&r.short, "short", false, "2 rounds of 300 ms of the main workloads: whether it works, not how fast")

@@ -60,7 +60,7 @@ namespace), to list pods, and to create pods/exec in it.`,
 	f.StringVar(&j.ClientNode, "client-node", "", "node of the clients (required)")
 	f.StringVar(&j.ServerNode, "server-node", "", "node of the servers (required)")
 	f.StringVar(&j.Image, "image", "", "image with this program; default that of the agent of the client's node")
-	f.StringSliceVar(&j.Workloads, "workloads", perf.ShortWorkloads(), "which, of "+strings.Join(perf.LoadNames(), ", "))
+	f.StringSliceVar(&j.Workloads, "workloads", perf.ShortLoads(), "which, of "+strings.Join(perf.LoadNames(), ", "))
 	f.IntVar(&j.Rounds, "rounds", 5, "how often each is measured, interleaved")
 	f.DurationVar(&j.Duration, "duration", 2*time.Second, "of one measurement")
 	f.Float64Var(&j.Rate, "rate", 1000, "requests per second of the paced workloads")

@@ -270,6 +270,7 @@ func udpOf(p gopacket.Packet) []byte {
 	return nil
 }
 
+// count counts the packets that match.
 func (c *Capture) count(ctx context.Context, match func(gopacket.Packet) bool) (int, error) {
 	if err := c.sync(ctx); err != nil {
 		return 0, err

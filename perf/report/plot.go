@@ -29,6 +29,12 @@ func panels() [][2]string {
 		{"connect", "CPU total"},
 		{IdleWorkload, "RSS client"},
 		{IdleWorkload, "RSS server"},
+		{"datagrams-512", "rate"},
+		{"datagrams-512", "CPU total"},
+		{"datagram-exchange", "p50"},
+		{"datagram-exchange", "p99"},
+		{FlowsWorkload, "RSS client"},
+		{FlowsWorkload, "RSS server"},
 	}
 }
 

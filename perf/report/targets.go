@@ -44,6 +44,7 @@ func targets() []target {
 const (
 	MemoryWorkload = "proxy memory"
 	IdleWorkload   = "idle"
+	FlowsWorkload  = "flows"
 	PodsWorkload   = "pods"
 )
 
