@@ -65,6 +65,7 @@ type datagramPod struct {
 	ctx     context.Context // of its flows
 	workers sync.WaitGroup
 	quic    *quicTunnels // nil: it has no socket for them
+	rooms   sync.Pool    // of *datagramRoom, for what is queued
 
 	mu     sync.Mutex
 	closed bool

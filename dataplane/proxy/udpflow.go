@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"sync"
@@ -48,7 +49,30 @@ type datagramFlow struct {
 
 type queued struct {
 	payload  []byte
+	room     *datagramRoom // payload's, nil of one that has its own
 	fragment bool
+}
+
+// datagramRoom holds a datagram of an Ethernet packet; maxQueued of them are less than maxQueuedBytes.
+type datagramRoom [1536]byte
+
+// hold copies payload.
+func (u *datagramPod) hold(payload []byte, fragment bool) queued {
+	if len(payload) > len(datagramRoom{}) {
+		return queued{payload: bytes.Clone(payload), fragment: fragment}
+	}
+	room, _ := u.rooms.Get().(*datagramRoom)
+	if room == nil {
+		room = new(datagramRoom)
+	}
+	return queued{payload: append(room[:0], payload...), room: room, fragment: fragment}
+}
+
+// free gives the room of a datagram that was sent back.
+func (u *datagramPod) free(q queued) {
+	if q.room != nil {
+		u.rooms.Put(q.room)
+	}
 }
 
 // newFlow is not entered yet.
@@ -84,7 +108,7 @@ func (f *datagramFlow) push(payload []byte, fragment bool) {
 		f.u.drop(f.direction, dropQueue, 1)
 		return
 	}
-	f.queue = append(f.queue, queued{payload: append([]byte(nil), payload...), fragment: fragment})
+	f.queue = append(f.queue, f.u.hold(payload, fragment))
 	f.size += len(payload)
 	start := !f.sending
 	f.sending = true
@@ -117,7 +141,9 @@ func (f *datagramFlow) send() {
 			return
 		}
 		for _, q := range batch {
-			if err := f.sendOne(stream, q); err != nil {
+			err := f.sendOne(stream, q)
+			f.u.free(q)
+			if err != nil {
 				f.end(err)
 				break
 			}
@@ -127,13 +153,14 @@ func (f *datagramFlow) send() {
 
 func (f *datagramFlow) sendOne(stream hbone.DatagramStream, q queued) error {
 	err := stream.Send(q.payload, q.fragment)
-	var large *hbone.TooLargeError
+	if err == nil {
+		f.moved(len(q.payload), true)
+		return nil
+	}
+	var large *hbone.TooLargeError // on the heap, so not where all is well
 	if errors.As(err, &large) {
 		f.u.drop(f.direction, dropTooBig, 1)
 		return f.u.d.TooBig(f.ends.app, f.ends.peer, len(q.payload), large.Max)
-	}
-	if err == nil {
-		f.moved(len(q.payload), true)
 	}
 	return err
 }

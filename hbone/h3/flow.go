@@ -44,17 +44,26 @@ func (f *flow) Send(p []byte, fragment bool) error {
 	if f.conn.datagrams.Load() {
 		f.out = hbone.AppendDatagram(append(f.out[:0], f.prefix...), p)
 		err := f.conn.quic.SendDatagram(f.out)
-		var tooLarge *quic.DatagramTooLargeError
-		switch {
-		case err == nil:
+		if err == nil {
 			return nil
-		case !errors.As(err, &tooLarge):
-			return f.conn.fault(err)
-		case !fragment:
-			return &hbone.TooLargeError{Max: max(0, int(tooLarge.MaxDatagramPayloadSize)-len(f.prefix)-1)}
+		}
+		if err := f.unsent(err, fragment); err != nil {
+			return err
 		}
 	}
 	return f.sendCapsule(p)
+}
+
+// unsent is nil of a datagram that fits no frame and may be cut.
+func (f *flow) unsent(err error, fragment bool) error {
+	var tooLarge *quic.DatagramTooLargeError // on the heap, so not in Send
+	switch {
+	case !errors.As(err, &tooLarge):
+		return f.conn.fault(err)
+	case !fragment:
+		return &hbone.TooLargeError{Max: max(0, int(tooLarge.MaxDatagramPayloadSize)-len(f.prefix)-1)}
+	}
+	return nil
 }
 
 // sendable says why nothing can be sent.
