@@ -41,8 +41,9 @@ const (
 	datagramWindow = 24
 	confirmEvery   = 8
 	// stall is how long a sender waits for a confirmation. What is on the way counts as lost then,
-	// for the window alone: the receiver's count tells what was.
-	stall = 100 * time.Millisecond
+	// for the window alone: the receiver's count tells what was. It is longer than a busy machine
+	// lets a process wait, for too short a one has the sender overrun the path.
+	stall = 500 * time.Millisecond
 	// quiet is between two questions for how many arrived.
 	quiet = 20 * time.Millisecond
 	// datagramPatience is for a question that is asked again until it is answered, each time after
@@ -252,7 +253,8 @@ func (s *sender) send(until time.Time) error {
 			return nil
 		}
 		if s.sent-s.confirmed >= datagramWindow {
-			if err := s.await(now.Add(stall)); err != nil {
+			wait := min(stall, until.Sub(now))
+			if err := s.await(now.Add(wait)); err != nil {
 				return err
 			}
 			continue
