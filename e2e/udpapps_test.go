@@ -298,9 +298,8 @@ func TestUDPCarriesHTTP3(t *testing.T) {
 	})
 }
 
-// leastPacket is the least that QUIC may begin with (RFC 9000 section 14). A tunnel that has not
-// yet found out what its own path takes has room for little more, and not for quic-go's 1280.
-const leastPacket = 1200
+// leastPacket is what QUIC begins with.
+const leastPacket = 1280
 
 // serveHTTP3 answers GET with content and POST with its body.
 func serveHTTP3(t *testing.T, pod *lab.Pod, config *tls.Config, sizes *packetSizes, content []byte) {
@@ -310,7 +309,7 @@ func serveHTTP3(t *testing.T, pod *lab.Pod, config *tls.Config, sizes *packetSiz
 		t.Fatal(err)
 	}
 	server := &http3.Server{
-		TLSConfig: http3.ConfigureTLSConfig(config), QUICConfig: &quic.Config{InitialPacketSize: leastPacket, Tracer: sizes.trace},
+		TLSConfig: http3.ConfigureTLSConfig(config), QUICConfig: &quic.Config{Tracer: sizes.trace},
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			body := io.Reader(bytes.NewReader(content))
 			if r.Method == http.MethodPost {
@@ -343,7 +342,7 @@ func newHTTP3Client(t *testing.T, pod *lab.Pod, server netip.AddrPort, config *t
 	}
 	socket := &quic.Transport{Conn: conn}
 	transport := &http3.Transport{
-		TLSClientConfig: config, QUICConfig: &quic.Config{InitialPacketSize: leastPacket, Tracer: sizes.trace},
+		TLSClientConfig: config, QUICConfig: &quic.Config{Tracer: sizes.trace},
 		Dial: func(ctx context.Context, _ string, tls *tls.Config, cfg *quic.Config) (*quic.Conn, error) {
 			return socket.DialEarly(ctx, net.UDPAddrFromAddrPort(server), tls, cfg)
 		},

@@ -47,21 +47,26 @@ func (f *flow) Send(p []byte, fragment bool) error {
 		if err == nil {
 			return nil
 		}
-		if err := f.unsent(err, fragment); err != nil {
+		if err := f.unsent(err, len(p), fragment); err != nil {
 			return err
 		}
 	}
 	return f.sendCapsule(p)
 }
 
+// leastRoom is the longest datagram that is always carried, as a capsule where no frame holds it
+// and whatever its sender says: so long are the packets that QUIC begins with, and until a
+// connection has found out what its path takes, its own are hardly longer.
+const leastRoom = 1280
+
 // unsent is nil of a datagram that fits no frame and may be cut.
-func (f *flow) unsent(err error, fragment bool) error {
+func (f *flow) unsent(err error, size int, fragment bool) error {
 	var tooLarge *quic.DatagramTooLargeError // on the heap, so not in Send
 	switch {
 	case !errors.As(err, &tooLarge):
 		return f.conn.fault(err)
-	case !fragment:
-		return &hbone.TooLargeError{Max: max(0, int(tooLarge.MaxDatagramPayloadSize)-len(f.prefix)-1)}
+	case !fragment && size > leastRoom:
+		return &hbone.TooLargeError{Max: max(leastRoom, int(tooLarge.MaxDatagramPayloadSize)-len(f.prefix)-1)}
 	}
 	return nil
 }

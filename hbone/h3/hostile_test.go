@@ -200,7 +200,7 @@ func TestDatagramThatMustNotBeCut(t *testing.T) {
 	defer func() { _ = f.Close() }()
 	err = f.Send(make([]byte, 60000), false)
 	var tooLarge *hbone.TooLargeError
-	if !errors.As(err, &tooLarge) || !errors.Is(err, syscall.EMSGSIZE) || tooLarge.Max < 1100 {
+	if !errors.As(err, &tooLarge) || !errors.Is(err, syscall.EMSGSIZE) || tooLarge.Max < 1280 {
 		t.Fatalf("Send = %v, want a TooLargeError", err)
 	}
 	if err := f.Send(make([]byte, tooLarge.Max), false); err != nil {
@@ -208,6 +208,12 @@ func TestDatagramThatMustNotBeCut(t *testing.T) {
 	}
 	if n := <-got; n != tooLarge.Max {
 		t.Errorf("%d bytes arrived, want %d", n, tooLarge.Max)
+	}
+	if err := f.Send(make([]byte, 1280), false); err != nil {
+		t.Fatalf("Send of what QUIC begins with: %v", err)
+	}
+	if n := <-got; n != 1280 {
+		t.Errorf("%d bytes arrived, want 1280", n)
 	}
 	if drops := f.Drops(); drops != (hbone.DatagramDrops{}) {
 		t.Errorf("drops = %+v", drops)
