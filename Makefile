@@ -159,7 +159,7 @@ ci: ## everything that CI checks (needs root and apt-get; installs what is missi
 	@.ci/step "generated code" $(MAKE) generate-check
 	@.ci/step "build" $(MAKE) build
 	@.ci/step "tests" $(MAKE) test SHORT=-short
-	@.ci/step "fuzzing" $(MAKE) fuzz
+	@.ci/step "fuzzing" $(MAKE) fuzz FUZZTIME=3s
 	@.ci/step "demo on IPv4" $(MAKE) demo ARGS=--mariadb
 	@.ci/step "demo on IPv6" $(MAKE) demo ARGS=--ipv6
 	@.ci/step "soak" $(MAKE) soak ARGS="--duration 1m"

@@ -69,7 +69,7 @@ func TestUDPSocketLearnsThePathsMTU(t *testing.T) {
 		control(func(fd int) error { return unix.SetsockoptInt(fd, level, discover, unix.IP_PMTUDISC_DO) })
 		eventually(t, "what fits the link and not the tunnel is too long", func() error {
 			if _, err := conn.Write(random(1500 - headers)); !errors.Is(err, unix.EMSGSIZE) {
-				return fmt.Errorf("it is sent: %v", err)
+				return errors.Join(errors.New("it is sent"), err)
 			}
 			return nil
 		})
