@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/raceway-mesh/raceway/dataplane/kernel"
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
 	"github.com/raceway-mesh/raceway/e2e/lab"
 	"github.com/raceway-mesh/raceway/e2e/lab/labtest"
@@ -172,13 +173,19 @@ func nothingOf(t *testing.T, name string) {
 	}
 }
 
-// steps of the demo that a test may wait for, by how their headings begin.
-const lastStep = 7
+// lastStep is the number of the demo's steps: the one of UDP is left out where there is none.
+func lastStep() int {
+	if kernel.CanCaptureUDP() {
+		return 8
+	}
+	return 7
+}
 
-func heading(step int) string { return fmt.Sprintf("─ %d/%d  ", step, lastStep) }
+// heading is how that of a step begins, which a test may wait for.
+func heading(step int) string { return fmt.Sprintf("─ %d/%d  ", step, lastStep()) }
 
 func interrupt(t *testing.T, bin string, signal syscall.Signal, args []string) {
-	step, delay := 1+rand.IntN(lastStep), time.Duration(rand.IntN(2000))*time.Millisecond
+	step, delay := 1+rand.IntN(lastStep()), time.Duration(rand.IntN(2000))*time.Millisecond
 	t.Logf("%v in step %d after %v", signal, step, delay)
 	r := start(t, bin, args...)
 	r.until(heading(step))
