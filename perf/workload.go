@@ -58,7 +58,9 @@ func Workloads() []Workload {
 		{Name: "exchange-32", Title: "1 KiB request/response, 32 connections, saturated", run: exchange(32)},
 		{Name: "exchange-1b", Title: "1 B request/response, 16 connections, saturated", run: messages(1, 16)},
 		{Name: "exchange-64k", Title: "64 KiB request/response, 16 connections, saturated", run: messages(64<<10, 16)},
-		{Name: "paced", Title: "1 KiB request/response, 16 connections, fixed rate", run: paced(16)},
+		{Name: "paced", Title: "1 KiB request/response, 16 connections, fixed rate", run: paced(traffic.MessageSize, 16)},
+		{Name: "paced-1b", Title: "1 B request/response, 16 connections, fixed rate", run: paced(1, 16)},
+		{Name: "paced-64k", Title: "64 KiB request/response, 16 connections, fixed rate", run: paced(64<<10, 16)},
 		{Name: "connect", Title: "new connections, 16 at a time", run: connect(16)},
 		{Name: "datagrams-64", Title: "datagrams of 64 B, 4 flows", run: datagrams(64), udp: true},
 		{Name: "datagrams-512", Title: "datagrams of 512 B, 4 flows", run: datagrams(512), udp: true},
@@ -96,9 +98,9 @@ func messages(size, conns int) func(context.Context, task) (outcome, error) {
 	}
 }
 
-func paced(conns int) func(context.Context, task) (outcome, error) {
+func paced(size, conns int) func(context.Context, task) (outcome, error) {
 	return func(ctx context.Context, t task) (outcome, error) {
-		return rated(traffic.Exchange(ctx, t.To, traffic.ExchangeOptions{Conns: conns, Duration: t.Duration, Rate: t.Rate}))
+		return rated(traffic.Exchange(ctx, t.To, traffic.ExchangeOptions{Conns: conns, Size: size, Duration: t.Duration, Rate: t.Rate}))
 	}
 }
 
