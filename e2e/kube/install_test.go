@@ -71,10 +71,7 @@ metadata:
   labels: {pod-security.kubernetes.io/enforce: privileged}
 `)
 	w.runHelm(t, "upgrade", "--install", "raceway-crds", "daemonset/crds", "-n", system)
-	args := []string{
-		"upgrade", "--install", "raceway", "daemonset/chart", "-n", system, "--wait", "--timeout", "3m",
-		"--set", "agent.extraArgs={--experimental-udp}",
-	}
+	args := []string{"upgrade", "--install", "raceway", "daemonset/chart", "-n", system, "--wait", "--timeout", "3m"}
 	w.runHelm(t, append(args, values...)...)
 	w.installed = true
 }
