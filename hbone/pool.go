@@ -20,8 +20,7 @@ type pool struct {
 	dials   []*dial
 	waiters []*waiter
 
-	nextStripe time.Time   // before it no session is dialed for others to be less busy
-	forBurst   *time.Timer // runs while waiters wait for a stripe
+	nextStripe time.Time // before it no session is dialed for others to be less busy
 }
 
 // member is a session in the pool.
@@ -71,16 +70,16 @@ func (c *Client) acquire(ctx context.Context, key Key, newerThan uint64) (*membe
 		p = &pool{key: key}
 		c.pools[key] = p
 	}
-	// A dial outlives the ctx of the Open that caused it, since others wait for it too.
-	base := context.WithoutCancel(ctx)
-	if m := c.placeLocked(base, p, newerThan, false); m != nil {
+	if m, load := p.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn); m != nil {
 		seq := c.seq
+		c.stripeLocked(context.WithoutCancel(ctx), p, load)
 		c.mu.Unlock()
 		return m, seq, nil
 	}
 	w := &waiter{newerThan: newerThan, done: make(chan struct{})}
 	p.waiters = append(p.waiters, w)
-	c.dialLocked(base, p)
+	// A dial outlives the ctx of the Open that caused it, since others wait for it too.
+	c.dialLocked(context.WithoutCancel(ctx), p)
 	c.mu.Unlock()
 
 	select {
@@ -105,31 +104,9 @@ func waitError(ctx context.Context, key Key) error {
 	return &DialError{Remote: key.Remote, Err: ctx.Err()}
 }
 
-// placeLocked takes a place in the least loaded session that has one. There is none, unless
-// urgent, where a burst had better wait for a stripe. base lends its values to that.
-func (c *Client) placeLocked(base context.Context, p *pool, newerThan uint64, urgent bool) *member {
-	best, load := p.bestLocked(newerThan, c.cfg.MaxStreamsPerConn)
-	if best == nil {
-		return nil
-	}
-	c.stripeLocked(base, p, load)
-	if !urgent && isBurst(load) && p.sparesLocked() > 0 {
-		c.awaitStripeLocked(base, p)
-		return nil
-	}
-	if !best.session.Reserve() {
-		return nil
-	}
-	best.streams++
-	if best.idle != nil {
-		best.idle.Stop()
-		best.idle = nil
-	}
-	return best
-}
-
-// bestLocked is the least loaded session that has room, and its load.
-func (p *pool) bestLocked(newerThan uint64, limit int) (best *member, least int) {
+// reserveLocked takes a place in the least loaded session that has one, and returns the load
+// that it had.
+func (p *pool) reserveLocked(newerThan uint64, limit int) (best *member, least int) {
 	for _, m := range p.members {
 		if m.retired || m.seq <= newerThan || m.streams >= limit || m.session.Capacity() == 0 {
 			continue
@@ -137,6 +114,14 @@ func (p *pool) bestLocked(newerThan uint64, limit int) (best *member, least int)
 		if load := m.load(); best == nil || load < least {
 			best, least = m, load
 		}
+	}
+	if best == nil || !best.session.Reserve() {
+		return nil, 0
+	}
+	best.streams++
+	if best.idle != nil {
+		best.idle.Stop()
+		best.idle = nil
 	}
 	return best, least
 }
@@ -166,7 +151,6 @@ func (c *Client) startDialLocked(base context.Context, p *pool, spare bool) {
 			c.joinLocked(base, p, d, session, conn)
 		case spare && ctx.Err() == nil:
 			p.nextStripe = time.Now().Add(stripeRetry)
-			c.grantLocked(base, p, true)
 			c.cfg.Log.Debug("connect once more to a busy peer", "remote", p.key.Remote, "error", err)
 		case ctx.Err() == nil:
 			p.failLocked(c.cfg.MaxStreamsPerConn, err)
@@ -192,7 +176,7 @@ func (c *Client) joinLocked(base context.Context, p *pool, d *dial, session Sess
 		p.members = remove(p.members, m)
 		c.tidyLocked(base, p)
 	})
-	c.grantLocked(base, p, false)
+	p.grantLocked(c.cfg.MaxStreamsPerConn)
 	if m.streams == 0 && !m.retired {
 		// It died at once, as one does whose peer rejects our certificate. Its waiters
 		// learn why from Open, which counts their attempts; dialing on would never end.
@@ -213,10 +197,10 @@ func (p *pool) handLocked(m *member, n int) {
 }
 
 // grantLocked gives places to waiters, the oldest first.
-func (c *Client) grantLocked(base context.Context, p *pool, urgent bool) {
+func (p *pool) grantLocked(limit int) {
 	left := p.waiters[:0]
 	for _, w := range p.waiters {
-		if w.member = c.placeLocked(base, p, w.newerThan, urgent); w.member == nil {
+		if w.member, _ = p.reserveLocked(w.newerThan, limit); w.member == nil {
 			left = append(left, w)
 			continue
 		}
@@ -277,7 +261,7 @@ func (c *Client) release(m *member) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	m.streams--
-	c.grantLocked(context.Background(), m.pool, false)
+	m.pool.grantLocked(c.cfg.MaxStreamsPerConn)
 	c.idleLocked(m)
 }
 

@@ -13,21 +13,18 @@ import (
 //	stripeStreams streams       ─► one that is not, else the one with the fewest streams
 //	all are                     ─► as above, and one more session is dialed in the background
 //
-// Only a burst waits for a stripe that is being dialed, and not for long: streams that go to a
-// session with enough of them, before it has moved much, are the ones that share it to their end.
-// One that cannot be made, as by a peer that has enough connections,
+// Nobody waits for a stripe. One that cannot be made, as by a peer that has enough connections,
 // is not tried again for a while.
 const (
 	stripeStreams = 4
 	stripePause   = time.Second // between two dials for more
 	stripeRetry   = time.Minute // after one that failed
-	stripeWait    = 20 * time.Millisecond
-	busy          = 1 << 16 // load of a busy session
 )
 
 // load orders sessions by how well a further stream does there, the least first; above 0 it
 // had better go elsewhere.
 func (m *member) load() int {
+	const busy = 1 << 16
 	switch {
 	case m.session.Busy():
 		return busy + m.streams
@@ -36,33 +33,6 @@ func (m *member) load() int {
 	default:
 		return -m.streams
 	}
-}
-
-// isBurst tells a load of many streams from that of a busy session.
-func isBurst(load int) bool { return 0 < load && load < busy }
-
-// sparesLocked counts the stripes that are being dialed.
-func (p *pool) sparesLocked() int {
-	n := 0
-	for _, d := range p.dials {
-		if d.spare {
-			n++
-		}
-	}
-	return n
-}
-
-// awaitStripeLocked has those who wait for a stripe do so no longer than stripeWait.
-func (c *Client) awaitStripeLocked(base context.Context, p *pool) {
-	if p.forBurst != nil {
-		return
-	}
-	p.forBurst = time.AfterFunc(stripeWait, func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		p.forBurst = nil
-		c.grantLocked(base, p, true)
-	})
 }
 
 // stripeLocked dials one more session when the best there is has that load; base lends the dial

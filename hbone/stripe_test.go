@@ -100,63 +100,6 @@ func TestManyStreamsSpreadOverStripes(t *testing.T) {
 	})
 }
 
-// Many streams that are opened at once share the work, if the session for that is up soon; else
-// they go where there is room.
-func TestBurstWaitsShortlyForAStripe(t *testing.T) {
-	for _, test := range []struct {
-		name     string
-		dial     time.Duration // of every session
-		sessions int
-		within   time.Duration
-	}{
-		{"it is up soon", 5 * time.Millisecond, 2, 11 * time.Millisecond},
-		{"it is far", 500 * time.Millisecond, 1, 521 * time.Millisecond},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				w := newWorld(t, func(c *hbone.ClientConfig, _ *hbone.ServerConfig) {
-					c.Stripes = 2
-					dial := c.Dial
-					c.Dial = func(ctx context.Context, k hbone.Key) (net.Conn, error) {
-						time.Sleep(test.dial)
-						return dial(ctx, k)
-					}
-				})
-				begin := time.Now()
-				tunnels := make(chan *hbone.Tunnel, 8)
-				for range cap(tunnels) {
-					go func() {
-						tunnel, err := w.client.Open(t.Context(), key, request)
-						if err != nil {
-							t.Error(err)
-							close(tunnels)
-							return
-						}
-						tunnels <- tunnel
-					}()
-				}
-				streams := map[*hbone.Conn]int{}
-				for range cap(tunnels) {
-					tunnel := <-tunnels
-					defer tunnel.Close()
-					streams[tunnel.Conn]++
-				}
-				if took := time.Since(begin); took > test.within {
-					t.Errorf("it took %v, want %v at most", took, test.within)
-				}
-				if len(streams) != test.sessions {
-					t.Errorf("%d sessions carry 8 streams, want %d", len(streams), test.sessions)
-				}
-				for _, n := range streams {
-					if n != 8/test.sessions {
-						t.Errorf("a session carries %d streams, want %d", n, 8/test.sessions)
-					}
-				}
-			})
-		})
-	}
-}
-
 // A peer with a bound on connections costs no stream, and is not asked all the time.
 func TestStripeThatCannotBeMadeCostsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
