@@ -214,13 +214,16 @@ func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPo
 func (s *servedPod) openTunnel(ctx context.Context, f *flow, d route.Decision, trace string, first *hbone.First) (leg, error) {
 	var tunnel *hbone.Tunnel
 	err := s.reachPeer(ctx, f, d, trace, func(ctx context.Context, key hbone.Key, r *hbone.Request) (_ *hbone.Conn, _ io.Closer, err error) {
-		quic, why := s.transport(f, d.Workload, key.Remote)
+		mode := s.transportMode(f.attempt.Source.Workload)
+		quic, why := s.transport(mode, d.Workload, key.Remote)
 		tunnel, err = byQUIC(ctx, s, quic, key, func(c *hbone.Client) (*hbone.Tunnel, error) { return c.OpenWith(ctx, key, r, first) })
 		if err != nil {
 			return nil, nil, err
 		}
 		f.attempt.Transport = carriedBy(tunnel.Conn, why)
-		s.hearPath(f, tunnel)
+		if mode == dataplane.TransportAuto {
+			s.hearPath(tunnel)
+		}
 		return tunnel.Conn, tunnel, nil
 	})
 	if err != nil {

@@ -100,7 +100,7 @@ type Config struct {
 	ServerTransport hbone.ServerTransport
 
 	// UDP has peers told that HTTP/2 carries UDP too, for where none comes through to the tunnels'
-	// UDP port.
+	// UDP port, and of ways that had better be taken by HTTP/3.
 	UDP bool
 	// ResetKey lets peers of an earlier agent's QUIC connections know that they are gone. nil
 	// leaves them to find out.

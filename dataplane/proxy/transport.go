@@ -9,10 +9,9 @@ import (
 	"github.com/raceway-mesh/raceway/hbone"
 )
 
-// transport says how the peer w is to be asked for f's stream, by QUIC unless nil is returned, and
+// transport says how the peer w is to be asked for a stream, by QUIC unless nil is returned, and
 // why. The reason is "" while the pod's namespace has no wish.
-func (s *servedPod) transport(f *flow, w *dataplane.Workload, peer netip.AddrPort) (quic *quicTunnels, why string) {
-	mode := s.transportMode(f.attempt.Source.Workload)
+func (s *servedPod) transport(mode dataplane.TransportMode, w *dataplane.Workload, peer netip.AddrPort) (quic *quicTunnels, why string) {
 	if mode == dataplane.TransportDefault {
 		return nil, ""
 	}
@@ -39,10 +38,7 @@ func (s *servedPod) transport(f *flow, w *dataplane.Workload, peer netip.AddrPor
 }
 
 // hearPath has a tunnel that our side opened tell of the way to the peer.
-func (s *servedPod) hearPath(f *flow, t *hbone.Tunnel) {
-	if s.transportMode(f.attempt.Source.Workload) != dataplane.TransportAuto {
-		return
-	}
+func (s *servedPod) hearPath(t *hbone.Tunnel) {
 	peer := t.Conn.Remote.Addr()
 	if tcp := tcpOf(t.Conn); tcp != nil {
 		s.paths.Watch(peer, tcp)
@@ -52,10 +48,10 @@ func (s *servedPod) hearPath(f *flow, t *hbone.Tunnel) {
 	}
 }
 
-// tellPath is what to tell the peer of the way of conn, which it opened.
+// tellPath is what to tell the peer of the way of conn, which it opened, if it has a choice.
 func (s *servedPod) tellPath(conn *hbone.Conn) string {
 	tcp := tcpOf(conn)
-	if tcp == nil {
+	if tcp == nil || !s.cfg.UDP {
 		return ""
 	}
 	s.paths.Watch(conn.Remote.Addr(), tcp)
