@@ -35,7 +35,7 @@ func TestNodeReleaseLeavesNothing(t *testing.T) {
 		}
 	}
 	release := []string{
-		"node", "release", "--force", "--bpf-dir", "/sys/fs/bpf/raceway/" + filepath.Base(dir), "--state-dir", path("state"),
+		"node", "release", "--force", "--bpf-dir", "/sys/fs/bpf/raceway-test-" + filepath.Base(dir), "--state-dir", path("state"),
 		"--agent-socket", path("agent.sock"), "--cni-socket", path("cni.sock"), "--snapshot-file", path("snapshot"),
 		"--cni-conf-dir", path("net.d"), "--cni-bin-dir", path("bin"), "--cni-state-dir", path("cni"),
 	}

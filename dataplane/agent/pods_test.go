@@ -37,7 +37,7 @@ func newPods(t *testing.T) (p *pods, node *netnstest.Node, state string) {
 
 // pinsOf is a directory for pins that belongs to a temporary one.
 func pinsOf(state string) string {
-	return "/sys/fs/bpf/raceway/test" + strings.ToLower(strings.ReplaceAll(state, "/", "-"))
+	return "/sys/fs/bpf/raceway-test" + strings.ToLower(strings.ReplaceAll(state, "/", "-"))
 }
 
 func TestPodThatCouldNotBePreparedIsRemoved(t *testing.T) {

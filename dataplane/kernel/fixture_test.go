@@ -81,7 +81,7 @@ func newFixture(t testing.TB, m mode) *fixture {
 	node := netnstest.NewNode(t)
 	f := &fixture{node: node, web: node.NewPod(t), db: node.NewPod(t)}
 	f.cfg = kernel.Config{
-		Dir:       "/sys/fs/bpf/raceway/test-" + strings.ToLower(rand.Text()[:10]),
+		Dir:       "/sys/fs/bpf/raceway-test-" + strings.ToLower(rand.Text()[:10]),
 		StateDir:  t.TempDir(),
 		HostNetNS: node.Path(),
 		Inbound:   m.inbound,
