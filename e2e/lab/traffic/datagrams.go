@@ -294,7 +294,7 @@ func (s *sender) count() error {
 	question := append([]byte{countDatagram}, s.datagram[1:9]...)
 	before := uint64(0)
 	for again := false; ; again = true {
-		answer, err := ask(s.conn, question, func(p []byte) bool { return len(p) == minDatagram && bytes.HasPrefix(p, question) }, datagramPatience)
+		answer, err := Ask(s.conn, question, func(p []byte) bool { return len(p) == minDatagram && bytes.HasPrefix(p, question) }, datagramPatience)
 		if err != nil {
 			return fmt.Errorf("ask how many arrived: %w", err)
 		}
@@ -440,14 +440,14 @@ func dialFlows(ctx context.Context, to netip.AddrPort, n int) ([]net.Conn, error
 // AskDatagram has the server send a datagram back. It asks again when it was lost.
 func AskDatagram(conn net.Conn) error {
 	question := append([]byte{echoDatagram}, randomBytes(63)...)
-	_, err := ask(conn, question, func(p []byte) bool { return bytes.Equal(p, question) }, datagramPatience)
+	_, err := Ask(conn, question, func(p []byte) bool { return bytes.Equal(p, question) }, datagramPatience)
 	return err
 }
 
-// ask sends question again and again until an answer to it comes. A closed port is one that
-// nobody listens at yet.
-func ask(conn net.Conn, question []byte, isAnswer func([]byte) bool, patience time.Duration) ([]byte, error) {
-	buffer := make([]byte, 128) // no answer is longer
+// Ask sends question again and again until an answer to it comes, of 128 bytes at most. A closed
+// port is one that nobody listens at yet.
+func Ask(conn net.Conn, question []byte, isAnswer func([]byte) bool, patience time.Duration) ([]byte, error) {
+	buffer := make([]byte, 128)
 	for end := time.Now().Add(patience); ; {
 		again := time.Now().Add(askAgain)
 		if _, err := conn.Write(question); err != nil && !errors.Is(err, syscall.ECONNREFUSED) {

@@ -1,25 +1,24 @@
 package demo
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
+	"github.com/raceway-mesh/raceway/e2e/lab/traffic"
 )
 
 const (
 	// datagramPort is where db confirms orders that come as datagrams.
 	datagramPort = 7000
-	// datagramTimeout is when a datagram or its answer counts as lost.
-	datagramTimeout = time.Second
 	// orders is how many datagrams say something.
 	orders = 50
 )
@@ -78,27 +77,9 @@ func sendOrders(ctx context.Context, q datagramQuestion) ([]request, error) {
 
 // order sends its datagram again until it is confirmed, as who uses UDP must.
 func order(conn net.Conn, nonce string) error {
-	var b [1500]byte
-	for end := time.Now().Add(requestTimeout); ; {
-		if err := conn.SetDeadline(time.Now().Add(datagramTimeout)); err != nil {
-			return err
-		}
-		if _, err := conn.Write([]byte(payment(nonce))); err != nil {
-			return err
-		}
-		for {
-			n, err := conn.Read(b[:])
-			if err == nil && string(b[:n]) == "done "+nonce {
-				return nil
-			}
-			if errors.Is(err, os.ErrDeadlineExceeded) && time.Now().Before(end) {
-				break
-			}
-			if err != nil {
-				return err
-			}
-		}
-	}
+	confirmed := []byte("done " + nonce)
+	_, err := traffic.Ask(conn, []byte(payment(nonce)), func(p []byte) bool { return bytes.Equal(p, confirmed) }, requestTimeout)
+	return err
 }
 
 // datagrams has web send orders by UDP, which all are to be confirmed.
