@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 	"github.com/raceway-mesh/raceway/e2e/lab"
 )
@@ -258,15 +257,9 @@ func (p *udpPair) port(number uint16) func() bool {
 // udpFlows lists what an agent carries of UDP.
 func udpFlows(t *testing.T, c *cluster, n *lab.Node) []admin.Connection {
 	t.Helper()
-	all, err := c.Agent(n).Client().Connections(t.Context())
+	flows, err := c.Agent(n).UDPFlows(t.Context())
 	if err != nil {
 		t.Fatal(err)
-	}
-	var flows []admin.Connection
-	for _, conn := range all {
-		if conn.Protocol == dataplane.ProtocolHBONEUDP {
-			flows = append(flows, conn)
-		}
 	}
 	return flows
 }

@@ -4,12 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"slices"
 	"time"
 
-	"github.com/raceway-mesh/raceway/dataplane"
-	"github.com/raceway-mesh/raceway/dataplane/admin"
-	"github.com/raceway-mesh/raceway/e2e/lab"
 	"github.com/raceway-mesh/raceway/e2e/lab/traffic"
 )
 
@@ -90,22 +86,13 @@ func (st *site) askUDP(ctx context.Context) error {
 // tunnelsUDP is nil when both agents carry a flow.
 func (st *site) tunnelsUDP(ctx context.Context) error {
 	for _, n := range st.lab.Nodes() {
-		if err := carriesUDP(ctx, st.lab.Agent(n)); err != nil {
+		flows, err := st.lab.Agent(n).UDPFlows(ctx)
+		if err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-func carriesUDP(ctx context.Context, a *lab.Agent) error {
-	client := a.Client()
-	defer client.Close()
-	all, err := client.Connections(ctx)
-	if err != nil {
-		return err
-	}
-	if !slices.ContainsFunc(all, func(c admin.Connection) bool { return c.Protocol == dataplane.ProtocolHBONEUDP }) {
-		return fmt.Errorf("the agent of %s carries no UDP", a.Node.Name)
+		if len(flows) == 0 {
+			return fmt.Errorf("the agent of %s carries no UDP", n.Name)
+		}
 	}
 	return nil
 }

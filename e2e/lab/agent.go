@@ -417,3 +417,11 @@ func poll(ctx context.Context, probe func(context.Context) error) error {
 		}
 	}
 }
+
+// UDPFlows lists the flows of UDP that the agent carries.
+func (a *Agent) UDPFlows(ctx context.Context) ([]admin.Connection, error) {
+	client := a.Client()
+	defer client.Close()
+	all, err := client.Connections(ctx)
+	return slices.DeleteFunc(all, func(c admin.Connection) bool { return c.Protocol != dataplane.ProtocolHBONEUDP }), err
+}

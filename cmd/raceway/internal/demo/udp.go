@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
 	"github.com/raceway-mesh/raceway/e2e/lab/traffic"
 )
@@ -160,19 +159,16 @@ func (s *story) udp(ctx context.Context) error {
 
 // awaitUDP waits until what web sends to db by UDP is in a tunnel, and returns the flow.
 func (s *story) awaitUDP(ctx context.Context) (flow admin.Connection, err error) {
-	client := s.lab.Agent(s.web.pod.Node).Client()
-	defer client.Close()
+	agent := s.lab.Agent(s.web.pod.Node)
 	err = until(ctx, func(ctx context.Context) error {
 		if _, err := s.datagrams(ctx, 1); err != nil {
 			return err
 		}
-		all, err := client.Connections(ctx)
+		all, err := agent.UDPFlows(ctx)
 		if err != nil {
 			return err
 		}
-		i := slices.IndexFunc(all, func(c admin.Connection) bool {
-			return c.Protocol == dataplane.ProtocolHBONEUDP && c.Source.Workload == "web"
-		})
+		i := slices.IndexFunc(all, func(c admin.Connection) bool { return c.Source.Workload == "web" })
 		if i < 0 {
 			return errors.New("the agent of node1 has no flow of UDP from web")
 		}
