@@ -23,6 +23,11 @@ import (
 type Stream interface {
 	Read(p []byte) (int, error)
 	Write(p []byte) (int, error)
+	// Offer takes all of a short p if that needs no waiting, or else nothing. It is sent with
+	// what others offer on the same connection, at the latest by Push.
+	Offer(p []byte) bool
+	// Push sends what was offered.
+	Push()
 	// CloseWrite ends our direction cleanly (END_STREAM); reading goes on.
 	CloseWrite() error
 	// Close releases the stream. Unless both directions ended cleanly before, the peer

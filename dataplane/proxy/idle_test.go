@@ -1,10 +1,13 @@
 package proxy
 
 import (
+	"bytes"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"runtime"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,9 +21,11 @@ import (
 // parked is how many sockets wait in the lots of both nodes.
 func (w *world) parked() (n int) {
 	for _, node := range w.nodes {
-		node.idle.mu.Lock()
-		n += len(node.idle.places)
-		node.idle.mu.Unlock()
+		for i := range node.lots {
+			node.lots[i].mu.Lock()
+			n += len(node.lots[i].places)
+			node.lots[i].mu.Unlock()
+		}
 	}
 	return n
 }
@@ -58,11 +63,14 @@ func TestIdleConnectionsOwnNoGoroutine(t *testing.T) {
 	_ = warm.Close()
 	eventually(t, "nothing is parked or live", func() bool { return w.parked() == 0 && w.nodes[0].Live("web") == 0 && w.nodes[1].Live("db") == 0 })
 	for _, node := range w.nodes {
-		eventually(t, "the lot has closed its epoll set", func() bool {
-			node.idle.mu.Lock()
-			defer node.idle.mu.Unlock()
-			return node.idle.set == nil
-		})
+		for i := range node.lots {
+			lot := &node.lots[i]
+			eventually(t, "the lot has closed its epoll set", func() bool {
+				lot.mu.Lock()
+				defer lot.mu.Unlock()
+				return lot.set == nil
+			})
+		}
 	}
 }
 
@@ -142,7 +150,7 @@ func TestResetMeetsParking(t *testing.T) {
 			defer close(done)
 			var l lot
 			for i := 0; ; i++ {
-				leg.park(&l, unix.EPOLLIN, func() {})
+				leg.park(&l, unix.EPOLLIN, func(*round) func() { return nil })
 				leg.unpark()
 				if i == 10 {
 					close(parking)
@@ -165,5 +173,78 @@ func TestResetMeetsParking(t *testing.T) {
 		if _, err := b.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Fatalf("the other end sees %v, want a reset", err)
 		}
+	}
+}
+
+// Short messages are the lot's, and much at a time is a pump's: a connection goes from one to the
+// other with what its application says, and loses nothing on the way.
+func TestMessagesOfEverySizeOnParkedConnections(t *testing.T) {
+	const connections, rounds = 8, 40
+	everyWay(t, func(t *testing.T, w *world, open func(func(*net.TCPConn)) *net.TCPConn, _ func() *node) {
+		conns := make([]*net.TCPConn, connections)
+		for i := range conns {
+			conns[i] = open(echo)
+		}
+		var talks sync.WaitGroup
+		for i, c := range conns {
+			talks.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(i), 1))
+				for range rounds {
+					size := 1 + random.IntN(roundBuffer>>random.IntN(10))
+					if random.IntN(4) == 0 {
+						size = roundBuffer - 1 + random.IntN(200<<10)
+					}
+					message := make([]byte, size)
+					for j := range message {
+						message[j] = byte(random.Uint32())
+					}
+					sent := make(chan error, 1)
+					go func() {
+						_, err := c.Write(message)
+						sent <- err
+					}()
+					got := make([]byte, size)
+					_, err := io.ReadFull(c, got)
+					if err = errors.Join(err, <-sent); err != nil || !bytes.Equal(got, message) {
+						t.Errorf("of %d bytes others came back, or not all: %v", size, err)
+						return
+					}
+				}
+			})
+		}
+		talks.Wait()
+		for i, c := range conns {
+			if i%2 == 0 {
+				reset(c)
+				continue
+			}
+			_ = c.CloseWrite()
+			wantEOF(t, c, "")
+		}
+		eventually(t, "nothing is parked", func() bool { return w.parked() == 0 })
+	})
+}
+
+// A connection with short messages is parked long before it is idle.
+func TestShortMessagesAreTheLots(t *testing.T) {
+	w := newWorld(t)
+	client := w.dial(w.nodes[0], w.web, w.listen(w.db.addr, echo))
+	for range 2 * calmAfter {
+		sendText(t, client, "short")
+		receive(t, client, "short")
+	}
+	before := runtime.NumGoroutine()
+	if n := w.parked(); n != 2 {
+		t.Fatalf("%d sockets are parked behind short messages, want those of both ends", n)
+	}
+	for range 100 {
+		sendText(t, client, "short")
+		receive(t, client, "short")
+		if n := w.parked(); n != 2 {
+			t.Fatalf("%d sockets are parked between short messages, want both", n)
+		}
+	}
+	if n := runtime.NumGoroutine(); n > before {
+		t.Errorf("%d goroutines more than before", n-before)
 	}
 }

@@ -9,16 +9,28 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
-// lot is where sockets without traffic wait: an epoll set with one goroutine for all of them,
-// which runs while there are any. Busy ones are not here, since package net's own poller wakes
-// their goroutines sooner.
+// lot is where sockets wait that have no traffic, or short messages: an epoll set with one
+// goroutine for all of them, which runs while there are any. What comes to several of them at the
+// same time goes to their tunnel in one piece. Bulk is not here: it has goroutines of its own.
 type lot struct {
 	mu     sync.Mutex
 	set    *epollSet // nil while nobody waits
-	places map[uint64]func()
+	places map[uint64]place
 	last   uint64
+}
+
+// lotOf is where the sockets of f wait: those of a tunnel in the same lot.
+func (s *servedPod) lotOf(f *flow) *lot {
+	port := uint16(0)
+	if f.tunnel != nil {
+		port = f.tunnel.Local.Port() + f.tunnel.Remote.Port()
+	}
+	return &s.lots[int(port)%len(s.lots)]
 }
 
 // epollSet is an epoll instance as a file that the poller watches in turn.
@@ -54,44 +66,77 @@ func (s *epollSet) control(op, fd int, event *unix.EpollEvent) error {
 func (s *epollSet) wait(events []unix.EpollEvent) (n int, err error) {
 	var failed error
 	err = s.raw.Read(func(set uintptr) bool {
-		n, failed = unix.EpollWait(int(set), events, 0)
-		return n > 0 || failed != nil && !errors.Is(failed, unix.EINTR)
+		n, failed = nonblock.Wait(set, events)
+		return n > 0 || failed != nil
 	})
-	return max(n, 0), errors.Join(err, os.NewSyscallError("epoll_wait", failed))
+	return n, errors.Join(err, os.NewSyscallError("epoll_wait", failed))
 }
 
-// park has wake called once when one of events, an error or a hang-up comes to fd, unless
-// leave is called first. wake must not wait. The token is never 0.
-func (l *lot) park(fd int, events uint32, wake func()) (token uint64, err error) {
+// visit is called, on the goroutine of the lot, when one of the events that it waits for, an error
+// or a hang-up came to its socket. It must not wait. If it returns a function the socket leaves
+// the lot, and the function is called then, unless the socket left in the meantime.
+type visit func(r *round) (next func())
+
+// round is what the visits of a lot share that come one behind the other.
+type round struct {
+	buf     [roundBuffer]byte // for a visit to read into
+	streams []hbone.Stream    // to which something was offered
+}
+
+// roundBuffer is more than a stream takes at once: who fills it has bulk.
+const roundBuffer = 16<<10 + 1
+
+// offered has s pushed at the end.
+func (r *round) offered(s hbone.Stream) { r.streams = append(r.streams, s) }
+
+func (r *round) push() {
+	for i, s := range r.streams {
+		s.Push()
+		r.streams[i] = nil
+	}
+	r.streams = r.streams[:0]
+}
+
+// place is a socket that waits.
+type place struct {
+	fd    int
+	visit visit
+}
+
+// park has visit called when one of events, an error or a hang-up comes to fd, until it leaves or
+// leave is called. The token is never 0.
+func (l *lot) park(fd int, events uint32, visit visit) (token uint64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.set == nil {
 		if l.set, err = newEpollSet(); err != nil {
-			return 0, fmt.Errorf("wait for sockets without traffic: %w", err)
+			return 0, fmt.Errorf("wait for sockets: %w", err)
 		}
-		l.places = make(map[uint64]func())
+		l.places = make(map[uint64]place)
 		go l.watch(l.set)
 	}
 	l.last++
-	event := unix.EpollEvent{Events: events | unix.EPOLLONESHOT, Fd: int32(l.last), Pad: int32(l.last >> 32)}
+	event := unix.EpollEvent{Events: events, Fd: int32(l.last), Pad: int32(l.last >> 32)}
 	if err := l.set.control(unix.EPOLL_CTL_ADD, fd, &event); err != nil {
 		l.tidyLocked()
-		return 0, fmt.Errorf("wait for a socket without traffic: %w", err)
+		return 0, fmt.Errorf("wait for a socket: %w", err)
 	}
-	l.places[l.last] = wake
+	l.places[l.last] = place{fd: fd, visit: visit}
 	return l.last, nil
 }
 
-// leave takes the place of fd away. wake may have been called.
-func (l *lot) leave(fd int, token uint64) {
+// leave takes a place away, and reports whether it was there. Its visit may be going on.
+func (l *lot) leave(token uint64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.set == nil {
-		return
+	p, ok := l.places[token]
+	if !ok {
+		return false
 	}
 	delete(l.places, token)
-	_ = l.set.control(unix.EPOLL_CTL_DEL, fd, nil) // it is there, as fd is open
+	_ = l.set.control(unix.EPOLL_CTL_DEL, p.fd, nil) // it is there: a socket leaves before it is closed
 	l.tidyLocked()
+	return true
 }
 
 // tidyLocked ends the goroutine of a lot that is empty.
@@ -103,29 +148,30 @@ func (l *lot) tidyLocked() {
 
 func (l *lot) watch(set *epollSet) {
 	var events [64]unix.EpollEvent
+	r := &round{}
 	for {
 		n, err := set.wait(events[:])
-		for _, wake := range l.ready(events[:n]) {
-			wake()
+		for _, e := range events[:n] {
+			token := uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32
+			if next := l.visitOf(token)(r); next != nil && l.leave(token) {
+				next()
+			}
 		}
+		r.push()
 		if err != nil && l.close(set) {
 			return
 		}
 	}
 }
 
-// ready gives up the places of events.
-func (l *lot) ready(events []unix.EpollEvent) []func() {
+// visitOf is that of a place, or of one that was left, which does nothing.
+func (l *lot) visitOf(token uint64) visit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	wakes := make([]func(), 0, len(events))
-	for _, e := range events {
-		token := uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32
-		if wake := l.places[token]; wake != nil {
-			wakes = append(wakes, wake)
-		}
+	if p, ok := l.places[token]; ok {
+		return p.visit
 	}
-	return wakes
+	return func(*round) func() { return nil }
 }
 
 // close ends the set unless somebody came meanwhile.

@@ -5,8 +5,9 @@
 //	peer's tunnel ─► 15008 ─► checks 1-5 ─► authorize ─┐
 //	plain TCP ─────► 15006 ─► authorize, no identity ──┴─► the application, from the client's address
 //
-// Each connection has two goroutines, one for each direction. What they may do at one time
-// is bounded per pod (gate), so that one pod's bulk does not become another's latency.
+// A connection that moves much has a goroutine for what its application sends, one that moves
+// short messages or nothing waits in a lot. What the goroutines may do at one time is bounded per
+// pod (gate), so that one pod's bulk does not become another's latency.
 //
 // An application's socket has SO_LINGER 0 from accept until the peer's clean end of stream
 // has been handed to it. Whatever else ends the connection, the death of this process
@@ -21,6 +22,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -156,7 +158,7 @@ type Proxy struct {
 	conns atomic.Int64 // of all pods
 	bulk  budget       // bytes of large buffers, of all pods
 	files budget       // open files of connections, of all pods
-	idle  lot          // sockets without traffic, of all pods
+	lots  []lot        // sockets without much traffic, of all pods
 	warn  limitLog
 	paths paths.Judge // of those to peers
 	// handshakes has one for each of a tunnel that some pod opens.
@@ -187,6 +189,7 @@ func New(cfg Config) (*Proxy, error) {
 		bulk:       budget{limit: cfg.Limits.NodeBuffers},
 		files:      budget{limit: cfg.Limits.NodeFiles},
 		warn:       limitLog{log: cfg.Log, telemetry: cfg.Telemetry},
+		lots:       make([]lot, runtime.GOMAXPROCS(0)),
 		handshakes: make(chan struct{}, cfg.Limits.NodeHandshakes),
 		addresses:  socketAddresses,
 		pods:       make(map[string][]*servedPod),

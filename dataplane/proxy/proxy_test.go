@@ -167,6 +167,7 @@ func TestDenialIsFinal(t *testing.T) {
 	})
 	wantReset(t, w.dial(w.nodes[0], w.web, netip.MustParseAddrPort("10.96.0.1:80")))
 	w.nodes[0].event(t, admin.FlowDenied)
+	w.nodes[1].event(t, admin.FlowDenied)
 	if n := len(w.nodes[1].events(admin.FlowDenied)); n != 1 {
 		t.Errorf("the peer was asked %d times, want once", n)
 	}

@@ -24,6 +24,15 @@ func (l *streamLeg) write(p []byte) (int, error) {
 	return n, l.fail("write to", err)
 }
 
+// offer has p sent with what others offer in r, or not at all.
+func (l *streamLeg) offer(p []byte, r *round) (int, error) {
+	if !l.stream.Offer(p) {
+		return 0, errAgain
+	}
+	r.offered(l.stream)
+	return len(p), nil
+}
+
 func (l *streamLeg) closeWrite() error { return l.fail("end the stream to", l.stream.CloseWrite()) }
 
 func (l *streamLeg) finish() { _ = l.stream.Close() }

@@ -50,6 +50,7 @@ type transfer struct {
 	polled bool
 
 	move, wait func(fd uintptr) bool
+	peek       func(fd uintptr) // move for one that nobody waits for
 }
 
 // keepAlive finds a peer whose host is gone after about two minutes. Applications have none: what
@@ -70,6 +71,7 @@ func newTCPLeg(conn Socket, name string) (*tcpLeg, error) {
 	}
 	l := &tcpLeg{conn: conn, raw: raw, name: name}
 	l.in.move, l.in.wait = l.in.read, func(fd uintptr) bool { return l.in.ready(fd, unix.POLLIN|unix.POLLRDHUP) }
+	l.in.peek = func(fd uintptr) { l.in.read(fd) }
 	l.out.move, l.out.wait = l.out.write, func(fd uintptr) bool { return l.out.ready(fd, unix.POLLOUT) }
 	return l, nil
 }
@@ -95,9 +97,9 @@ func (l *tcpLeg) awaitReadable() error {
 	}
 }
 
-// park has wake called once when one of events, an error or a hang-up comes to the socket. wake
-// must not wait. Nothing is called any more once the leg is released.
-func (l *tcpLeg) park(lot *lot, events uint32, wake func()) {
+// park has visit called when one of events, an error or a hang-up comes to the socket. Nothing is
+// called any more once the leg is released.
+func (l *tcpLeg) park(lot *lot, events uint32, visit visit) {
 	// The lock comes first: nobody waits for it in a Control, which would hold up whoever closes
 	// the socket. An error is that of a socket that is closed: then everything has ended.
 	l.mu.Lock()
@@ -107,23 +109,34 @@ func (l *tcpLeg) park(lot *lot, events uint32, wake func()) {
 			return
 		}
 		var err error
-		if l.place, err = lot.park(int(fd), events, wake); err != nil {
-			time.AfterFunc(idleAfter, wake) // looks again, and costs a little more
+		if l.place, err = lot.park(int(fd), events, visit); err != nil {
+			time.AfterFunc(idleAfter, func() { look(visit) }) // again, and costs a little more
 		}
 		l.lot = lot
 	})
+}
+
+// look is a visit to a socket for which there was no room in a lot.
+func look(visit visit) {
+	r := &round{}
+	next := visit(r)
+	r.push()
+	if next == nil {
+		next = func() { time.AfterFunc(idleAfter, func() { look(visit) }) }
+	}
+	next()
 }
 
 // unpark takes the socket out of the lot, if it is there.
 func (l *tcpLeg) unpark() {
 	l.mu.Lock() // as in park
 	defer l.mu.Unlock()
-	_ = l.raw.Control(func(fd uintptr) { l.unparkLocked(int(fd)) })
+	_ = l.raw.Control(func(uintptr) { l.unparkLocked() })
 }
 
-func (l *tcpLeg) unparkLocked(fd int) {
+func (l *tcpLeg) unparkLocked() {
 	if l.place != 0 {
-		l.lot.leave(fd, l.place)
+		l.lot.leave(l.place)
 		l.place = 0
 	}
 }
@@ -132,9 +145,9 @@ func (l *tcpLeg) unparkLocked(fd int) {
 func (l *tcpLeg) release() {
 	l.mu.Lock() // as in park
 	defer l.mu.Unlock()
-	_ = l.raw.Control(func(fd uintptr) {
+	_ = l.raw.Control(func(uintptr) {
 		l.released = true
-		l.unparkLocked(int(fd))
+		l.unparkLocked()
 	})
 }
 
@@ -158,6 +171,24 @@ func (l *tcpLeg) read(p []byte) (int, error) {
 		return 0, errAgain // awaitReadable sets another
 	case err != nil:
 		return 0, l.fail("read from", err)
+	}
+	return l.gave()
+}
+
+// readParked is read while the socket is parked: deadlines and whoever waits are none of its.
+func (l *tcpLeg) readParked(p []byte) (int, error) {
+	l.in.p = p
+	err := l.raw.Control(l.in.peek)
+	l.in.p = nil
+	if err != nil {
+		return 0, l.fail("read from", err)
+	}
+	return l.gave()
+}
+
+// gave is what the last read found.
+func (l *tcpLeg) gave() (int, error) {
+	switch {
 	case errors.Is(l.in.err, unix.EAGAIN):
 		return 0, errAgain
 	case l.in.err != nil:
@@ -203,6 +234,8 @@ func (t *transfer) write(fd uintptr) bool {
 	}
 	return true
 }
+
+func (l *tcpLeg) offer(p []byte, _ *round) (int, error) { return l.write(p) }
 
 func (l *tcpLeg) awaitWritable() error {
 	l.out.polled = false

@@ -37,6 +37,7 @@ const (
 	closeTimeout     = time.Second           // for what is still to be written
 	lingerTimeout    = 2 * time.Second       // for the peer to close first
 	maxReplies       = 1000                  // queued frames that the peer asked for
+	maxOffered       = 96 << 10              // of frames that wait for whoever writes: a Wire holds more
 	maxWrite         = 128<<10 - frameHeader // so that streams take turns: one frame in eight full records
 	maxControlFrame  = 256 << 10             // any frame but DATA
 	rememberedResets = 256
@@ -110,6 +111,7 @@ type conn struct {
 	streams  map[uint32]*stream
 	control  []control
 	replies  int       // of control, those that the peer asked for
+	offered  int       // bytes of control: those that Offer took
 	blocked  []*stream // writers that wait for the connection's window
 	ping     time.Duration
 	pinged   bool // a PING was sent at ping, after start, and nothing was read since
@@ -158,6 +160,7 @@ type control struct {
 	ping   [8]byte
 	fields []hpack.HeaderField
 	data   []byte
+	chunk  *chunk // data's memory; nil when nobody takes it back
 }
 
 type controlKind uint8
@@ -165,7 +168,7 @@ type controlKind uint8
 const (
 	controlHeaders controlKind = iota
 	controlEnd                 // an empty DATA frame with END_STREAM
-	controlData                // first bytes of a stream
+	controlData                // first bytes of a stream, or what was offered
 	controlReset
 	controlWindow
 	controlPing

@@ -131,6 +131,29 @@ func (s *stream) Write(p []byte) (int, error) {
 	}
 }
 
+// Offer queues a copy of p for whoever writes next.
+func (s *stream) Offer(p []byte) bool {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	size := frameHeader + len(p)
+	if s.writeErrLocked() != nil || c.offered+size > maxOffered ||
+		int64(len(p)) > min(s.sendWindow, c.sendWindow, initialFrame) {
+		return false
+	}
+	s.sendWindow -= int64(len(p))
+	c.sendWindow -= int64(len(p))
+	c.moved += uint64(len(p))
+	c.offered += size
+	ch := getChunk(len(p))
+	ch.w = copy(ch.data, p)
+	c.pushLocked(control{kind: controlData, stream: s.id, data: ch.data[:ch.w], chunk: ch})
+	return true
+}
+
+// Push writes what was offered, unless somebody writes: then they will.
+func (s *stream) Push() { s.conn.kick() }
+
 // takeWindow waits for window and takes at most n of it; 0 only if n is.
 func (s *stream) takeWindow(n int) (int, error) {
 	c := s.conn

@@ -182,7 +182,7 @@ func (c *conn) pushLocked(f control) {
 func (c *conn) writeControl() {
 	c.mu.Lock()
 	frames := c.control
-	c.control, c.replies = nil, 0
+	c.control, c.replies, c.offered = nil, 0, 0
 	c.pending.Store(false)
 	maxFrame := c.peer.maxFrame
 	c.mu.Unlock()
@@ -194,7 +194,10 @@ func (c *conn) writeControl() {
 		case controlEnd:
 			_ = c.framer.WriteData(f.stream, true, nil)
 		case controlData:
-			_ = c.framer.WriteData(f.stream, f.end, f.data)
+			c.gatherData(f.stream, f.end, f.data)
+			if f.chunk != nil {
+				putChunk(f.chunk)
+			}
 		case controlReset:
 			_ = c.framer.WriteRSTStream(f.stream, f.code)
 		case controlWindow:
@@ -250,12 +253,20 @@ func (c *conn) writeData(s *stream, p []byte) error {
 	}
 	for len(p) > 0 {
 		n := min(len(p), largest)
-		var header [frameHeader]byte
-		binary.BigEndian.PutUint32(header[:], uint32(n)<<8|uint32(http2.FrameData))
-		binary.BigEndian.PutUint32(header[5:], s.id)
-		c.gather(header[:])
-		c.gather(p[:n])
+		c.gatherData(s.id, false, p[:n])
 		p = p[n:]
 	}
 	return nil
+}
+
+// gatherData adds a DATA frame, which the Framer would copy.
+func (c *conn) gatherData(stream uint32, end bool, p []byte) {
+	var header [frameHeader]byte
+	binary.BigEndian.PutUint32(header[:], uint32(len(p))<<8|uint32(http2.FrameData))
+	if end {
+		header[4] = byte(http2.FlagDataEndStream)
+	}
+	binary.BigEndian.PutUint32(header[5:], stream)
+	c.gather(header[:])
+	c.gather(p)
 }

@@ -150,6 +150,12 @@ func (s *stream) writeFrame(p []byte) (int, error) {
 	return max(0, n-header), err
 }
 
+// Offer takes nothing: quic-go packs what is written at the same time by itself, but may wait.
+func (s *stream) Offer([]byte) bool { return false }
+
+// Push has nothing to send.
+func (s *stream) Push() {}
+
 // CloseWrite sends the stream's end. It waits for a Write that goes on.
 func (s *stream) CloseWrite() error {
 	s.wmu.Lock()

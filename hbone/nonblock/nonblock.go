@@ -1,4 +1,4 @@
-// Package nonblock reads, writes and polls sockets that are in non-blocking mode, as those of
+// Package nonblock reads, writes and polls sockets, and sets of them, that are in non-blocking mode, as those of
 // package net are, behind Go's scheduler's back.
 //
 // A system call of package syscall tells the scheduler that it may take long. That costs little,
@@ -52,6 +52,14 @@ func Ready(fd uintptr, events int16) bool {
 		return n, errno
 	})
 	return n > 0 || err != nil
+}
+
+// Wait is epoll_pwait(2) without waiting: 0 when nothing is ready.
+func Wait(set uintptr, events []unix.EpollEvent) (int, error) {
+	return again(func() (uintptr, unix.Errno) {
+		n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, set, uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), 0, 0, 0)
+		return n, errno
+	})
 }
 
 // errAgain is made once: it is the answer to every second call.
