@@ -40,8 +40,9 @@ type member struct {
 // dial is a session in the making. It may serve as many waiters as a session has places.
 type dial struct {
 	cancel  context.CancelFunc
+	done    chan struct{} // closed when it is over
 	retired bool
-	spare   bool // a stripe: nobody waits for it
+	spare   bool // a stripe: nobody depends on it
 }
 
 // waiter is an Open without a session.
@@ -57,6 +58,16 @@ var errNobodyWaits = errors.New("nobody waits for the session any more")
 // acquire returns a session of key with a place reserved, made after newerThan, and the
 // sequence number of the newest session at that time.
 func (c *Client) acquire(ctx context.Context, key Key, newerThan uint64) (*member, uint64, error) {
+	m, newest, err := c.anyOf(ctx, key, newerThan)
+	if err != nil {
+		return nil, 0, err
+	}
+	m = c.spread(ctx, m, newerThan)
+	return m, max(newest, m.seq), nil
+}
+
+// anyOf is acquire before streams are spread over stripes.
+func (c *Client) anyOf(ctx context.Context, key Key, newerThan uint64) (*member, uint64, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, 0, err
 	}
@@ -70,9 +81,8 @@ func (c *Client) acquire(ctx context.Context, key Key, newerThan uint64) (*membe
 		p = &pool{key: key}
 		c.pools[key] = p
 	}
-	if m, load := p.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn); m != nil {
+	if m := p.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn); m != nil {
 		seq := c.seq
-		c.stripeLocked(context.WithoutCancel(ctx), p, load)
 		c.mu.Unlock()
 		return m, seq, nil
 	}
@@ -96,7 +106,7 @@ func (c *Client) acquire(ctx context.Context, key Key, newerThan uint64) (*membe
 	if w.err != nil {
 		return nil, 0, w.err
 	}
-	return w.member, max(newerThan, w.member.seq), nil
+	return w.member, newerThan, nil
 }
 
 // waitError is for an Open whose time ended before there was a session.
@@ -104,26 +114,27 @@ func waitError(ctx context.Context, key Key) error {
 	return &DialError{Remote: key.Remote, Err: ctx.Err()}
 }
 
-// reserveLocked takes a place in the least loaded session that has one, and returns the load
-// that it had.
-func (p *pool) reserveLocked(newerThan uint64, limit int) (best *member, least int) {
+// reserveLocked takes a place in the least loaded session that has one.
+func (p *pool) reserveLocked(newerThan uint64, limit int) *member {
+	var best *member
+	least := 0
 	for _, m := range p.members {
 		if m.retired || m.seq <= newerThan || m.streams >= limit || m.session.Capacity() == 0 {
 			continue
 		}
-		if load := m.load(); best == nil || load < least {
+		if load := m.load(m.streams); best == nil || load < least {
 			best, least = m, load
 		}
 	}
 	if best == nil || !best.session.Reserve() {
-		return nil, 0
+		return nil
 	}
 	best.streams++
 	if best.idle != nil {
 		best.idle.Stop()
 		best.idle = nil
 	}
-	return best, least
+	return best
 }
 
 // dialLocked starts as many dials as the waiters need; base lends them its values.
@@ -133,14 +144,15 @@ func (c *Client) dialLocked(base context.Context, p *pool) {
 	}
 }
 
-// startDialLocked starts one; what becomes of a spare one is told to nobody.
-func (c *Client) startDialLocked(base context.Context, p *pool, spare bool) {
+// startDialLocked starts one; why a spare one failed is told to nobody.
+func (c *Client) startDialLocked(base context.Context, p *pool, spare bool) *dial {
 	ctx, cancel := context.WithCancel(base)
-	d := &dial{cancel: cancel, spare: spare}
+	d := &dial{cancel: cancel, done: make(chan struct{}), spare: spare}
 	p.dials = append(p.dials, d)
 	c.stats.Dials++
 	c.work.Go(func() {
 		defer cancel()
+		defer close(d.done)
 		session, conn, err := c.connect(ctx, p.key)
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -158,6 +170,7 @@ func (c *Client) startDialLocked(base context.Context, p *pool, spare bool) {
 		}
 		c.tidyLocked(base, p)
 	})
+	return d
 }
 
 // joinLocked puts the session that a dial made into the pool, until it ends.
@@ -200,7 +213,7 @@ func (p *pool) handLocked(m *member, n int) {
 func (p *pool) grantLocked(limit int) {
 	left := p.waiters[:0]
 	for _, w := range p.waiters {
-		if w.member, _ = p.reserveLocked(w.newerThan, limit); w.member == nil {
+		if w.member = p.reserveLocked(w.newerThan, limit); w.member == nil {
 			left = append(left, w)
 			continue
 		}

@@ -13,37 +13,77 @@ import (
 //	stripeStreams streams       ─► one that is not, else the one with the fewest streams
 //	all are                     ─► as above, and one more session is dialed in the background
 //
-// Nobody waits for a stripe. One that cannot be made, as by a peer that has enough connections,
-// is not tried again for a while.
+// Streams that are opened meanwhile wait a moment for the stripe, since many that come at once
+// share a session to their end; they have a place in the other one, where they go if it takes long.
+// A stripe that cannot be made, as by a peer that has enough connections, is not tried again for a
+// while.
 const (
 	stripeStreams = 4
 	stripePause   = time.Second // between two dials for more
 	stripeRetry   = time.Minute // after one that failed
+	stripeWait    = 20 * time.Millisecond
 )
 
-// load orders sessions by how well a further stream does there, the least first; above 0 it
-// had better go elsewhere.
-func (m *member) load() int {
+// load orders sessions by how well a further stream does beside so many, the least first; above 0
+// it had better go elsewhere.
+func (m *member) load(streams int) int {
 	const busy = 1 << 16
 	switch {
 	case m.session.Busy():
-		return busy + m.streams
-	case m.streams >= stripeStreams:
-		return m.streams
+		return busy + streams
+	case streams >= stripeStreams:
+		return streams
 	default:
-		return -m.streams
+		return -streams
 	}
 }
 
-// stripeLocked dials one more session when the best there is has that load; base lends the dial
-// its values.
-func (c *Client) stripeLocked(base context.Context, p *pool, load int) {
+// spread returns m, in which a place is reserved, or has the place in a session that is less loaded.
+func (c *Client) spread(ctx context.Context, m *member, newerThan uint64) *member {
+	c.mu.Lock()
+	stripe := c.stripeLocked(context.WithoutCancel(ctx), m)
+	c.mu.Unlock()
+	if stripe == nil {
+		return m
+	}
+	patience := time.NewTimer(stripeWait)
+	defer patience.Stop()
+	select {
+	case <-stripe.done:
+	case <-patience.C:
+		return m
+	case <-ctx.Done():
+		return m
+	}
+	c.mu.Lock()
+	better := m.pool.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn)
+	c.mu.Unlock()
+	if better == nil {
+		return m
+	}
+	m.session.Release()
+	c.release(m)
+	return better
+}
+
+// stripeLocked returns the dial for one more session if a further stream in m, whose place is
+// reserved, had better go elsewhere, and nil where there is none. base lends it its values.
+func (c *Client) stripeLocked(base context.Context, m *member) *dial {
+	p := m.pool
+	if m.load(m.streams-1) <= 0 {
+		return nil
+	}
+	for _, d := range p.dials {
+		if d.spare {
+			return d
+		}
+	}
 	now := time.Now()
-	if load <= 0 || now.Before(p.nextStripe) || p.stripesLocked() >= c.cfg.Stripes {
-		return
+	if now.Before(p.nextStripe) || p.stripesLocked() >= c.cfg.Stripes {
+		return nil
 	}
 	p.nextStripe = now.Add(stripePause)
-	c.startDialLocked(base, p, true)
+	return c.startDialLocked(base, p, true)
 }
 
 // stripesLocked counts the sessions that take streams, and those to come.

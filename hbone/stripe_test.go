@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -42,9 +43,9 @@ func TestStreamsKeepAwayFromABusySession(t *testing.T) {
 		bulk := w.open(t)
 		defer bulk.Close()
 		move(t, bulk, 1<<20)
-		first := w.open(t) // it waits for no other session
-		if first.Conn != bulk.Conn {
-			t.Error("a stream waited for a session to be made")
+		first := w.open(t) // another session is made for it
+		if first.Conn == bulk.Conn {
+			t.Error("a stream shares its session with bulk")
 		}
 		_ = first.Close()
 		synctest.Wait()
@@ -96,6 +97,92 @@ func TestManyStreamsSpreadOverStripes(t *testing.T) {
 		}
 		for _, tunnel := range open {
 			_ = tunnel.Close()
+		}
+	})
+}
+
+// slowStripes has every dial but the first take d, and fail with err if there is one.
+func slowStripes(d time.Duration, err error) func(*hbone.ClientConfig, *hbone.ServerConfig) {
+	return func(c *hbone.ClientConfig, _ *hbone.ServerConfig) {
+		c.Stripes = 2
+		dial := c.Dial
+		var dials atomic.Int64
+		c.Dial = func(ctx context.Context, k hbone.Key) (net.Conn, error) {
+			if dials.Add(1) == 1 {
+				return dial(ctx, k)
+			}
+			time.Sleep(d)
+			if err != nil {
+				return nil, err
+			}
+			return dial(ctx, k)
+		}
+	}
+}
+
+// openMany opens tunnels at once, and returns how many each session carries, and how long it took.
+func (w *world) openMany(t *testing.T, n int) (streams map[*hbone.Conn]int, took time.Duration) {
+	t.Helper()
+	began := time.Now()
+	tunnels := make(chan *hbone.Tunnel, n)
+	for range n {
+		go func() {
+			tunnel, err := w.client.Open(t.Context(), key, request)
+			if err != nil {
+				t.Error(err)
+			}
+			tunnels <- tunnel
+		}()
+	}
+	streams = make(map[*hbone.Conn]int)
+	for range n {
+		if tunnel := <-tunnels; tunnel != nil {
+			t.Cleanup(func() { _ = tunnel.Close() })
+			streams[tunnel.Conn]++
+		}
+	}
+	return streams, time.Since(began)
+}
+
+// Streams that come at once share the work, if the session for that is there soon.
+func TestBurstWaitsAMomentForAStripe(t *testing.T) {
+	for name, test := range map[string]struct {
+		dial time.Duration
+		err  error
+		want []int // streams of each session
+		took time.Duration
+	}{
+		"it is there soon":  {5 * time.Millisecond, nil, []int{4, 4}, 5 * time.Millisecond},
+		"it takes long":     {time.Second, nil, []int{8}, 20 * time.Millisecond},
+		"it cannot be made": {5 * time.Millisecond, errors.New("too many connections"), []int{8}, 5 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, slowStripes(test.dial, test.err))
+				streams, took := w.openMany(t, 8)
+				var got []int
+				for _, n := range streams {
+					got = append(got, n)
+				}
+				if !slices.Equal(got, test.want) || took != test.took {
+					t.Errorf("sessions of %v streams after %v, want %v after %v", got, took, test.want, test.took)
+				}
+			})
+		})
+	}
+}
+
+// While a stream waits for a stripe it has a place in the session that is there, whatever becomes
+// of that meanwhile.
+func TestStreamThatWaitsForAStripeKeepsItsPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, slowStripes(time.Second, nil))
+		go func() {
+			time.Sleep(10 * time.Millisecond)
+			w.client.RetireKeys(func(hbone.Key) bool { return true })
+		}()
+		if streams, took := w.openMany(t, 8); len(streams) != 1 || took != 20*time.Millisecond {
+			t.Errorf("%d sessions after %v, want the one that was there, after %v", len(streams), took, 20*time.Millisecond)
 		}
 	})
 }
