@@ -55,7 +55,7 @@ func (st *site) flows(ctx context.Context, found *report.Report) error {
 func (st *site) hold(ctx context.Context, found *report.Report, t task) error {
 	workload, conns := t.Workload, t.Conns
 	if st.scenario.Mesh { // an agent gives back what its start took
-		if err := st.settle(ctx); err != nil {
+		if err := errors.Join(st.settle(ctx), st.memory(found, "at rest")); err != nil {
 			return err
 		}
 	}

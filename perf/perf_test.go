@@ -141,7 +141,7 @@ func TestUDPIsMeasuredInTheMesh(t *testing.T) {
 			}
 		}
 	}
-	if found.Find("hbone-cross", report.MemoryWorkload, "RSS at rest") != nil {
+	if found.Find("hbone-cross", report.MemoryWorkload, "RSS at the start") != nil {
 		t.Error("agents that carry UDP are taken for those that do not")
 	}
 }

@@ -69,7 +69,7 @@ func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report
 
 // measureAll measures workloads one after the other.
 func (st *site) measureAll(ctx context.Context, all []Workload, found *report.Report) error {
-	if err := st.rest(found); err != nil {
+	if err := st.memory(found, "at the start"); err != nil {
 		return err
 	}
 	if err := st.verify(ctx); err != nil {
@@ -80,7 +80,7 @@ func (st *site) measureAll(ctx context.Context, all []Workload, found *report.Re
 			return fmt.Errorf("workload %s: %w", w.Name, err)
 		}
 	}
-	return st.memory(found)
+	return st.memory(found, "at the end")
 }
 
 // onSite builds the scenario, and takes it down after measure.
@@ -329,30 +329,22 @@ func (st *site) usage() (usage, error) {
 	return u, nil
 }
 
-// rest adds what the proxies have resident before any load. Of UDP there are no such figures: they
+// memory adds what the proxies have resident at the start, before any load, at rest, once they
+// have settled, or at the end, after all the load. Of UDP there are no such figures: they
 // would be taken for those of agents that are told nothing.
-func (st *site) rest(found *report.Report) error {
-	if st.scenario.udp {
-		return nil
-	}
-	rss, _, err := st.resident()
-	if err == nil && rss > 0 {
-		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at rest", "MiB", mebibytes(rss))
-	}
-	return err
-}
-
-// memory adds what the proxies have resident after all the load.
-func (st *site) memory(found *report.Report) error {
+func (st *site) memory(found *report.Report, when string) error {
 	if st.scenario.udp {
 		return nil
 	}
 	rss, peak, err := st.resident()
-	if err == nil && rss > 0 {
-		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at the end", "MiB", mebibytes(rss))
+	if err != nil || rss == 0 {
+		return err
+	}
+	found.Add(st.scenario.Name, report.MemoryWorkload, "RSS "+when, "MiB", mebibytes(rss))
+	if when == "at the end" {
 		found.Add(st.scenario.Name, report.MemoryWorkload, "RSS at most", "MiB", mebibytes(peak))
 	}
-	return err
+	return nil
 }
 
 func mebibytes(n uint64) float64 { return float64(n) / (1 << 20) }
