@@ -9,7 +9,7 @@ import (
 	"encoding/hex"
 )
 
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -go-package bpf -target bpfel -type addr -type pod -type pod_flag -type listener -type listener_key -type owner -type place -type tuple -type stage -type connection -type destination -type endpoint -type allowance -type admission_stage -type admission -type direct_stage -type direct -type event_kind -type event -type ports -type clear_ports -type peer Raceway raceway.bpf.c -- -O2 -mcpu=v3 -Wall -Werror -Wno-unused-function -Wno-unknown-attributes -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -go-package bpf -target bpfel -type addr -type pod -type pod_flag -type listener -type listener_key -type owner -type place -type tuple -type stage -type connection -type destination -type endpoint -type allowance -type admission_stage -type admission -type direct_stage -type direct -type event_kind -type event -type ports -type clear_ports -type peer -type quic_key Raceway raceway.bpf.c -- -O2 -mcpu=v3 -Wall -Werror -Wno-unused-function -Wno-unknown-attributes -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 
 //go:embed include/maps.h
 var layout []byte

@@ -136,29 +136,31 @@ const (
 	RacewayCounterRECEIVE_OFF                  RacewayCounter = 68
 	RacewayCounterRECEIVE_NOT_UDP              RacewayCounter = 69
 	RacewayCounterRECEIVE_TUNNEL               RacewayCounter = 70
-	RacewayCounterRECEIVE_ELSEWHERE            RacewayCounter = 71
-	RacewayCounterRECEIVE_CLEAR                RacewayCounter = 72
-	RacewayCounterRECEIVE_DROPPED_CLEAR        RacewayCounter = 73
-	RacewayCounterRECEIVE_DROPPED_MALFORMED    RacewayCounter = 74
-	RacewayCounterPROBE_OPENED                 RacewayCounter = 75
-	RacewayCounterPROBE_CLOSED                 RacewayCounter = 76
-	RacewayCounterPROBE_ELSEWHERE              RacewayCounter = 77
-	RacewayCounterPROBE_REFUSED_FLAGS          RacewayCounter = 78
-	RacewayCounterPROBE_REFUSED_FULL           RacewayCounter = 79
-	RacewayCounterDIRECT_OPENING               RacewayCounter = 80
-	RacewayCounterDIRECT_OPENED                RacewayCounter = 81
-	RacewayCounterDIRECT_CLOSED                RacewayCounter = 82
-	RacewayCounterDIRECT_FAILED                RacewayCounter = 83
-	RacewayCounterDIRECT_PROXIED_REVOKED       RacewayCounter = 84
-	RacewayCounterDIRECT_PROXIED_REWRITTEN     RacewayCounter = 85
-	RacewayCounterDIRECT_PROXIED_SOURCE        RacewayCounter = 86
-	RacewayCounterDIRECT_PROXIED_FASTOPEN      RacewayCounter = 87
-	RacewayCounterDIRECT_PROXIED_FLAGS         RacewayCounter = 88
-	RacewayCounterDIRECT_PROXIED_FULL          RacewayCounter = 89
-	RacewayCounterDIRECT_PROXIED_UNANSWERED    RacewayCounter = 90
-	RacewayCounterDIRECT_DROPPED_MARK          RacewayCounter = 91
-	RacewayCounterDIRECT_DROPPED_EVENT         RacewayCounter = 92
-	RacewayCounterCOUNTERS                     RacewayCounter = 93
+	RacewayCounterRECEIVE_CONNECTION           RacewayCounter = 71
+	RacewayCounterRECEIVE_ELSEWHERE            RacewayCounter = 72
+	RacewayCounterRECEIVE_CLEAR                RacewayCounter = 73
+	RacewayCounterRECEIVE_DROPPED_CLEAR        RacewayCounter = 74
+	RacewayCounterRECEIVE_DROPPED_MIXED        RacewayCounter = 75
+	RacewayCounterRECEIVE_DROPPED_MALFORMED    RacewayCounter = 76
+	RacewayCounterPROBE_OPENED                 RacewayCounter = 77
+	RacewayCounterPROBE_CLOSED                 RacewayCounter = 78
+	RacewayCounterPROBE_ELSEWHERE              RacewayCounter = 79
+	RacewayCounterPROBE_REFUSED_FLAGS          RacewayCounter = 80
+	RacewayCounterPROBE_REFUSED_FULL           RacewayCounter = 81
+	RacewayCounterDIRECT_OPENING               RacewayCounter = 82
+	RacewayCounterDIRECT_OPENED                RacewayCounter = 83
+	RacewayCounterDIRECT_CLOSED                RacewayCounter = 84
+	RacewayCounterDIRECT_FAILED                RacewayCounter = 85
+	RacewayCounterDIRECT_PROXIED_REVOKED       RacewayCounter = 86
+	RacewayCounterDIRECT_PROXIED_REWRITTEN     RacewayCounter = 87
+	RacewayCounterDIRECT_PROXIED_SOURCE        RacewayCounter = 88
+	RacewayCounterDIRECT_PROXIED_FASTOPEN      RacewayCounter = 89
+	RacewayCounterDIRECT_PROXIED_FLAGS         RacewayCounter = 90
+	RacewayCounterDIRECT_PROXIED_FULL          RacewayCounter = 91
+	RacewayCounterDIRECT_PROXIED_UNANSWERED    RacewayCounter = 92
+	RacewayCounterDIRECT_DROPPED_MARK          RacewayCounter = 93
+	RacewayCounterDIRECT_DROPPED_EVENT         RacewayCounter = 94
+	RacewayCounterCOUNTERS                     RacewayCounter = 95
 )
 
 type RacewayDestination struct {
@@ -291,6 +293,13 @@ type RacewayPorts struct {
 	Last  uint16
 }
 
+type RacewayQuicKey struct {
+	_     structs.HostLayout
+	Netns uint64
+	Mark  [2]uint8
+	Zero  [6]uint8
+}
+
 type RacewayStage uint32
 
 const (
@@ -331,6 +340,7 @@ const (
 	RacewayMapPods             = "pods"
 	RacewayMapProbes           = "probes"
 	RacewayMapProbing          = "probing"
+	RacewayMapQuicMarks        = "quic_marks"
 	RacewayMapReceivers        = "receivers"
 	RacewayProgConnect4        = "connect4"
 	RacewayProgConnect6        = "connect6"
@@ -437,6 +447,7 @@ type RacewayMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	Probes       *ebpf.MapSpec `ebpf:"probes"`
 	Probing      *ebpf.MapSpec `ebpf:"probing"`
+	QuicMarks    *ebpf.MapSpec `ebpf:"quic_marks"`
 	Receivers    *ebpf.MapSpec `ebpf:"receivers"`
 }
 
@@ -491,6 +502,7 @@ type RacewayMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	Probes       *ebpf.Map `ebpf:"probes"`
 	Probing      *ebpf.Map `ebpf:"probing"`
+	QuicMarks    *ebpf.Map `ebpf:"quic_marks"`
 	Receivers    *ebpf.Map `ebpf:"receivers"`
 }
 
@@ -515,6 +527,7 @@ func (m *RacewayMaps) Close() error {
 		m.Pods,
 		m.Probes,
 		m.Probing,
+		m.QuicMarks,
 		m.Receivers,
 	)
 }

@@ -4,13 +4,15 @@
  * peers to lo, where the pod's routing rule and steer have it delivered to the agent. A packet
  * has its source address by then, and is as large as eth0 takes, so the application sees the
  * path's MTU; one in fragments is put together again on lo. receive at the ingress notes who
- * speaks in clear, and keeps peers from it where the pod is strict.
+ * speaks in clear, keeps peers from it where the pod is strict, and knows which agent a packet of
+ * QUIC is for.
  *
  * divert fails open, since the guard sees what it lets by; receive fails closed.
  */
 #pragma once
 #include "choose.h"
 #include "datagram.h"
+#include "quic.h"
 
 extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak; /* since 6.2 */
 
@@ -132,6 +134,8 @@ static __always_inline enum counter receive_udp(struct __sk_buff *skb, __u64 net
 	t.local_port = bpf_ntohs(udp.dest);
 	t.remote_port = bpf_ntohs(udp.source);
 	outcome = receive_flow(pod, &t);
+	if (outcome == RECEIVE_TUNNEL && !p->fragment && pod_owns(pod, &p->dst))
+		return assign_quic(skb, netns, p);
 	if (p->fragment)
 		bpf_map_update_elem(&fragments, &f, &outcome, BPF_ANY);
 	return outcome;

@@ -327,6 +327,24 @@ struct {
 	__type(value, __u64);
 } receivers SEC(".maps");
 
+/* What the connection IDs begin with that a socket of LISTENER_QUIC gives out. */
+struct quic_key {
+	__u64 netns;
+	__u8 mark[2];
+	__u8 zero[6];
+};
+
+/*
+ * Those sockets by their marks: of the agent that has the node, and of those before it whose
+ * connections live. An entry goes when its socket is closed.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, MAX_PODS * 2);
+	__type(key, struct quic_key);
+	__type(value, __u64);
+} quic_marks SEC(".maps");
+
 /* Flows that came to a pod by the tunnel, and since when (CLOCK_MONOTONIC, ns). */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -451,9 +469,11 @@ enum counter {
 	RECEIVE_OFF,
 	RECEIVE_NOT_UDP,
 	RECEIVE_TUNNEL,
+	RECEIVE_CONNECTION,
 	RECEIVE_ELSEWHERE,
 	RECEIVE_CLEAR,
 	RECEIVE_DROPPED_CLEAR,
+	RECEIVE_DROPPED_MIXED,
 	RECEIVE_DROPPED_MALFORMED,
 
 	PROBE_OPENED,

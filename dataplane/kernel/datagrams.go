@@ -30,6 +30,7 @@ type Datagrams struct {
 	flows *ebpf.Map
 	conn  *net.UDPConn
 	quic  *net.UDPConn
+	mark  [2]byte          // of quic
 	raw   map[int]*os.File // speaks for peers, by address family
 	icmp  map[int]*os.File // hears what applications refuse, likewise
 }
@@ -51,6 +52,9 @@ func (p *Pod) openDatagrams() (_ *Datagrams, err error) {
 		return nil, err
 	}
 	if d.quic, err = p.listenQUIC(); err != nil {
+		return nil, err
+	}
+	if d.mark, err = p.newMark(); err != nil {
 		return nil, err
 	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
@@ -101,6 +105,23 @@ func (p *Pod) listenQUIC() (*net.UDPConn, error) {
 		err = fmt.Errorf("an application of the pod holds UDP port %d: %w", dataplane.PortTunnel, err)
 	}
 	return conn, err
+}
+
+// newMark is one that no other agent has in the pod.
+func (p *Pod) newMark() (mark [2]byte, err error) {
+	for err == nil {
+		binary.BigEndian.PutUint16(mark[:], uint16(rand.Uint32()))
+		var cookie uint64
+		err = p.d.loaded.maps.QuicMarks.Lookup(p.quicKey(mark), &cookie)
+	}
+	if !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return mark, fmt.Errorf("choose a mark for connection IDs: %w", err)
+	}
+	return mark, nil
+}
+
+func (p *Pod) quicKey(mark [2]byte) bpf.RacewayQuicKey {
+	return bpf.RacewayQuicKey{Netns: p.rec.Cookie, Mark: mark}
 }
 
 // tellDestination has the socket tell where a datagram was sent to, its mark, and its segments.
@@ -327,17 +348,18 @@ func (d *Datagrams) Families() (v4, v6 bool) {
 
 // QUIC is the socket for the tunnel's port: what comes to UDP port 15008 of the pod's addresses,
 // and by which the agent may speak to that of others. It is the caller's descriptor, who closes it.
-func (d *Datagrams) QUIC() (*net.UDPConn, error) {
+// Packets to connection IDs that begin with mark still come to it when another agent has the pod.
+func (d *Datagrams) QUIC() (conn *net.UDPConn, mark [2]byte, err error) {
 	file, err := d.quic.File()
 	if err != nil {
-		return nil, fmt.Errorf("take the socket of the tunnel's UDP port: %w", err)
+		return nil, mark, fmt.Errorf("take the socket of the tunnel's UDP port: %w", err)
 	}
 	defer func() { _ = file.Close() }() // FilePacketConn has its own copy
-	conn, err := net.FilePacketConn(file)
+	packets, err := net.FilePacketConn(file)
 	if err != nil {
-		return nil, fmt.Errorf("take the socket of the tunnel's UDP port: %w", err)
+		return nil, mark, fmt.Errorf("take the socket of the tunnel's UDP port: %w", err)
 	}
-	return conn.(*net.UDPConn), nil
+	return packets.(*net.UDPConn), d.mark, nil
 }
 
 func (d *Datagrams) close() error {

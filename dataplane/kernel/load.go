@@ -180,6 +180,7 @@ func (l *loaded) build(path string, shared map[string]*ebpf.Map) error {
 		Pods:         coll.Maps["pods"],
 		Probes:       coll.Maps["probes"],
 		Probing:      coll.Maps["probing"],
+		QuicMarks:    coll.Maps["quic_marks"],
 		Receivers:    coll.Maps["receivers"],
 	}
 	l.dump, err = link.AttachIter(link.IterOptions{Program: coll.Programs[progDump]})

@@ -24,10 +24,11 @@ import (
 //	receivers, peers, flows, older_sockets
 //	           likewise UDP; and what is captured must not be in clear while a new layout has
 //	           no peers yet
+//	quic_marks connections over QUIC go on in the agent that has them
 const sharedDir = "shared"
 
 func sharedMaps() []string {
-	return []string{"listeners", "own", "kubelet", "probing", "probes", "clients", "admitted", "receivers", "peers", "flows", "older_sockets"}
+	return []string{"listeners", "own", "kubelet", "probing", "probes", "clients", "admitted", "receivers", "peers", "flows", "older_sockets", "quic_marks"}
 }
 
 // shared makes the shared maps in dir, or opens them. The caller closes them.

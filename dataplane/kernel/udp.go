@@ -149,6 +149,10 @@ func (p *Pod) registerUDP() error {
 	if p.udp == nil {
 		return nil
 	}
+	// The mark first: what is sent to it must not reach whoever has the other place next.
+	if err := withFD(p.udp.quic, func(fd int) error { return p.d.loaded.maps.QuicMarks.Put(p.quicKey(p.udp.mark), uint64(fd)) }); err != nil {
+		return fmt.Errorf("register the mark of a QUIC socket: %w", err)
+	}
 	for kind, s := range p.udp.sockets() {
 		key := bpf.RacewayListenerKey{Netns: p.rec.Cookie, Kind: kind}
 		if err := withFD(s, func(fd int) error { return p.d.loaded.maps.Receivers.Put(key, uint64(fd)) }); err != nil {

@@ -290,7 +290,7 @@ func TestUDPWait(t *testing.T) {
 	inUDPMode(t, func(t *testing.T, m mode) {
 		f := withUDP(t, m, kernel.UDPConfig{})
 		d := f.pod.Datagrams()
-		quic, err := d.QUIC()
+		quic, _, err := d.QUIC()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -724,7 +724,7 @@ func TestUDPTunnelPort(t *testing.T) {
 		forFamilies(t, func(t *testing.T, fam family) {
 			peer := bindUDP(t, f.db.Namespace, at(fam.of(f.db), 15008))
 			say(t, peer, at(fam.of(f.web), 15008), "initial")
-			quic, err := f.pod.Datagrams().QUIC()
+			quic, _, err := f.pod.Datagrams().QUIC()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -839,7 +839,7 @@ func TestUDPHandover(t *testing.T) {
 		d := f.captured(t, "to the new agent")
 		peer := bindUDP(t, f.db.Namespace, at(f.db.V4, 0))
 		say(t, peer, at(f.web.V4, 15008), "initial")
-		quic, err := f.pod.Datagrams().QUIC()
+		quic, _, err := f.pod.Datagrams().QUIC()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -856,6 +856,86 @@ func TestUDPHandover(t *testing.T) {
 		say(t, app, at(f.db.V4, 53), "to the new agent alone")
 		f.captured(t, "to the new agent alone")
 	})
+}
+
+// Of two agents each gets the packets of QUIC to connection IDs of its own, and the one that has the
+// node all others: what is new, and what was the other's once that has ended.
+func TestQUICGoesByItsMark(t *testing.T) {
+	inUDPMode(t, func(t *testing.T, m mode) {
+		f := withUDP(t, m, kernel.UDPConfig{Strict: true})
+		take := func() (*net.UDPConn, string) {
+			t.Helper()
+			conn, mark, err := f.pod.Datagrams().QUIC()
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = conn.Close() })
+			return conn, string(mark[:])
+		}
+		old := f.dp
+		oldQUIC, oldMark := take()
+		if err := old.Yield(); err != nil {
+			t.Fatal(err)
+		}
+		f.open(t)
+		f.openPod(t)
+		newQUIC, newMark := take()
+		short := func(mark string) string { return "\x40" + mark + "and more" }
+		long := func(mark string) string { return "\xe0\x00\x00\x00\x01\x08" + mark + "and more" }
+		nobodys := string([]byte{^oldMark[0], ^newMark[1]})
+		forFamilies(t, func(t *testing.T, fam family) {
+			peer := bindUDP(t, f.db.Namespace, at(fam.of(f.db), 15008))
+			for _, packet := range []func(string) string{short, long} {
+				for mark, to := range map[string]*net.UDPConn{oldMark: oldQUIC, newMark: newQUIC, nobodys: newQUIC} {
+					say(t, peer, at(fam.of(f.web), 15008), packet(mark))
+					if from := hear(t, to, packet(mark)); from != localOf(peer) {
+						t.Errorf("from %v, want %v", from, localOf(peer))
+					}
+				}
+			}
+			for _, packet := range []string{"", "\x40", "\x40a", "\xe0", long("")[:6]} {
+				say(t, peer, at(fam.of(f.web), 15008), packet)
+				hear(t, newQUIC, packet)
+			}
+			// Several in one buffer, as GRO makes them: of one agent, and of both.
+			segmented(t, peer, len(short(oldMark)))
+			say(t, peer, at(fam.of(f.web), 15008), short(oldMark)+short(oldMark))
+			hear(t, oldQUIC, short(oldMark))
+			hear(t, oldQUIC, short(oldMark))
+			say(t, peer, at(fam.of(f.web), 15008), short(oldMark)+short(newMark))
+			say(t, peer, at(fam.of(f.web), 15008), short(nobodys)+short(oldMark))
+			say(t, peer, at(fam.of(f.web), 15008), short(oldMark)+"\x40")
+			hear(t, oldQUIC, short(oldMark))
+			hear(t, oldQUIC, "\x40")
+		})
+		if err := errors.Join(old.Close(), oldQUIC.Close()); err != nil {
+			t.Fatal(err)
+		}
+		forFamilies(t, func(t *testing.T, fam family) {
+			peer := bindUDP(t, f.db.Namespace, at(fam.of(f.db), 15008))
+			say(t, peer, at(fam.of(f.web), 15008), short(oldMark))
+			hear(t, newQUIC, short(oldMark))
+		})
+		for _, c := range f.pod.Check(t.Context()) {
+			if !c.OK {
+				t.Errorf("check %s: %s", c.Check, c.Detail)
+			}
+		}
+	})
+}
+
+// segmented has what conn sends cut into datagrams of size bytes on its way (UDP_SEGMENT).
+func segmented(t *testing.T, conn *net.UDPConn, size int) {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var failure error
+	err = raw.Control(func(fd uintptr) { failure = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size) })
+	if err := errors.Join(err, failure); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Somebody in the pod takes the programs, the sysctl or the entries away.

@@ -109,5 +109,9 @@ func (p *Pod) checkReceivers() error {
 			return fmt.Errorf("socket %d: another is registered in its place", kind)
 		}
 	}
+	var registered uint64
+	if err := p.d.loaded.maps.QuicMarks.Lookup(p.quicKey(p.udp.mark), &registered); err != nil {
+		return fmt.Errorf("mark of the QUIC socket: not registered: %w", err)
+	}
 	return nil
 }

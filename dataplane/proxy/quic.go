@@ -49,14 +49,14 @@ const (
 
 // newQUIC is nil where d has no socket.
 func (s *servedPod) newQUIC(d Datagrams) (*quicTunnels, error) {
-	conn, err := d.QUIC()
+	conn, mark, err := d.QUIC()
 	if conn == nil || err != nil {
 		return nil, err
 	}
 	q := &quicTunnels{conn: conn, up: make(chan struct{}), blocked: make(map[netip.AddrPort]time.Time)}
 	q.make = func() (*h3.Endpoint, error) {
 		return h3.New(h3.Config{
-			Conn: conn, Budget: windows{&s.buffers}, ResetKey: s.cfg.ResetKey, Datagrams: true, Log: s.cfg.Log,
+			Conn: conn, Mark: mark, Budget: windows{&s.buffers}, ResetKey: s.cfg.ResetKey, Datagrams: true, Log: s.cfg.Log,
 		})
 	}
 	cfg := s.clientConfig()

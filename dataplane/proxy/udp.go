@@ -40,7 +40,8 @@ type Datagrams interface {
 	Keep(app, client netip.AddrPort) error
 	Forget(app, client netip.AddrPort) error
 	// QUIC is the socket of the tunnel's UDP port, which the caller closes; nil when there is none.
-	QUIC() (*net.UDPConn, error)
+	// Packets to connection IDs that begin with mark still come to it when another agent has the pod.
+	QUIC() (conn *net.UDPConn, mark [2]byte, err error)
 	// SetDeadline has Receive and Refused fail with os.ErrDeadlineExceeded from t on.
 	SetDeadline(t time.Time) error
 }

@@ -79,11 +79,11 @@ func (d *fakeDatagrams) Refused(bool) (client, app netip.AddrPort, err error) {
 	}
 }
 
-func (d *fakeDatagrams) QUIC() (*net.UDPConn, error) {
-	if d.quic == nil {
-		return nil, nil
+func (d *fakeDatagrams) QUIC() (conn *net.UDPConn, mark [2]byte, err error) {
+	if d.quic != nil {
+		conn, err = d.quic()
 	}
-	return d.quic()
+	return conn, mark, err
 }
 
 func (d *fakeDatagrams) Families() (v4, v6 bool) { return true, false }

@@ -120,6 +120,41 @@ func TestSilentPeerIsADialErrorThatNamesTheCause(t *testing.T) {
 	}
 }
 
+// Whoever shares a port out among endpoints goes by the mark in what they ask to be called.
+func TestConnectionIDsBeginWithTheMark(t *testing.T) {
+	peer, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.ParseIP("127.0.0.1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	ca := hbonetest.NewCA(t)
+	client := newNode(t, "127.0.0.1", h3.Config{Mark: [2]byte{0xab, 0xcd}})
+	key := hbone.Key{Remote: peer.LocalAddr().(*net.UDPAddr).AddrPort(), Local: client.addr.Addr()}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	defer func() {
+		cancel()
+		<-done
+	}()
+	config := ca.ClientTLS(t, hbonetest.ClientID, hbonetest.ServerID)
+	go func() {
+		defer close(done)
+		_, _, _ = client.endpoint.Connect(ctx, key, config) // nobody answers
+	}()
+	b := make([]byte, 2048)
+	if err := peer.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	n, _, err := peer.ReadFromUDPAddrPort(b)
+	if err != nil || n < 1200 {
+		t.Fatalf("%d bytes, %v; want a first packet", n, err)
+	}
+	source := b[6+int(b[5]):] // RFC 8999 section 5.1
+	if source[0] != 8 || source[1] != 0xab || source[2] != 0xcd {
+		t.Errorf("its ID is %x, want 8 bytes that begin with abcd", source[1:][:source[0]])
+	}
+}
+
 func TestClosedEndpointRefusesToConnect(t *testing.T) {
 	w := newWorld(t, "127.0.0.1", hbonetest.Echo, nil)
 	s := w.connect(t)

@@ -66,6 +66,9 @@ type Config struct {
 	// tells peers of an earlier one that its connections are gone (stateless reset, RFC 9000
 	// section 10.3). nil leaves them to find out by PingTimeout.
 	ResetKey *[32]byte
+	// Mark is what the endpoint's connection IDs begin with: whoever shares a port out among
+	// endpoints goes by it.
+	Mark [2]byte
 	// Datagrams announces CONNECT-UDP to clients (SETTINGS_ENABLE_CONNECT_PROTOCOL).
 	Datagrams bool
 	// Log receives what no caller is told. nil discards it.
@@ -123,10 +126,10 @@ func New(cfg Config) (*Endpoint, error) {
 	}
 	e := &Endpoint{cfg: cfg.withDefaults()}
 	e.transport = &quic.Transport{
-		Conn:                e.cfg.Conn,
-		ConnectionIDLength:  8,
-		VerifySourceAddress: e.crowded,
-		ConnContext:         e.admit,
+		Conn:                  e.cfg.Conn,
+		ConnectionIDGenerator: marked(e.cfg.Mark),
+		VerifySourceAddress:   e.crowded,
+		ConnContext:           e.admit,
 	}
 	if key := e.cfg.ResetKey; key != nil {
 		e.transport.StatelessResetKey = (*quic.StatelessResetKey)(key)
@@ -136,6 +139,17 @@ func New(cfg Config) (*Endpoint, error) {
 	e.transport.TokenGeneratorKey = &token
 	return e, nil
 }
+
+// marked generates connection IDs: a mark, and enough that is random for them to be unique.
+type marked [2]byte
+
+func (m marked) GenerateConnectionID() (quic.ConnectionID, error) {
+	var id [8]byte
+	rand.Read(id[copy(id[:], m[:]):]) // never returns an error (Go 1.24)
+	return quic.ConnectionIDFromBytes(id[:]), nil
+}
+
+func (marked) ConnectionIDLen() int { return 8 }
 
 // Close ends all connections at once, and the socket.
 func (e *Endpoint) Close() error {
