@@ -62,6 +62,7 @@ type servedPod struct {
 	serve     context.Context   // the latest serving's
 	udp       *kernel.UDPConfig // as UDP is captured; nil: not, or not known
 	datagrams *kernel.Datagrams // what is served of it
+	endUDP    func()            // ends that at once; nil when there was none
 }
 
 // Prepare opens the pod's namespace, serves its listeners and waits for its certificate.
@@ -121,7 +122,8 @@ func (p *pods) start(s *servedPod, name dataplane.Name) {
 	s.stop = stop
 	s.udpMu.Lock()
 	defer s.udpMu.Unlock()
-	s.serve, s.datagrams = serve, nil
+	s.endUDPLocked()
+	s.serve = serve
 	p.serveUDPLocked(s, name)
 	s.serving.Go(func() {
 		defer stop()
@@ -131,7 +133,7 @@ func (p *pods) start(s *servedPod, name dataplane.Name) {
 	})
 }
 
-// revive gives a pod that lost a listener new ones. Connections that live go on.
+// revive gives a pod that lost a listener new ones. Connections that live go on, but those by QUIC.
 func (p *pods) revive(s *servedPod, name dataplane.Name) error {
 	s.mute = s.mute || s.Listening() != nil
 	if !s.mute {

@@ -191,6 +191,7 @@ func (p *pods) setUDP(s *servedPod, w *dataplane.Workload, want *kernel.UDPConfi
 	defer s.udpMu.Unlock()
 	if want == nil {
 		s.udp = nil
+		s.endUDPLocked()
 		return s.ReleaseUDP()
 	}
 	if s.udp == nil || s.udp.Strict != want.Strict || s.udp.Require != want.Require || !slices.Equal(s.udp.Clear, want.Clear) {
@@ -209,13 +210,40 @@ func (p *pods) serveUDPLocked(s *servedPod, name dataplane.Name) {
 	if d == nil || d == s.datagrams || s.serve == nil || s.serve.Err() != nil {
 		return
 	}
+	s.endUDPLocked()
 	s.datagrams = d
-	serve := s.serve
+	serve, stop := context.WithCancel(s.serve)
+	force, cut := context.WithCancel(s.force)
+	ended := make(chan struct{})
+	s.endUDP = func() {
+		stop()
+		cut()
+		<-ended
+	}
 	s.serving.Go(func() {
-		if err := p.proxy.ServeUDP(serve, s.UID(), d); err != nil {
-			p.log.Error("serve UDP", "pod", name, "err", err)
+		defer cut()
+		defer stop()
+		err := p.proxy.ServeUDP(serve, force, s.UID(), d)
+		close(ended)
+		if err == nil {
+			return
+		}
+		p.log.Error("serve UDP", "pod", name, "err", err)
+		s.udpMu.Lock()
+		defer s.udpMu.Unlock()
+		if s.datagrams == d {
+			s.datagrams = nil // followUDP tries again
 		}
 	})
+}
+
+// endUDPLocked ends the serving of the pod's UDP at once, if there is one: what goes by QUIC shares a
+// socket, which only one at a time can serve.
+func (s *servedPod) endUDPLocked() {
+	if s.endUDP != nil {
+		s.endUDP()
+	}
+	s.endUDP, s.datagrams = nil, nil
 }
 
 // udpOf are those of the pods whose UDP is captured.

@@ -38,11 +38,18 @@ type servedPod struct {
 	retire   retirement
 	udp      atomic.Pointer[datagramPod] // nil while the pod's UDP is not served
 
+	// serving ends when ServePod accepts no more; settled is closed when what it accepted as plain
+	// TCP has ended, whatever tunnels that took.
+	serving context.Context
+	settled chan struct{}
+	udpWork sync.WaitGroup // ServeUDP, by joinUDP
+
 	mu    sync.Mutex
 	flows map[*flow]struct{}
 	// datagramFlows is how many of flows are of UDP, which nobody waits for.
 	datagramFlows int
 	known         *dataplane.Workload // as of the last snapshot that had it
+	over          bool                // ServePod waits for no more udpWork
 }
 
 // errForced is an end that nobody but this agent wanted.
@@ -50,7 +57,8 @@ var errForced = errors.New("the agent stops serving the pod and its patience is 
 
 // ServePod serves the pod's three listeners until ctx ends. Then it accepts no more, tells
 // peers to open no more streams, and returns when the connections that live have ended, or
-// once force is done, which resets them. The listeners stay open.
+// once force is done, which resets them; those that ServeUDP carries included. The listeners stay
+// open.
 //
 // An error means that a listener broke; the others were stopped because of it.
 func (p *Proxy) ServePod(ctx, force context.Context, pod Pod) error {
@@ -69,15 +77,18 @@ func (p *Proxy) ServePod(ctx, force context.Context, pod Pod) error {
 		}
 	})()
 	s.server = s.tunnelServer(live)
+	group, serving := errgroup.WithContext(ctx)
+	s.serving = serving
 	p.add(s)
 	defer p.remove(s)
 
-	group, serving := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.accept(serving, live, pod.Outbound(), s.serveOutbound) })
 	group.Go(func() error { return s.accept(serving, live, pod.Inbound(), s.serveInbound) })
 	group.Go(func() error { return s.server.Serve(serving, live, pod.Tunnel()) })
 	err = group.Wait()
 	s.work.Wait()
+	close(s.settled)
+	s.awaitUDP()
 	if err != nil {
 		err = fmt.Errorf("serve pod %s: %w", w.Name, err)
 	}
@@ -93,6 +104,7 @@ func (p *Proxy) newServedPod(pod Pod, w *dataplane.Workload) *servedPod {
 		pending: budget{limit: int64(limits.PodPending)},
 		files:   budget{limit: limits.PodFiles},
 		flows:   make(map[*flow]struct{}),
+		settled: make(chan struct{}),
 	}
 	s.buffers = buffers{pod: &s.large, node: &p.bulk, exhausted: func() { p.warn.bit(limitBuffers, s.uid, limits.PodBuffers) }}
 	clientTransport := p.cfg.ClientTransport
@@ -103,6 +115,24 @@ func (p *Proxy) newServedPod(pod Pod, w *dataplane.Workload) *servedPod {
 	cfg.Dial, cfg.Transport = s.dialTunnel, clientTransport
 	s.client = hbone.NewClient(cfg)
 	return s
+}
+
+// joinUDP has ServePod wait until udpWork is done, unless it accepts no more.
+func (s *servedPod) joinUDP() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.over || s.serving.Err() != nil {
+		return false
+	}
+	s.udpWork.Add(1)
+	return true
+}
+
+func (s *servedPod) awaitUDP() {
+	s.mu.Lock()
+	s.over = true
+	s.mu.Unlock()
+	s.udpWork.Wait()
 }
 
 // clientConfig has all but the transport.

@@ -67,10 +67,17 @@ func (s *servedPod) newQUIC(d Datagrams) (*quicTunnels, error) {
 	return q, nil
 }
 
-// serve waits for something to do and serves what peers ask for, until ctx ends.
+// serve waits for something to do and serves what peers ask for, until ctx ends and what lives has
+// ended, or force is done.
 func (q *quicTunnels) serve(ctx, force context.Context, server *hbone.Server) error {
+	if q == nil {
+		return nil
+	}
 	q.endpoint, q.err = q.begin(ctx)
 	close(q.up)
+	if ctx.Err() != nil && q.err != nil {
+		return nil // there was nothing to do
+	}
 	if q.err != nil {
 		return q.err
 	}

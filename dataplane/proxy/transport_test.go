@@ -94,3 +94,62 @@ func newTransportWorld(t *testing.T, label string, blocked bool) *udpWorld {
 	u.serveUDP(u.nodes[1], u.db, u.dbUDP)
 	return u
 }
+
+// A pod that is drained carries its connections over HTTP/3 on, whichever end of them it is, until
+// they end or its patience does; new ones go elsewhere.
+func TestDrainLetsConnectionsOverHTTP3End(t *testing.T) {
+	for i, end := range []string{"client", "server"} {
+		t.Run(end, func(t *testing.T) {
+			u := newTransportWorld(t, "h3", false)
+			n, pod := u.nodes[i], newFakePod(t, "extra", u.db.addr.Next().Next().String())
+			u.publish(func(c *dataplane.Contents) {
+				extra := pod.workload([]string{"node1", "node2"}[i])
+				extra.ServiceAccount = []string{"web", "db"}[i]
+				c.Workloads = append(c.Workloads, extra)
+				c.Captured["extra"], c.UDP["extra"] = true, true
+			})
+			drain, cut, done := u.serve(n, pod)
+			udp := newFakeDatagrams()
+			udp.quic = tunnelPort(pod)
+			drainUDP, cutUDP, doneUDP := u.startUDP(n, pod, udp)
+			connect := func() *net.TCPConn {
+				if end == "client" {
+					return u.dial(n, pod, u.listen(u.db.addr, echo))
+				}
+				return u.dial(u.nodes[0], u.web, u.listen(pod.addr, echo))
+			}
+			ends, stays := connect(), connect()
+			for _, c := range []*net.TCPConn{ends, stays} {
+				sendText(t, c, "x")
+				receive(t, c, "x")
+			}
+			if f := n.event(t, admin.FlowOpen); !strings.HasPrefix(f.Transport, "h3") {
+				t.Fatalf("it goes by %q", f.Transport)
+			}
+			drain()
+			drainUDP()
+			eventually(t, "the pod takes nothing more", func() bool { return n.serving("extra")[0].datagrams() == nil })
+			sendText(t, ends, "more")
+			receive(t, ends, "more")
+			if err := ends.CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+			wantEOF(t, ends, "")
+			eventually(t, "one is left", func() bool { return n.Live("extra") == 1 })
+			select {
+			case <-done:
+				t.Fatal("serving ended before its last connection")
+			case <-doneUDP:
+				t.Fatal("the serving of UDP ended before its last connection")
+			case <-time.After(20 * time.Millisecond):
+			}
+			sendText(t, stays, "still")
+			receive(t, stays, "still")
+			cut()
+			cutUDP()
+			wantReset(t, stays)
+			<-done
+			<-doneUDP
+		})
+	}
+}

@@ -81,64 +81,103 @@ type ends struct{ app, peer netip.AddrPort }
 var errNotCaptured = errors.New("the pod's UDP is not captured")
 
 // ServeUDP carries the UDP of a pod that ServePod serves, or is about to, until ctx ends or d is
-// closed. Its flows end with it: UDP has no drain, and a flow begins anew with each datagram.
-func (p *Proxy) ServeUDP(ctx context.Context, uid string, d Datagrams) error {
+// closed; also the connections that go by QUIC. When ctx ends it takes nothing new, tells peers so,
+// and returns when those connections have ended, or once force is done, which resets them. Its flows
+// of UDP have no drain: they end when peers know that others are to be begun elsewhere.
+func (p *Proxy) ServeUDP(ctx, force context.Context, uid string, d Datagrams) error {
 	s, err := p.awaitServed(ctx, uid)
 	if err != nil {
 		return nil // it was ctx that ended
 	}
-	if err := d.SetDeadline(time.Time{}); err != nil {
+	defer s.udpWork.Done()
+	if err := s.serveUDP(ctx, force, d); err != nil {
 		return fmt.Errorf("serve UDP of pod %s: %w", uid, err)
+	}
+	return nil
+}
+
+func (s *servedPod) serveUDP(ctx, force context.Context, d Datagrams) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(s.serving, stop)()
+	force, cut := context.WithCancel(force)
+	defer cut()
+	if err := d.SetDeadline(time.Time{}); err != nil {
+		return err
 	}
 	live, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
 	u := &datagramPod{s: s, d: d, ctx: live, flows: make(map[ends]*datagramFlow), live: make(map[*datagramFlow]struct{})}
+	var err error
 	if u.quic, err = s.newQUIC(d); err != nil {
-		cancel(nil)
-		return fmt.Errorf("serve UDP of pod %s: %w", uid, err)
+		return err
 	}
 	s.udp.Store(u)
-	defer context.AfterFunc(ctx, func() { _ = d.SetDeadline(time.Unix(1, 0)) })()
+	var tunnels errgroup.Group
+	drained := make(chan struct{})
+	tunnels.Go(func() error {
+		defer close(drained)
+		err := u.quic.serve(ctx, force, s.server)
+		if err != nil { // nothing of it works any more
+			cut()
+			stop()
+		}
+		return err
+	})
+	err = u.capture(ctx)
+	if ctx.Err() == nil { // d is closed, or broken
+		cut()
+		stop()
+	}
+	select { // while peers learn of it, who asks for a flow gets one
+	case <-drained:
+	case <-time.After(lingerTime):
+	case <-force.Done():
+	}
+	s.udp.CompareAndSwap(u, nil)
+	u.close()
+	cancel(errForced)
+	u.workers.Wait()
+	err = errors.Join(err, tunnels.Wait())
+	select {
+	case <-s.settled:
+	case <-force.Done():
+	}
+	return errors.Join(err, u.quic.close())
+}
 
+// lingerTime is how long flows go on, and may be begun by peers, after applications are not listened
+// to any more: peers whose requests are refused would not ask again for retryPause.
+const lingerTime = time.Second
+
+// capture takes what applications send, until ctx ends or d is closed.
+func (u *datagramPod) capture(ctx context.Context) error {
+	defer context.AfterFunc(ctx, func() { _ = u.d.SetDeadline(time.Unix(1, 0)) })()
 	var group errgroup.Group
 	stop := func(err error) error {
-		_ = d.SetDeadline(time.Unix(1, 0)) // the others end as well
+		_ = u.d.SetDeadline(time.Unix(1, 0)) // the others end as well
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil
 		}
 		return err
 	}
 	group.Go(func() error { return stop(u.receive(ctx)) })
-	if u.quic != nil {
-		force, cut := context.WithCancel(context.Background())
-		defer cut()
-		defer context.AfterFunc(ctx, cut)() // its flows have no drain
-		group.Go(func() error { return stop(u.quic.serve(ctx, force, s.server)) })
-	}
-	v4, v6 := d.Families()
+	v4, v6 := u.d.Families()
 	for family, there := range map[bool]bool{true: v4, false: v6} {
 		if there {
 			group.Go(func() error { return stop(u.hearRefusals(family)) })
 		}
 	}
-	err = group.Wait()
-	s.udp.CompareAndSwap(u, nil)
-	u.close()
-	cancel(errForced)
-	u.workers.Wait()
-	err = errors.Join(err, u.quic.close())
-	if err != nil {
-		err = fmt.Errorf("serve UDP of pod %s: %w", uid, err)
-	}
-	return err
+	return group.Wait()
 }
 
-// awaitServed waits for the pod's latest serving.
+// awaitServed waits for a serving of the pod that takes more, and joins it.
 func (p *Proxy) awaitServed(ctx context.Context, uid string) (*servedPod, error) {
 	for {
 		p.mu.Lock()
 		pods, changed := p.pods[uid], p.added
 		p.mu.Unlock()
-		if len(pods) > 0 {
+		if len(pods) > 0 && pods[len(pods)-1].joinUDP() {
 			return pods[len(pods)-1], nil
 		}
 		select {

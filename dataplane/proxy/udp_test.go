@@ -163,21 +163,32 @@ func tunnelPort(p *fakePod) func() (*net.UDPConn, error) {
 func overQUIC(c *Config) { c.UDP, c.ResetKey = true, &[32]byte{1} }
 
 func (u *udpWorld) serveUDP(n *node, pod *fakePod, d *fakeDatagrams) (stop func()) {
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
+	drain, cut, done := u.startUDP(n, pod, d)
+	return func() {
+		cut()
+		drain()
+		<-done
+	}
+}
+
+// startUDP serves a pod's UDP until the test ends, or sooner by the returned functions.
+func (u *udpWorld) startUDP(n *node, pod *fakePod, d *fakeDatagrams) (drain, cut func(), done <-chan struct{}) {
+	ctx, drain := context.WithCancel(context.Background())
+	force, cut := context.WithCancel(context.Background())
+	ended := make(chan struct{})
 	go func() {
-		defer close(done)
-		if err := n.ServeUDP(ctx, pod.uid, d); err != nil {
+		defer close(ended)
+		if err := n.ServeUDP(ctx, force, pod.uid, d); err != nil {
 			u.t.Error(err)
 		}
 	}()
-	stop = func() {
-		cancel()
-		<-done
-	}
-	u.t.Cleanup(stop)
+	u.t.Cleanup(func() {
+		cut()
+		drain()
+		<-ended
+	})
 	eventually(u.t, "UDP is served", func() bool { return n.serving(pod.uid)[0].datagrams() != nil })
-	return stop
+	return drain, cut, ended
 }
 
 func (u *udpWorld) at(p *fakePod, port uint16) netip.AddrPort {
@@ -418,7 +429,7 @@ func TestUDPForgedSource(t *testing.T) {
 	forged := &forgingDatagrams{fakeDatagrams: newFakeDatagrams()}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- u.nodes[0].ServeUDP(ctx, "web", forged) }()
+	go func() { done <- u.nodes[0].ServeUDP(ctx, ctx, "web", forged) }()
 	forged.sent <- fakeDatagram{from: u.at(u.web, 40000), to: u.at(u.db, 9000), payload: "honest"}
 	if got := u.dbUDP.hear(t).payload; got != "honest" {
 		t.Errorf("got %q", got)
