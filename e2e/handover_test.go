@@ -63,6 +63,15 @@ type upgrade struct {
 const drainTimeout = 2 * time.Second
 
 func newUpgrade(t *testing.T, opts lab.Options) *upgrade {
+	u := prepareUpgrade(t, opts)
+	u.start("--drain-timeout=" + drainTimeout.String())
+	u.label(dataplane.ModeAmbient)
+	u.traffic = startLoad(t, 4, u.client, u.target)
+	return u
+}
+
+// prepareUpgrade starts no agent.
+func prepareUpgrade(t *testing.T, opts lab.Options) *upgrade {
 	c := newCluster(t, opts)
 	v2, err := otherVersion()
 	if err != nil {
@@ -71,9 +80,6 @@ func newUpgrade(t *testing.T, opts lab.Options) *upgrade {
 	u := &upgrade{cluster: c, client: c.pod("web", 1), server: c.pod("db", 2), v1: filepath.Join(binDir, "raceway-agent"), v2: v2}
 	u.target = u.server.AddrPort(3306)
 	serve(t, u.server, u.target.Port(), echo)
-	c.start("--drain-timeout=" + drainTimeout.String())
-	c.label(dataplane.ModeAmbient)
-	u.traffic = startLoad(t, 4, u.client, u.target)
 	return u
 }
 
