@@ -41,6 +41,10 @@ func (r *Request) Fields(emit func(name, value string)) {
 	}
 }
 
+// IsUnique reports whether a field's value is another in each request, so that a table of those
+// that were sent (HPACK) has no use for it, and would lose the others to make room.
+func IsUnique(name string) bool { return name == headerForwarded || name == headerTraceParent }
+
 // ConnectFields calls emit with all header fields of a CONNECT for r on a connection with peer. For
 // TCP there is no :scheme and no :path (RFC 9113 section 8.5, RFC 9114 section 4.4), for UDP there
 // are both, and the target is in the path (RFC 9298 section 3.4).

@@ -188,7 +188,7 @@ func (p *Pod) listener(l **net.TCPListener) *net.TCPListener {
 // claimSocket returns what makes a socket known as the agent's.
 func (d *Datapath) claimSocket(role bpf.RacewayListener) func(fd int) error {
 	return func(fd int) error {
-		if err := d.loaded.maps.Own.Put(uint32(fd), bpf.RacewayOwner{Role: role}); err != nil {
+		if err := d.loaded.maps.Own.Put(uint32(fd), &bpf.RacewayOwner{Role: role}); err != nil {
 			return fmt.Errorf("mark a socket as the agent's: %w", err)
 		}
 		return nil

@@ -3,6 +3,7 @@ package h2_test
 import (
 	"context"
 	"io"
+	"net/netip"
 	"sync"
 	"testing"
 
@@ -94,7 +95,16 @@ func BenchmarkRequestResponse(b *testing.B) {
 func BenchmarkOpen(b *testing.B) {
 	session := benchSession(b, hbonetest.Echo)
 	b.ReportAllocs()
-	for b.Loop() {
-		_ = benchOpen(b, session).Close()
+	for port := uint16(0); b.Loop(); port++ {
+		st, _, err := hbonetest.Open(context.Background(), session, &hbone.Request{
+			Authority:   "10.0.0.1:80",
+			Forwarded:   hbone.Forwarded{For: netip.AddrPortFrom(netip.MustParseAddr("10.0.1.7"), port), Host: "db.default.svc.cluster.local"},
+			Baggage:     hbone.Baggage{Cluster: "Kubernetes", Namespace: "default", WorkloadKind: "deployment", WorkloadName: "web", Service: "web", Version: "v1"},
+			TraceParent: hbone.NewTraceParent(),
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+		_ = st.Close()
 	}
 }

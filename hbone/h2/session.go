@@ -65,7 +65,9 @@ func (s *session) Start(r *hbone.Request) (hbone.Opening, error) {
 
 func (s *session) begin(r *hbone.Request, protocol hbone.Protocol) (*opening, error) {
 	var fields []hpack.HeaderField
-	err := r.ConnectFields(protocol, s.remote, func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
+	err := r.ConnectFields(protocol, s.remote, func(name, value string) {
+		fields = append(fields, hpack.HeaderField{Name: name, Value: value, Sensitive: hbone.IsUnique(name)})
+	})
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
