@@ -205,7 +205,7 @@ func TestDrainLosesNothing(t *testing.T) {
 
 // What a client sent and ended is read to its end, though the client's session retires.
 func TestRetiredSessionLeavesTheServerItsTime(t *testing.T) {
-	const total = 60 << 10 // a new window has room for it
+	const total = 30 << 10 // a new window has room for it
 	retired, read := make(chan struct{}), make(chan int, 1)
 	w := newWorld(t, "127.0.0.1", func(r *hbone.ServerRequest) {
 		s, err := r.Accept(hbone.Response{})
@@ -377,7 +377,7 @@ func TestHandshakesOfOneAddressAreBounded(t *testing.T) {
 }
 
 func TestBudgetBoundsConnections(t *testing.T) {
-	budget := &counted{limit: 400 << 10} // two connections' beginnings
+	budget := &counted{limit: 200 << 10} // two connections' beginnings
 	w := newWorld(t, "127.0.0.1", hbonetest.Echo, func(c *h3.Config, _ *hbone.ServerConfig) { c.Budget = budget })
 	a, b := w.connect(t), w.connect(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)

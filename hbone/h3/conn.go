@@ -25,6 +25,7 @@ const (
 type conn struct {
 	quic *quic.Conn
 	info *hbone.Conn
+	cfg  *Config
 	work sync.WaitGroup // its goroutines, by spawn
 
 	settled chan struct{} // closed when the peer's SETTINGS are there
@@ -51,8 +52,8 @@ type earlyDatagram struct {
 	payload []byte
 }
 
-func newConn(q *quic.Conn, info *hbone.Conn) *conn {
-	return &conn{quic: q, info: info, settled: make(chan struct{}), flows: make(map[quic.StreamID]*flow)}
+func newConn(q *quic.Conn, info *hbone.Conn, cfg *Config) *conn {
+	return &conn{quic: q, info: info, cfg: cfg, settled: make(chan struct{}), flows: make(map[quic.StreamID]*flow)}
 }
 
 // settingsTimeout bounds the wait for a peer's SETTINGS, and for what it takes to send ours.
@@ -136,7 +137,7 @@ func (c *conn) acceptUni() {
 
 // readUni reads a unidirectional stream (RFC 9114 section 6.2).
 func (c *conn) readUni(s *quic.ReceiveStream) error {
-	in := &input{from: s}
+	in := &input{from: reader{s, c.quic, fixedWindow()}}
 	defer in.release()
 	kind, err := in.varint()
 	if err != nil {

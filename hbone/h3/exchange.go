@@ -13,17 +13,24 @@ import (
 // exchange is the stream of one request, on either end. Its reading belongs to one goroutine at a
 // time.
 type exchange struct {
-	conn *conn
-	q    *quic.Stream
-	in   input
-	left uint64 // of the DATA frame that is being read
+	conn   *conn
+	q      *quic.Stream
+	window *window
+	in     input
+	left   uint64 // of the DATA frame that is being read
 
 	wmu   sync.Mutex // held while writing
 	leave func()     // takes it out of its connection; may be called again
 }
 
-func newExchange(c *conn, q *quic.Stream, leave func()) *exchange {
-	return &exchange{conn: c, q: q, in: input{from: q}, leave: sync.OnceFunc(leave)}
+func newExchange(c *conn, q *quic.Stream, w *window, leave func()) *exchange {
+	return &exchange{
+		conn: c, q: q, window: w, in: input{from: reader{q, c.quic, w}},
+		leave: sync.OnceFunc(func() {
+			w.give()
+			leave()
+		}),
+	}
 }
 
 // reset ends both directions. What has ended stays as it is, but quic-go keeps a stream, and the

@@ -21,7 +21,8 @@ type flow struct {
 	inbox    hbone.Inbox
 	capsules hbone.Capsules // of its reader
 
-	out []byte // of Send; guarded by wmu
+	out  []byte      // of Send; guarded by wmu
+	busy atomic.Bool // a capsule is on its way
 
 	sendFull, foreign atomic.Uint64 // datagrams dropped
 }
@@ -82,16 +83,22 @@ func (f *flow) sendable() error {
 	return nil
 }
 
-// sendCapsule sends p as one DATA frame, if there is room for all of it now.
+// sendCapsule sends p as one DATA frame, in the background when there is no room for all of it now.
+// What comes meanwhile is dropped.
 func (f *flow) sendCapsule(p []byte) error {
-	capsule := hbone.AppendCapsule(make([]byte, 0, len(p)+hbone.CapsuleOverhead), p)
-	f.out = append(appendDataHeader(f.out[:0], len(capsule)), capsule...)
-	err := f.q.TryWriteAll(f.out)
-	f.out = nil // they are rare, and large
-	switch {
-	case errors.Is(err, quic.ErrWouldBlock):
+	if f.busy.Load() {
 		f.sendFull.Add(1)
 		return nil
+	}
+	capsule := hbone.AppendCapsule(make([]byte, 0, len(p)+hbone.CapsuleOverhead), p)
+	out := append(appendDataHeader(nil, len(capsule)), capsule...)
+	switch err := f.q.TryWriteAll(out); {
+	case errors.Is(err, quic.ErrWouldBlock):
+		f.busy.Store(true)
+		f.conn.spawn(func() {
+			defer f.busy.Store(false)
+			_, _ = f.q.Write(out) // its failure is the flow's end
+		})
 	case err != nil:
 		return f.conn.fault(err)
 	}
@@ -136,6 +143,8 @@ func (f *flow) readCapsules() error {
 			if err == nil {
 				continue
 			}
+		case codeOf(err) == codeNo: // Close, with a capsule on its way
+			return nil
 		case codeOf(err) == codeConnect:
 			return fmt.Errorf("flow: %w", hbone.PortClosedError{})
 		default:
@@ -159,10 +168,14 @@ func (f *flow) Refuse() error {
 	return nil
 }
 
-// Close ends the stream; what the peer still says is of no use.
+// Close ends the stream, cleanly unless a capsule is on its way; what the peer still says is of no use.
 func (f *flow) Close() error {
 	f.finish(func() {
-		_ = f.q.Close() // fails when the peer was first
+		if f.busy.Load() {
+			f.q.CancelWrite(quic.StreamErrorCode(codeNo))
+		} else {
+			_ = f.q.Close() // fails when the peer was first
+		}
 		f.q.CancelRead(quic.StreamErrorCode(codeNo))
 	})
 	return nil

@@ -14,9 +14,10 @@
 // quic-go's reads block, so that every stream has a goroutine while it is open; it holds no
 // buffer while nothing comes. A connection has four more, beside quic-go's own.
 //
-// A connection's window is memory that is reserved from a hbone.Budget. Other than with h2, what
-// a stream's user does not read counts against the window of all its connection's streams: four
-// streams that stopped when their windows had grown to the most can hold it up.
+// What a peer may send unread is bounded by the windows of streams alone, as with h2, and is memory of
+// a hbone.Budget; window.go has how. A connection reserves 96 KiB, and each stream or flow 6 KiB of the 32
+// KiB that its peer may send at first. So streams that are neither fast nor stopped may hold a bit more
+// than five times what they reserve, if their peer means to; all others reserve what they may hold.
 package h3
 
 import (
@@ -24,7 +25,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"net"
 	"sync"
 	"time"
@@ -37,15 +37,6 @@ import (
 // alpn is HTTP/3 (RFC 9114 section 3.1).
 const alpn = "h3"
 
-// What a connection begins with: windows in bytes, of which a stream's must hold the longest
-// datagram in a capsule. They grow while they are read as fast as bytes come; a connection that
-// carries flows alone needs no more.
-const (
-	initialStreamWindow = 96 << 10
-	initialConnWindow   = 192 << 10
-	maxUniStreams       = 16 // RFC 9114 section 6.2 asks for three
-)
-
 // Config is what an Endpoint needs. Conn is required.
 type Config struct {
 	// Conn is the socket for all of the endpoint's connections, as it is: quic-go finds out
@@ -57,9 +48,8 @@ type Config struct {
 	PingInterval, PingTimeout time.Duration
 	// MaxStreams bounds the streams and flows of a connection that a peer made. 0 means 1,000.
 	MaxStreams int
-	// StreamWindow and ConnWindow bound what a peer may send unread on a stream and on all
-	// of a connection, in bytes. 0 means 4 MiB and 16 MiB.
-	StreamWindow, ConnWindow uint64
+	// StreamWindow bounds what a peer may send unread on a stream, in bytes. 0 means 4 MiB.
+	StreamWindow uint64
 	// Budget bounds the memory of all unread bytes. nil means that there is no bound.
 	Budget hbone.Budget
 	// ResetKey, if set, is the secret by which a later endpoint of the same address and key
@@ -88,11 +78,7 @@ func (c Config) withDefaults() Config {
 	if c.StreamWindow == 0 {
 		c.StreamWindow = 4 << 20
 	}
-	if c.ConnWindow == 0 {
-		c.ConnWindow = 16 << 20
-	}
-	c.StreamWindow = max(c.StreamWindow, initialStreamWindow)
-	c.ConnWindow = max(c.ConnWindow, initialConnWindow)
+	c.StreamWindow = max(c.StreamWindow, firstWindow)
 	if c.Budget == nil {
 		c.Budget = unlimited{}
 	}
@@ -164,66 +150,15 @@ func (e *Endpoint) Close() error {
 	return nil
 }
 
-// config is the transport's configuration with what both ends have in common. grow is asked
-// before the window of all streams grows.
-func (e *Endpoint) config(grow func(conn *quic.Conn, delta uint64) bool) *quic.Config {
+// config is the transport's configuration with what both ends have in common.
+func (e *Endpoint) config() *quic.Config {
 	return &quic.Config{
 		MaxIdleTimeout:                 e.cfg.PingInterval + e.cfg.PingTimeout,
-		InitialStreamReceiveWindow:     initialStreamWindow,
+		InitialStreamReceiveWindow:     firstWindow,
 		MaxStreamReceiveWindow:         e.cfg.StreamWindow,
-		InitialConnectionReceiveWindow: initialConnWindow,
-		MaxConnectionReceiveWindow:     e.cfg.ConnWindow,
-		AllowConnectionWindowIncrease:  grow,
+		InitialConnectionReceiveWindow: connWindow,
+		MaxConnectionReceiveWindow:     connWindow,
 		MaxIncomingUniStreams:          maxUniStreams,
 		EnableDatagrams:                true,
 	}
 }
-
-// window is the memory that a connection has of a budget.
-type window struct {
-	budget hbone.Budget
-	mu     sync.Mutex
-	held   int // -1 after it was given back
-}
-
-// newWindow reserves what a connection begins with.
-func (e *Endpoint) newWindow() (*window, error) {
-	if !e.cfg.Budget.Take(initialConnWindow) {
-		e.cfg.Budget.Short()
-		return nil, hbone.ErrNoBuffers
-	}
-	return &window{budget: e.cfg.Budget, held: initialConnWindow}, nil
-}
-
-// grow reserves more, and leaves as much to the growth of others as it has.
-func (w *window) grow(delta uint64) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.held < 0 || delta > math.MaxInt32 {
-		return false
-	}
-	if !w.budget.Grow(int(delta), w.held) {
-		w.budget.Short()
-		return false
-	}
-	w.held += int(delta)
-	return true
-}
-
-// give returns all of it.
-func (w *window) give() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.held >= 0 {
-		w.budget.Give(w.held)
-	}
-	w.held = -1
-}
-
-// unlimited is the Budget of those who set none.
-type unlimited struct{}
-
-func (unlimited) Take(int) bool      { return true }
-func (unlimited) Grow(int, int) bool { return true }
-func (unlimited) Give(int)           {}
-func (unlimited) Short()             {}

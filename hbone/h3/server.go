@@ -16,7 +16,7 @@ import (
 // attempt is a connection that a peer makes, in its context.
 type attempt struct {
 	admission *hbone.Admission
-	window    *window
+	memory    reserved
 	done      sync.Once
 }
 
@@ -45,19 +45,19 @@ func (e *Endpoint) admit(ctx context.Context, info *quic.ClientInfo) (context.Co
 	if gate == nil {
 		return nil, net.ErrClosed
 	}
-	w, err := e.newWindow()
+	memory, err := reserve(e.cfg.Budget, connReserved)
 	if err != nil {
 		return nil, err
 	}
 	admission, err := gate.Admit(addrPort(info.RemoteAddr))
 	if err != nil {
-		w.give()
+		memory.give()
 		return nil, err
 	}
-	a := &attempt{admission: admission, window: w}
+	a := &attempt{admission: admission, memory: memory}
 	context.AfterFunc(ctx, func() { // does nothing for one that was accepted
 		a.settle(handshakeCause(context.Cause(ctx)))
-		w.give()
+		a.memory.give()
 	})
 	return context.WithValue(ctx, attemptKey{}, a), nil
 }
@@ -69,7 +69,7 @@ func (e *Endpoint) Listen(cfg *tls.Config, gate *hbone.Gate) (hbone.Listener, er
 	if e.gate != nil {
 		return nil, errors.New("HTTP/3 endpoint listens already")
 	}
-	config := e.config(func(q *quic.Conn, delta uint64) bool { return attemptOf(q.Context()).window.grow(delta) })
+	config := e.config()
 	config.MaxIncomingStreams = int64(e.cfg.MaxStreams)
 	config.HandshakeIdleTimeout = gate.Timeout
 	l, err := e.transport.Listen(serverTLS(cfg), config)
@@ -113,7 +113,7 @@ func (l *listener) Accept(ctx context.Context) (hbone.Accepted, error) {
 	}
 	a := attemptOf(q.Context())
 	a.settle(nil)
-	return &accepted{endpoint: l.endpoint, attempt: a, conn: newConn(q, connInfo(q))}, nil
+	return &accepted{attempt: a, conn: newConn(q, connInfo(q), &l.endpoint.cfg)}, nil
 }
 
 // Close has the endpoint refuse new connections.
@@ -128,8 +128,7 @@ func (l *listener) Close() error {
 // accepted is a hbone.Accepted.
 type accepted struct {
 	*conn
-	endpoint *Endpoint
-	attempt  *attempt
+	attempt *attempt
 }
 
 func (a *accepted) Conn() *hbone.Conn { return a.info }
@@ -173,8 +172,8 @@ const (
 // Serve serves the connection until it ends, or ctx does and it has drained, or force is done.
 func (a *accepted) Serve(ctx, force context.Context, serve func(*hbone.ServerRequest)) error {
 	c := a.conn
-	c.server = &serverState{force: force, serve: serve, max: a.endpoint.cfg.MaxStreams, unread: make(map[quic.StreamID]struct{})}
-	err := c.start(settings{maxFieldSection: hbone.MaxHeaderList, connectProtocol: a.endpoint.cfg.Datagrams})
+	c.server = &serverState{force: force, serve: serve, max: a.cfg.MaxStreams, unread: make(map[quic.StreamID]struct{})}
+	err := c.start(settings{maxFieldSection: hbone.MaxHeaderList, connectProtocol: a.cfg.Datagrams})
 	if err != nil {
 		c.shut(err, codeInternal)
 		c.join()
@@ -242,7 +241,8 @@ func (c *conn) acceptRequests() {
 		if err != nil {
 			return
 		}
-		x := newExchange(c, q, func() {
+		w, short := c.cfg.newWindow()
+		x := newExchange(c, q, w, func() {
 			c.mu.Lock()
 			c.server.streams--
 			delete(c.flows, q.StreamID())
@@ -265,7 +265,7 @@ func (c *conn) acceptRequests() {
 			continue
 		}
 		c.spawn(func() {
-			c.request(x)
+			c.request(x, short)
 			c.mu.Lock()
 			c.server.handlers--
 			c.mu.Unlock()
@@ -288,8 +288,14 @@ func (c *conn) nuisance() {
 // headersTimeout bounds the wait for a request behind its stream's first byte.
 const headersTimeout = 10 * time.Second
 
-// request reads a request and serves it.
-func (c *conn) request(x *exchange) {
+// request reads a request and serves it, if it has memory for what follows.
+func (c *conn) request(x *exchange, short error) {
+	if short != nil {
+		c.forgetUnread(x.q.StreamID())
+		x.answer(503)
+		x.leave()
+		return
+	}
 	_ = x.q.SetReadDeadline(time.Now().Add(headersTimeout)) // fails where reading does
 	fields, err := x.in.headers(hbone.MaxHeaderList)
 	_ = x.q.SetReadDeadline(time.Time{})

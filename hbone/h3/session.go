@@ -31,14 +31,14 @@ const fullPause = 50 * time.Millisecond
 
 // Connect makes a session with key.Remote: a QUIC connection from the endpoint's socket.
 func (e *Endpoint) Connect(ctx context.Context, key hbone.Key, cfg *tls.Config) (hbone.Session, *hbone.Conn, error) {
-	w, err := e.newWindow()
+	memory, err := reserve(e.cfg.Budget, connReserved)
 	if err != nil {
 		return nil, nil, err
 	}
 	cfg = cfg.Clone()
 	cfg.NextProtos = []string{alpn}
 	cfg.MinVersion = tls.VersionTLS13 // RFC 9001 section 4.2
-	config := e.config(func(_ *quic.Conn, delta uint64) bool { return w.grow(delta) })
+	config := e.config()
 	config.KeepAlivePeriod = e.cfg.PingInterval
 	config.MaxIncomingStreams = -1
 	if deadline, ok := ctx.Deadline(); ok {
@@ -46,19 +46,19 @@ func (e *Endpoint) Connect(ctx context.Context, key hbone.Key, cfg *tls.Config) 
 	}
 	q, err := e.transport.Dial(ctx, net.UDPAddrFromAddrPort(key.Remote), cfg, config)
 	if err != nil {
-		w.give()
+		memory.give()
 		return nil, nil, connectError(ctx, key.Remote, err)
 	}
 	info := connInfo(q)
 	if !info.Local.IsValid() || info.Local.Addr().IsUnspecified() { // the socket is of all addresses
 		info.Local = netip.AddrPortFrom(key.Local, info.Local.Port())
 	}
-	c := newConn(q, info)
+	c := newConn(q, info, &e.cfg)
 	c.client = &clientState{opened: make(map[quic.StreamID]*reply), load: hbone.NewLoad()}
 	if err := c.start(settings{maxFieldSection: hbone.MaxResponseHeaderList}); err != nil {
 		c.shut(err, codeInternal)
 		c.join()
-		w.give()
+		memory.give()
 		return nil, nil, fmt.Errorf("start a session with %s: %w", key.Remote, err)
 	}
 	s := &session{conn: c, done: make(chan struct{})}
@@ -66,13 +66,13 @@ func (e *Endpoint) Connect(ctx context.Context, key hbone.Key, cfg *tls.Config) 
 	defer e.mu.Unlock()
 	if e.closed { // its transport ends the connection
 		c.join()
-		w.give()
+		memory.give()
 		return nil, nil, &hbone.DialError{Remote: key.Remote, Err: net.ErrClosed}
 	}
 	e.sessions.Go(func() {
 		<-q.Context().Done()
 		c.join()
-		w.give()
+		memory.give()
 		close(s.done)
 	})
 	return s, info, nil
@@ -130,8 +130,13 @@ func (s *session) begin(fields []qpack.HeaderField) (*reply, error) {
 	if most := s.peer.maxFieldSection; most > 0 && fieldsSize(fields) > most {
 		return nil, fmt.Errorf("request headers of %d bytes are more than the peer takes (%d)", fieldsSize(fields), most)
 	}
+	w, err := s.cfg.newWindow()
+	if err != nil {
+		return nil, err
+	}
 	q, err := s.quic.OpenStream()
 	if err != nil {
+		w.give()
 		if s.quic.Context().Err() != nil {
 			return nil, refused(connCause(context.Cause(s.quic.Context())))
 		}
@@ -139,7 +144,7 @@ func (s *session) begin(fields []qpack.HeaderField) (*reply, error) {
 		return nil, refused(errFull)
 	}
 	r := &reply{fields: fields, settled: make(chan struct{})}
-	r.exchange = newExchange(s.conn, q, func() { s.forget(q.StreamID()) })
+	r.exchange = newExchange(s.conn, q, w, func() { s.forget(q.StreamID()) })
 	s.client.opened[q.StreamID()] = r
 	return r, nil
 }

@@ -224,6 +224,7 @@ func (s *stream) pump() {
 			s.mu.Lock()
 			s.waiting = p[n:]
 			s.mu.Unlock()
+			s.window.stopped()
 			s.sink.Full()
 			if err := s.awaitRoom(); err != nil {
 				s.abandon()

@@ -38,7 +38,7 @@ func Test(t *testing.T, with Connect) {
 		{"RequestContextEnds", with.testRequestContextEnds},
 		{"SinkGetsWhatCameBeforeItAndTheEnd", with.testSinkGetsWhatCameBeforeItAndTheEnd},
 		{"FullSinkGetsTheRestAndTheEndWhenItResumes", with.testFullSinkGetsTheRestAndTheEndWhenItResumes},
-		{"FullSinkHoldsUpNobodyElse", with.testFullSinkHoldsUpNobodyElse},
+		{"FullSinksHoldUpNobodyElse", with.testFullSinksHoldUpNobodyElse},
 		{"SinkIsToldOfAResetAndOfALostConnection", with.testSinkIsToldOfAResetAndOfALostConnection},
 		{"WindowComesBackOnlyForWhatTheSinkTook", with.testWindowComesBackOnlyForWhatTheSinkTook},
 	} {
