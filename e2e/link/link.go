@@ -85,6 +85,13 @@ func New(a, b *netns.Namespace, there, back Path) (*Link, error) {
 // Stats counts what went from a to b, and back.
 func (l *Link) Stats() (there, back Stats) { return l.ways[0].stats(), l.ways[1].stats() }
 
+// Cut has all packets get lost from now on, both ways.
+func (l *Link) Cut() {
+	for _, w := range l.ways {
+		w.cut.Store(true)
+	}
+}
+
 // Close removes the devices and waits for the goroutines. It may be called again.
 func (l *Link) Close() error {
 	var err error
@@ -164,6 +171,7 @@ type way struct {
 	schedule *schedule // receive's
 	buffers  sync.Pool
 
+	cut                     atomic.Bool
 	carried, lost, overflow atomic.Uint64
 
 	mu       sync.Mutex
@@ -193,6 +201,9 @@ func (w *way) receive() {
 			return
 		}
 		at, fate := w.schedule.admit(time.Now(), n)
+		if w.cut.Load() {
+			fate = lost
+		}
 		if fate == carried && !w.enter(packet{at: at, data: buf[:n]}) {
 			fate = overflow
 		}

@@ -35,6 +35,8 @@ const rate = 200_000_000
 type tunnels struct {
 	clients map[string]*hbone.Client // by transport
 	key     hbone.Key
+	link    *Link
+	broken  chan error  // how streams broke that the server echoed
 	ours    paths.Judge // the client's, with both transports
 	theirs  paths.Judge
 }
@@ -65,12 +67,25 @@ func (w *tunnels) serve(r *hbone.ServerRequest) {
 		}
 		left -= uint64(n)
 	}
-	if _, err := io.Copy(struct{ io.Writer }{s}, s); err == nil {
-		_ = s.CloseWrite()
+	if _, err := io.Copy(struct{ io.Writer }{s}, s); err != nil {
+		select {
+		case w.broken <- err:
+		default:
+		}
+		return
 	}
+	_ = s.CloseWrite()
 }
 
+// pings are h2.Client's and h3.Config's.
+type pings struct{ interval, timeout time.Duration }
+
 func newTunnels(t testing.TB, way Path, transports ...string) *tunnels {
+	t.Helper()
+	return newTunnelsPinging(t, way, pings{}, transports...)
+}
+
+func newTunnelsPinging(t testing.TB, way Path, p pings, transports ...string) *tunnels {
 	t.Helper()
 	back := way
 	back.Seed++
@@ -84,23 +99,28 @@ func newTunnels(t testing.TB, way Path, transports ...string) *tunnels {
 	ca := hbonetest.NewCA(t)
 	cfg := ca.ClientTLS(t, hbonetest.ClientID, hbonetest.ServerID)
 	addr := netip.AddrPortFrom(l.B.V4, 15008)
-	w := &tunnels{clients: make(map[string]*hbone.Client), key: hbone.Key{Remote: addr, Local: l.A.V4}}
-	server := hbone.NewServer(hbone.ServerConfig{TLS: ca.ServerTLS(t, hbonetest.ServerID), Handler: w.serve, Transport: h2.Server{}})
+	w := &tunnels{
+		clients: make(map[string]*hbone.Client), key: hbone.Key{Remote: addr, Local: l.A.V4}, link: l, broken: make(chan error, 1),
+	}
+	server := hbone.NewServer(hbone.ServerConfig{
+		TLS: ca.ServerTLS(t, hbonetest.ServerID), Handler: w.serve,
+		Transport: h2.Server{PingInterval: p.interval, PingTimeout: p.timeout},
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var served errgroup.Group
 	for _, transport := range transports {
 		client := hbone.ClientConfig{TLS: func(context.Context, hbone.Key) (*tls.Config, error) { return cfg, nil }}
 		switch transport {
 		case "h2":
-			client.Transport = h2.Client{}
+			client.Transport = h2.Client{PingInterval: p.interval, PingTimeout: p.timeout}
 			client.Dial = func(ctx context.Context, key hbone.Key) (net.Conn, error) {
 				return a.Dial(ctx, netns.DialConfig{Remote: key.Remote})
 			}
 			listener := netnstest.Listen(t, b, "tcp", addr.String())
 			served.Go(func() error { return server.Serve(ctx, ctx, listener) })
 		case "h3":
-			client.Connector = newEndpoint(t, a, netip.AddrPortFrom(l.A.V4, 15008))
-			endpoint := newEndpoint(t, b, addr)
+			client.Connector = newEndpoint(t, a, netip.AddrPortFrom(l.A.V4, 15008), p)
+			endpoint := newEndpoint(t, b, addr, p)
 			served.Go(func() error { return server.ServeEndpoint(ctx, ctx, endpoint) })
 		}
 		w.clients[transport] = hbone.NewClient(client)
@@ -140,14 +160,14 @@ func (w *tunnels) open(ctx context.Context) (*hbone.Tunnel, error) {
 	return s, nil
 }
 
-func newEndpoint(t testing.TB, ns *netns.Namespace, addr netip.AddrPort) *h3.Endpoint {
+func newEndpoint(t testing.TB, ns *netns.Namespace, addr netip.AddrPort, p pings) *h3.Endpoint {
 	t.Helper()
 	var conn *net.UDPConn
 	netnstest.Do(t, ns, func() (err error) {
 		conn, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr))
 		return err
 	})
-	e, err := h3.New(h3.Config{Conn: conn})
+	e, err := h3.New(h3.Config{Conn: conn, PingInterval: p.interval, PingTimeout: p.timeout})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,6 +213,50 @@ func TestTunnelsCarryAllOverALinkThatLosesAndReorders(t *testing.T) {
 				t.Errorf("echo = %q, %v", all, err)
 			}
 		})
+	}
+}
+
+// A stream that waits for a peer beyond a path that carries nothing any more ends on both sides, within
+// the same time by either transport.
+func TestStreamsEndWhenThePathIsDead(t *testing.T) {
+	t.Parallel()
+	p := pings{interval: 2 * time.Second, timeout: 2 * time.Second}
+	for _, transport := range []string{"h2", "h3"} {
+		for _, sends := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/sends=%v", transport, sends), func(t *testing.T) {
+				t.Parallel()
+				w := newTunnelsPinging(t, Path{Delay: 5 * time.Millisecond}, p, transport)
+				s, err := w.get(t.Context(), 1)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer func() { _ = s.Close() }()
+				time.Sleep(p.interval / 4)
+				w.link.Cut()
+				start := time.Now()
+				if sends {
+					time.Sleep(p.interval * 9 / 10) // quic-go's idle timeout begins anew with it
+					if _, err := s.Write([]byte("x")); err != nil {
+						t.Fatal(err)
+					}
+				}
+				ended := make(chan error, 1)
+				go func() {
+					_, err := s.Read(make([]byte, 1))
+					ended <- err
+				}()
+				for side, broken := range map[string]chan error{"client": ended, "server": w.broken} {
+					select {
+					case err := <-broken:
+						if took := time.Since(start); !errors.Is(err, hbone.ErrPeerSilent) || took > p.interval+p.timeout+time.Second {
+							t.Errorf("%s: %v after %v, want silence within %v", side, err, took, p.interval+p.timeout)
+						}
+					case <-time.After(10 * time.Second):
+						t.Errorf("%s: the stream lives 10 s after its path", side)
+					}
+				}
+			})
+		}
 	}
 }
 

@@ -42,9 +42,9 @@ type Config struct {
 	// Conn is the socket for all of the endpoint's connections, as it is: quic-go finds out
 	// how to send and receive in batches (GSO, recvmmsg). It belongs to the endpoint.
 	Conn *net.UDPConn
-	// PingInterval is how long a client's connection is silent before the peer is asked for a
-	// sign of life, PingTimeout how long it may keep silent thereafter. 0 means 10 and 20
-	// seconds.
+	// PingInterval is how long a connection is silent before the peer is asked for a sign of
+	// life, PingTimeout how long it may keep silent thereafter. 0 means 10 and 20 seconds, as
+	// with h2, and half of PingTimeout is the longest interval.
 	PingInterval, PingTimeout time.Duration
 	// MaxStreams bounds the streams and flows of a connection that a peer made. 0 means 1,000.
 	MaxStreams int
@@ -150,10 +150,12 @@ func (e *Endpoint) Close() error {
 	return nil
 }
 
-// config is the transport's configuration with what both ends have in common.
+// config is the transport's configuration with what both ends have in common. Both ask the other for
+// a sign of life: quic-go's idle timeout counts from when something was sent that wants an answer.
 func (e *Endpoint) config() *quic.Config {
 	return &quic.Config{
-		MaxIdleTimeout:                 e.cfg.PingInterval + e.cfg.PingTimeout,
+		MaxIdleTimeout:                 e.cfg.PingTimeout,
+		KeepAlivePeriod:                e.cfg.PingInterval,
 		InitialStreamReceiveWindow:     firstWindow,
 		MaxStreamReceiveWindow:         e.cfg.StreamWindow,
 		InitialConnectionReceiveWindow: connWindow,

@@ -39,7 +39,6 @@ func (e *Endpoint) Connect(ctx context.Context, key hbone.Key, cfg *tls.Config) 
 	cfg.NextProtos = []string{alpn}
 	cfg.MinVersion = tls.VersionTLS13 // RFC 9001 section 4.2
 	config := e.config()
-	config.KeepAlivePeriod = e.cfg.PingInterval
 	config.MaxIncomingStreams = -1
 	if deadline, ok := ctx.Deadline(); ok {
 		config.HandshakeIdleTimeout = time.Until(deadline)
