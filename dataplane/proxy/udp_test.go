@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -438,6 +439,39 @@ func TestUDPForgedSource(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+}
+
+// When one part of it fails or is closed, all end, the tunnels over QUIC too, and it may be served anew.
+func TestUDPEndsWhenAPartOfItDoes(t *testing.T) {
+	u := newUDPWorld(t, overQUIC)
+	broken := errors.New("the raw socket broke")
+	for name, want := range map[string]error{"a failure": broken, "closed": nil} {
+		t.Run(name, func(t *testing.T) {
+			d := &breakingDatagrams{fakeDatagrams: newFakeDatagrams(), broken: make(chan error)}
+			d.quic = func() (*net.UDPConn, error) { return net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}) }
+			done := make(chan error, 1)
+			go func() { done <- u.nodes[0].ServeUDP(t.Context(), t.Context(), "web", d) }()
+			d.broken <- cmp.Or(want, net.ErrClosed)
+			select {
+			case err := <-done:
+				if !errors.Is(err, want) {
+					t.Errorf("ServeUDP = %v, want %v", err, want)
+				}
+			case <-time.After(10 * time.Second):
+				t.Error("ServeUDP goes on")
+			}
+		})
+	}
+}
+
+// breakingDatagrams has Refused fail as it is told to.
+type breakingDatagrams struct {
+	*fakeDatagrams
+	broken chan error
+}
+
+func (d *breakingDatagrams) Refused(bool) (client, app netip.AddrPort, err error) {
+	return client, app, <-d.broken
 }
 
 // forgingDatagrams fails once.
