@@ -12,8 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -179,14 +177,23 @@ func newEndpoint(t testing.TB, ns *netns.Namespace, addr netip.AddrPort, p pings
 	return e
 }
 
-// get fetches n bytes and leaves the stream to echo.
-func (w *tunnels) get(ctx context.Context, n int) (*hbone.Tunnel, error) {
+// ask opens a stream and asks for n bytes.
+func (w *tunnels) ask(ctx context.Context, n int) (*hbone.Tunnel, error) {
 	s, err := w.open(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := s.Write(binary.BigEndian.AppendUint64(nil, uint64(n))); err != nil {
 		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// get fetches n bytes and leaves the stream to echo.
+func (w *tunnels) get(ctx context.Context, n int) (*hbone.Tunnel, error) {
+	s, err := w.ask(ctx, n)
+	if err != nil {
+		return nil, err
 	}
 	if _, err := io.CopyN(io.Discard, s, int64(n)); err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -282,110 +289,4 @@ func TestAPathThatLosesPacketsIsTakenByHTTP3(t *testing.T) {
 			}
 		})
 	}
-}
-
-// eachPath calls run for each choice of transports, round trip and loss.
-func eachPath(b *testing.B, run func(b *testing.B, way Path, transports []string)) {
-	for _, rtt := range []time.Duration{time.Millisecond, 20 * time.Millisecond, 80 * time.Millisecond} {
-		for _, loss := range []float64{0, 0.001, 0.01, 0.03} {
-			for _, transports := range [][]string{{"h2"}, {"h3"}, {"h2", "h3"}} {
-				name := fmt.Sprintf("rtt=%v/loss=%v%%/%s", rtt, loss*100, strings.Join(transports, "+"))
-				b.Run(name, func(b *testing.B) {
-					run(b, Path{Delay: rtt / 2, Loss: loss, Rate: rate, Seed: 1}, transports)
-				})
-			}
-		}
-	}
-}
-
-// BenchmarkBulk is 4 MiB by 1 and by 8 streams of one connection.
-func BenchmarkBulk(b *testing.B) {
-	for _, streams := range []int{1, 8} {
-		b.Run(fmt.Sprintf("streams=%d", streams), func(b *testing.B) {
-			eachPath(b, func(b *testing.B, way Path, transports []string) {
-				const total = 4 << 20
-				w := newTunnels(b, way, transports...)
-				w.settle(b)
-				b.SetBytes(total)
-				for b.Loop() {
-					var work sync.WaitGroup
-					for range streams {
-						work.Go(func() {
-							s, err := w.get(b.Context(), total/streams)
-							if err != nil {
-								b.Error(err)
-								return
-							}
-							_ = s.Close()
-						})
-					}
-					work.Wait()
-				}
-			})
-		})
-	}
-}
-
-// settle makes the handshake, and moves what a choice of transports needs to know the path.
-func (w *tunnels) settle(b *testing.B) {
-	b.Helper()
-	n := 1
-	if len(w.clients) > 1 {
-		n = 1 << 20
-	}
-	for range 3 {
-		for end := time.Now().Add(1100 * time.Millisecond); ; {
-			s, err := w.get(b.Context(), n)
-			if err != nil {
-				b.Fatal(err)
-			}
-			_ = s.Close()
-			if n == 1 {
-				return
-			}
-			if time.Now().After(end) {
-				break
-			}
-		}
-	}
-}
-
-// BenchmarkRequestBesideBulk is 256 bytes there and back while another stream of the connection
-// moves bulk.
-func BenchmarkRequestBesideBulk(b *testing.B) {
-	eachPath(b, func(b *testing.B, way Path, transports []string) {
-		w := newTunnels(b, way, transports...)
-		w.settle(b)
-		s, err := w.get(b.Context(), 1)
-		if err != nil {
-			b.Fatal(err)
-		}
-		defer func() { _ = s.Close() }()
-		ctx, cancel := context.WithCancel(b.Context())
-		var bulk sync.WaitGroup
-		bulk.Go(func() {
-			for ctx.Err() == nil {
-				if s, err := w.get(ctx, 1<<20); err == nil {
-					_ = s.Close()
-				}
-			}
-		})
-		defer bulk.Wait()
-		defer cancel()
-		var took []time.Duration
-		buf := make([]byte, 256)
-		for b.Loop() {
-			start := time.Now()
-			if _, err := s.Write(buf); err != nil {
-				b.Fatal(err)
-			}
-			if _, err := io.ReadFull(s, buf); err != nil {
-				b.Fatal(err)
-			}
-			took = append(took, time.Since(start))
-		}
-		slices.Sort(took)
-		b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
-		b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
-	})
 }
