@@ -20,6 +20,7 @@ func info(c syscall.Conn) (seen counts, rtt time.Duration, ok bool) {
 			return
 		}
 		seen = counts{segments: uint64(i.Data_segs_out), lost: uint64(max(i.Total_retrans, i.Dsack_dups) - i.Dsack_dups)}
+		seen.bytes, seen.busy = i.Bytes_acked, time.Duration(i.Busy_time)*time.Microsecond
 		rtt, ok = time.Duration(i.Rtt)*time.Microsecond, true
 	})
 	return seen, rtt, ok && err == nil

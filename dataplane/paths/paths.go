@@ -4,7 +4,8 @@
 // All streams of a TCP connection wait while one segment is sent again: each segment waits
 // loss × round trip on average for what another lost. QUIC spares that to all streams but the
 // one that lost something, and takes more CPU time for each packet. The former is held against
-// the latter.
+// the latter. What is lost while very much arrives does not count: what fills a line makes it lose
+// packets, other losses would not let that much arrive, and CPU time is what it wants.
 //
 // Each end sees only what is lost of what it sends, so the one that answers tells the other
 // (Quality.String), when it is bad.
@@ -24,6 +25,9 @@ const (
 	// Dear is how long a segment has to wait for others before QUIC is the better choice: about
 	// what it takes more CPU time for a packet, both ends together.
 	Dear = time.Microsecond
+	// fast is how many bytes a second arrive, while there is something to send, on a way that its
+	// losses do not hold up.
+	fast = 10_000_000
 	// minSegments and minLost are what a judgement needs.
 	minSegments, minLost = 1000, 2
 	// memory is how many segments count: of more, older ones count half.
@@ -105,7 +109,16 @@ type watched struct {
 }
 
 // counts are those of a connection since its beginning.
-type counts struct{ segments, lost uint64 }
+type counts struct {
+	segments, lost uint64
+	bytes          uint64        // that arrived
+	busy           time.Duration // while something was under way
+}
+
+// fast reports whether so much arrived since before that losses did not hold it up.
+func (c counts) fast(before counts) bool {
+	return float64(c.bytes-before.bytes) >= fast*(c.busy-before.busy).Seconds() && c.busy > before.busy
+}
 
 // Watch has the connection to addr tell of the way, until it closes or there are newer ones.
 func (j *Judge) Watch(addr netip.Addr, conn syscall.Conn) {
@@ -189,10 +202,13 @@ func (p *peer) look(now time.Time) {
 		if !ok {
 			return true
 		}
+		seen.lost = max(seen.lost, w.seen.lost)
 		p.ours.Segments += seen.segments - w.seen.segments
-		p.ours.Lost += max(seen.lost, w.seen.lost) - w.seen.lost
+		if !seen.fast(w.seen) {
+			p.ours.Lost += seen.lost - w.seen.lost
+		}
 		p.ours.RTT = rtt
-		w.looked, w.seen = now, counts{seen.segments, max(seen.lost, w.seen.lost)}
+		w.looked, w.seen = now, seen
 		return false
 	})
 	if p.ours.Segments > memory {

@@ -47,6 +47,25 @@ func TestQualityIsReadAsItWasWritten(t *testing.T) {
 	}
 }
 
+func TestLossesOfAFullLineDoNotCount(t *testing.T) {
+	before := counts{segments: 1000, lost: 1, bytes: 1_000_000, busy: time.Second}
+	for _, c := range []struct {
+		bytes uint64
+		busy  time.Duration
+		fast  bool
+	}{
+		{bytes: 0, busy: 0},
+		{bytes: 9_000_000, busy: time.Second},
+		{bytes: 11_000_000, busy: time.Second, fast: true},
+		{bytes: 11_000_000, busy: 2 * time.Second},
+	} {
+		now := counts{segments: 9000, lost: 50, bytes: before.bytes + c.bytes, busy: before.busy + c.busy}
+		if got := now.fast(before); got != c.fast {
+			t.Errorf("%d bytes in %v are fast: %v", c.bytes, c.busy, got)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add("lost=12, sent=4312, rtt=23ms")
 	f.Add("lost=1, sent=0, rtt=-5ns")
