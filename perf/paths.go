@@ -21,7 +21,7 @@ type Scenario struct {
 	// PassThrough has the client alone in the mesh: its traffic is captured, and leaves plain.
 	PassThrough bool
 
-	udp bool // a lab of it for UDP, which agents carry only when they are told to
+	udp bool // a lab of it for UDP
 }
 
 func (s Scenario) name() string { return s.Name }

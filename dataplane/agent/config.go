@@ -60,7 +60,7 @@ type Config struct {
 	MetricsAddress string // "" serves none
 	Inbound        kernel.InboundMode
 	TC             kernel.TCMode
-	// UDP has the UDP of pods captured and tunnelled between agents that do. It is experimental.
+	// UDP has the UDP of pods captured and tunnelled between agents that do.
 	UDP      bool
 	SameNode dataplane.SameNodeMode // how pods of the node talk to each other; "" is the kernel's way, except where STRICT
 	// DisableGuard leaves the host's end of the pods' interfaces unguarded. It exists to
