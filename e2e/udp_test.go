@@ -188,8 +188,8 @@ type udpPair struct {
 	link    *lab.Capture
 }
 
-// newUDPPair makes db with annotations.
-func newUDPPair(t *testing.T, opts lab.Options, annotations map[string]string) *udpPair {
+// newUDPPair makes db with annotations, and starts agents with args.
+func newUDPPair(t *testing.T, opts lab.Options, annotations map[string]string, args ...string) *udpPair {
 	t.Helper()
 	c := newCluster(t, opts)
 	db, err := c.AddPod(lab.PodSpec{Namespace: "shop", Name: "db", Node: 2, ServiceAccount: "db", Annotations: annotations})
@@ -198,7 +198,7 @@ func newUDPPair(t *testing.T, opts lab.Options, annotations map[string]string) *
 	}
 	p := &udpPair{cluster: c, web: c.pod("web", 1), db: db}
 	echoUDP(t, p.db, portEcho)
-	c.start()
+	c.start(args...)
 	if p.link, err = c.Capture(t.Context(), c.Node(1)); err != nil {
 		t.Fatal(err)
 	}

@@ -46,6 +46,7 @@ type Agent struct {
 	proxy      *proxy.Proxy
 	datapath   *kernel.Datapath
 	pods       *pods
+	udp        *udpKeeper
 	paths      *kernelpath.Paths // of connections within the node; nil while another agent has it
 	reconciler *enroll.Reconciler
 	plugin     *plugin // nil when none is installed
@@ -229,13 +230,10 @@ func (a *Agent) newCapture() (err error) {
 	a.stopServing, a.cutServing = stop, cut
 	a.pods = &pods{
 		datapath: a.datapath, keeper: a.keeper, proxy: a.proxy, publisher: a.publisher,
-		log: a.cfg.Log.With("part", "pods"), serve: serve, force: force, served: map[string]*servedPod{}, udp: a.cfg.UDP,
+		log: a.cfg.Log.With("part", "pods"), serve: serve, force: force, served: map[string]*servedPod{},
+		adoptedUDP: map[string]bool{},
 	}
-	if a.cfg.UDP {
-		a.lead(a.followUDP)
-	} else if err := a.datapath.SetPeers(nil); err != nil {
-		return err
-	}
+	a.newUDP()
 	a.own(a.pods)
 	if a.cluster != nil {
 		a.pods.finder = sandbox.New(sandbox.Config{Proc: a.cfg.HostProc, HostNetNS: a.cfg.HostNetNS, Log: a.pods.log})
@@ -245,6 +243,7 @@ func (a *Agent) newCapture() (err error) {
 		// Whatever it had come to, others may hold it for captured: it stays published
 		// until its release says otherwise.
 		adopted = append(adopted, enroll.Adopted{UID: p.UID, NetNS: p.NetNS, Published: true})
+		a.pods.adoptedUDP[p.UID] = p.UDP
 	}
 	a.reconciler, err = enroll.New(enroll.Config{
 		Node: a.cfg.Node, Store: &a.store, Target: a.pods, RequireNetNS: a.pods.finder == nil, Adopted: adopted,

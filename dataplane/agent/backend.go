@@ -213,6 +213,9 @@ func (b backend) Check(ctx context.Context) ([]admin.Finding, error) {
 		for _, f := range pod.Check(ctx) {
 			findings = append(findings, admin.Finding{Subject: subject, Check: f.Check, OK: f.OK, Detail: f.Detail})
 		}
+		if err := pod.udpTrouble(); err != nil && b.udp.not() == nil {
+			findings = append(findings, admin.Finding{Subject: subject, Check: "udp", Detail: err.Error()})
+		}
 		if w != nil {
 			f := b.pods.probe(ctx, w, pod)
 			f.Subject = subject
@@ -258,12 +261,35 @@ func (b backend) checkAgent() []admin.Finding {
 		for _, issue := range udpIssues(s) {
 			findings = append(findings, admin.Finding{Subject: agentSubject, Check: "udp", Detail: issue})
 		}
+		findings = append(findings, b.checkUDP(s)...)
 	}
 	if b.plugin != nil && !b.released.Load() {
 		findings = append(findings, finding("CNI plugin", b.plugin.check()))
 	}
 	for _, st := range b.keeper.Status() {
 		findings = append(findings, finding("certificate "+st.Identity.String(), st.LastError))
+	}
+	return findings
+}
+
+// checkUDP says whether UDP is captured on this node, which need not be.
+func (b backend) checkUDP(s *dataplane.Snapshot) []admin.Finding {
+	f := admin.Finding{Subject: agentSubject, Check: "udp", OK: true}
+	why := b.udp.not()
+	if why == nil {
+		return []admin.Finding{f}
+	}
+	f.Detail = fmt.Sprintf("the UDP of this node's pods is not captured and goes in clear: %v", why)
+	findings := []admin.Finding{f}
+	fate := "it is dropped"
+	if b.udp.off {
+		fate = "it goes in clear"
+	}
+	for _, ns := range unmetUDP(s, b.cfg.Node) {
+		findings = append(findings, admin.Finding{
+			Subject: agentSubject, Check: "udp",
+			Detail: fmt.Sprintf("namespace %s requires tunnels for what its pods send by UDP, which this node cannot give: %s", ns, fate),
+		})
 	}
 	return findings
 }

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs"
@@ -38,11 +39,11 @@ type pods struct {
 	mu     sync.Mutex
 	served map[string]*servedPod
 
-	// udp says that followUDP captures UDP. Otherwise what an earlier agent captured is let go.
-	udp bool
-	// publishing guards what was published last.
-	publishing              sync.Mutex
-	published, publishedUDP []string
+	udp        *udpKeeper      // nil captures no UDP
+	adoptedUDP map[string]bool // pods whose UDP an earlier agent captured
+
+	publishing sync.Mutex // held by who publishes
+	published  atomic.Pointer[published]
 }
 
 var _ enroll.Target = (*pods)(nil)
@@ -56,11 +57,16 @@ type servedPod struct {
 	stop     context.CancelFunc // ends the latest serving gracefully
 	serving  sync.WaitGroup     // the latest, and earlier ones whose connections live
 	mute     bool               // it has to listen anew; for Prepare alone
+	prepared atomic.Bool        // it had a certificate, and its UDP may be captured
 
 	// udpMu guards the rest.
 	udpMu     sync.Mutex
 	serve     context.Context   // the latest serving's
 	udp       *kernel.UDPConfig // as UDP is captured; nil: not, or not known
+	udpTried  *kernel.UDPConfig // as it was to be captured last
+	udpErr    error             // why it is not so
+	udpFailed time.Time         // since when
+	udpLeaves bool              // it is let go once peers know of it
 	datagrams *kernel.Datagrams // what is served of it
 	endUDP    func()            // ends that at once; nil when there was none
 }
@@ -76,9 +82,15 @@ func (p *pods) Prepare(ctx context.Context, w *dataplane.Workload) error {
 	} else if err := p.revive(s, w.Name); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, certificateWait)
+	ready, cancel := context.WithTimeout(ctx, certificateWait)
 	defer cancel()
-	return p.keeper.Ready(ctx, w.Identity)
+	if err := p.keeper.Ready(ready, w.Identity); err != nil {
+		return err
+	}
+	if p.udp != nil {
+		p.udp.prepared(p.get(w.UID), w)
+	}
+	return nil
 }
 
 // certificateWait is how long a pod's preparation waits for its certificate before it fails
@@ -101,9 +113,6 @@ func (p *pods) open(ctx context.Context, w *dataplane.Workload) error {
 	p.keeper.Want(s.identity)
 	p.mu.Unlock()
 	p.start(s, w.Name)
-	if !p.udp {
-		return pod.ReleaseUDP()
-	}
 	return nil
 }
 

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
@@ -17,31 +19,29 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/kernel"
 )
 
-// udpInterval is how often the capture of UDP is compared with what it should be, beside each
-// change of the cluster: pods are opened in between.
-const udpInterval = time.Second
+const (
+	// udpInterval is how often the capture of UDP is compared with what it should be while it
+	// is not so, beside each change of the cluster.
+	udpInterval = time.Second
+	// udpRetry is how long after a failure it is tried again.
+	udpRetry = 10 * time.Second
+)
 
-// followUDP captures the UDP of this node's pods where Config.UDP says so, tells the kernel who
-// else speaks it, and publishes whose UDP is taken, until ctx ends.
-func (a *Agent) followUDP(ctx context.Context) error {
-	ticker := time.NewTicker(udpInterval)
-	defer ticker.Stop()
+// errUDPOff is why an agent that is told so captures no UDP.
+var errUDPOff = errors.New("the agent runs with --udp=false")
+
+// newUDP decides whether the UDP of this node's pods is captured.
+func (a *Agent) newUDP() {
 	log := a.cfg.Log.With("part", "udp")
-	u := udpKeeper{pods: a.pods, datapath: a.datapath, told: make(map[string]string)}
-	for {
-		s, changed := a.store.Load()
-		if s != nil {
-			for name, err := range u.follow(ctx, s) {
-				log.Error("UDP is not as it should be", "of", name, "error", err)
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-changed:
-		case <-ticker.C:
-		}
+	a.udp = &udpKeeper{
+		pods: a.pods, datapath: a.datapath, store: &a.store, settle: max(a.cfg.Settle, udpInterval),
+		off: !a.cfg.UDP, wake: make(chan struct{}, 1), told: make(map[string]string), log: log,
 	}
+	a.pods.udp = a.udp
+	if err := a.udp.not(); err != nil && a.cfg.UDP {
+		log.Warn("UDP of pods goes in clear, or nowhere where their namespaces require tunnels", "cause", err)
+	}
+	a.lead(a.udp.Run)
 }
 
 // resetKeyFile holds what QUIC connections of an earlier agent of the node are reset by.
@@ -66,49 +66,135 @@ func resetKey(stateDir string) (*[32]byte, error) {
 	return &key, nil
 }
 
-// udpKeeper brings the capture of UDP in line with snapshots.
+// udpKeeper captures the UDP of this node's pods, tells the kernel who else speaks the tunnel, and
+// publishes whose UDP is taken. A pod's way in and out:
+//
+//	Prepare ─► captured, served ─► published ─settle─► strict, if it is to be
+//	released ◄─settle─ unpublished ◄─ left alone
 type udpKeeper struct {
 	pods     *pods
 	datapath *kernel.Datapath
+	store    *dataplane.Store
+	settle   time.Duration // for peers to learn of a change
+	off      bool          // nothing is captured; what an earlier agent captured is let go
+	wake     chan struct{} // something is to be done
+	log      *slog.Logger
 
-	peers    *dataplane.Snapshot // that the kernel's peers are of
-	policies *dataplane.Snapshot // that rules are of
-	rules    *authz.Set
-	told     map[string]string // errors that were told, by whom they are of
+	mu    sync.Mutex
+	rules *authz.Set
+	of    *dataplane.Snapshot // that rules are of
+
+	// For Run alone.
+	peers *dataplane.Snapshot // that the kernel's peers are of
+	told  map[string]string   // errors that were told, by whom they are of
 }
 
-// follow returns what went wrong and has not been told yet.
-func (u *udpKeeper) follow(ctx context.Context, s *dataplane.Snapshot) map[string]error {
-	failed := make(map[string]error)
-	if u.peers != s {
-		if err := u.datapath.SetPeers(udpPeers(s)); err != nil {
-			failed["peers"] = err
-		} else {
-			u.peers = s
+// not says why UDP is not captured on this node; nil when it is.
+func (u *udpKeeper) not() error {
+	if u.off {
+		return errUDPOff
+	}
+	return u.datapath.NoUDP()
+}
+
+// Run keeps UDP as the cluster asks for it, until ctx ends.
+func (u *udpKeeper) Run(ctx context.Context) error {
+	for {
+		s, changed := u.store.Load()
+		var again <-chan time.Time
+		if s != nil {
+			if pause := u.follow(ctx, s); pause > 0 {
+				again = time.After(pause)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		case <-u.wake:
+		case <-again:
 		}
 	}
-	if u.policies != s {
-		u.policies, u.rules = s, authz.NewSet(s)
+}
+
+// follow returns when to look again; 0 when all is as s asks for. It tells once what is not.
+func (u *udpKeeper) follow(ctx context.Context, s *dataplane.Snapshot) (pause time.Duration) {
+	failed := make(map[string]error)
+	if err := u.setPeers(s); err != nil {
+		failed["peers"] = err
 	}
+	leaving := false
 	for _, pod := range u.pods.all() {
 		w := s.Workload(pod.UID())
 		if w == nil || !w.Enrolled {
 			continue // it is released, or about to be: its capture ends with it
 		}
-		if err := u.pods.setUDP(pod, w, u.want(s, w)); err != nil {
+		if !pod.prepared.Load() && pod.Datagrams() == nil {
+			continue // its connections are not captured yet
+		}
+		done, err := u.set(pod, w, u.want(s, w))
+		if err != nil {
 			failed[w.Name.String()] = err
 		}
+		leaving = leaving || err == nil && !done
 	}
 	if err := u.pods.republish(ctx); err != nil {
 		failed["publication"] = err
 	}
+	switch {
+	case leaving, failed["publication"] != nil:
+		pause = udpInterval
+	case len(failed) > 0:
+		pause = udpRetry
+	}
+	for name, err := range failed {
+		if u.told[name] != err.Error() {
+			u.told[name] = err.Error()
+			u.log.Error("UDP is not as it should be", "of", name, "error", err)
+		}
+	}
 	maps.DeleteFunc(u.told, func(name string, _ string) bool { return failed[name] == nil })
-	maps.DeleteFunc(failed, func(name string, err error) bool {
-		known := u.told[name] == err.Error()
-		u.told[name] = err.Error()
-		return known
-	})
-	return failed
+	return pause
+}
+
+// setPeers tells the kernel of nobody where nobody's UDP is captured, or is to be.
+func (u *udpKeeper) setPeers(s *dataplane.Snapshot) error {
+	if u.peers == s {
+		return nil
+	}
+	var peers map[kernel.Peer][]dataplane.PortRange
+	captured := func(p *servedPod) bool { return p.Datagrams() != nil }
+	if u.not() == nil || len(u.datapath.Adopted()) > 0 || slices.ContainsFunc(u.pods.all(), captured) {
+		peers = udpPeers(s)
+	}
+	if err := u.datapath.SetPeers(peers); err != nil {
+		return err
+	}
+	u.peers = s
+	return nil
+}
+
+// prepared captures the UDP of a pod that is ready to take tunnels. What goes wrong is no reason
+// to keep its connections from being captured.
+func (u *udpKeeper) prepared(pod *servedPod, w *dataplane.Workload) {
+	s, _ := u.store.Load()
+	if s == nil || pod.prepared.Load() {
+		return
+	}
+	done, err := u.set(pod, w, u.want(s, w))
+	pod.prepared.Store(true)
+	now, _ := u.store.Load()
+	if err != nil || !done || now != s || u.pods.published.Load().belies(w.UID, pod.takesUDP()) {
+		u.poke()
+	}
+}
+
+// poke has Run look again.
+func (u *udpKeeper) poke() {
+	select {
+	case u.wake <- struct{}{}:
+	default: // it will look anyway
+	}
 }
 
 // want is how the pod's UDP is to be captured; nil leaves it alone.
@@ -117,8 +203,13 @@ func (u *udpKeeper) want(s *dataplane.Snapshot, w *dataplane.Workload) *kernel.U
 	if ns := s.Namespace(w.Name.Namespace); ns != nil {
 		mode = ns.UDP()
 	}
-	if mode == dataplane.UDPOff {
+	if u.off || mode == dataplane.UDPOff || mode != dataplane.UDPRequire && u.not() != nil {
 		return nil
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.of != s {
+		u.of, u.rules = s, authz.NewSet(s)
 	}
 	_, strict := u.rules.Rules(w).Strict(0)
 	return &kernel.UDPConfig{Strict: strict, Require: mode == dataplane.UDPRequire, Clear: w.UDPClear}
@@ -137,6 +228,19 @@ func udpIssues(s *dataplane.Snapshot) []string {
 		}
 	}
 	return issues
+}
+
+// unmetUDP are the namespaces with pods of this node that require tunnels for UDP, where there are
+// none.
+func unmetUDP(s *dataplane.Snapshot, node string) []string {
+	found := make(map[string]bool)
+	for i := range s.Workloads() {
+		w := &s.Workloads()[i]
+		if ns := s.Namespace(w.Name.Namespace); w.Enrolled && w.Node == node && ns != nil && ns.UDP() == dataplane.UDPRequire {
+			found[ns.Name] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(found))
 }
 
 // udpPeers are the pods that take UDP in tunnels, and the services of which every endpoint that
@@ -185,23 +289,45 @@ func allTakeUDP(s *dataplane.Snapshot, svc *dataplane.Service, port dataplane.Se
 	return some
 }
 
-// setUDP captures the pod's UDP, or leaves it alone when want is nil.
-func (p *pods) setUDP(s *servedPod, w *dataplane.Workload, want *kernel.UDPConfig) error {
+// set captures the pod's UDP, or leaves it alone when want is nil. Peers get time to hear of it
+// before the pod takes no tunnels any more, or nothing but tunnels: until then set reports false.
+func (u *udpKeeper) set(s *servedPod, w *dataplane.Workload, want *kernel.UDPConfig) (done bool, err error) {
 	s.udpMu.Lock()
 	defer s.udpMu.Unlock()
-	if want == nil {
-		s.udp = nil
+	told := u.pods.published.Load()
+	s.udpLeaves = want == nil && s.Datagrams() != nil
+	if s.udpLeaves && !told.withoutUDP(s.UID(), u.settle) {
+		return false, nil
+	}
+	done = true
+	if want != nil && want.Strict && !w.Starting && !u.pods.adoptedUDP[s.UID()] && !told.withUDP(s.UID(), u.settle) {
+		want.Strict, done = false, false
+	}
+	if s.udpErr != nil && equalUDP(s.udpTried, want) && time.Since(s.udpFailed) < udpRetry {
+		return false, s.udpErr
+	}
+	s.udpTried = want
+	switch {
+	case want == nil:
 		s.endUDPLocked()
-		return s.ReleaseUDP()
-	}
-	if s.udp == nil || s.udp.Strict != want.Strict || s.udp.Require != want.Require || !slices.Equal(s.udp.Clear, want.Clear) {
-		if err := s.CaptureUDP(*want); err != nil {
-			return err
+		s.udpErr, s.udp = s.ReleaseUDP(), nil
+	case !equalUDP(s.udp, want):
+		if s.udpErr = s.CaptureUDP(*want); s.udpErr == nil {
+			s.udp = want
 		}
-		s.udp = want
 	}
-	p.serveUDPLocked(s, w.Name)
-	return nil
+	if s.udpErr != nil {
+		s.udpFailed = time.Now()
+	}
+	u.pods.serveUDPLocked(s, w.Name)
+	return done && s.udpErr == nil, s.udpErr
+}
+
+func equalUDP(a, b *kernel.UDPConfig) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.Strict == b.Strict && a.Require == b.Require && slices.Equal(a.Clear, b.Clear)
 }
 
 // serveUDPLocked serves the pod's captured UDP beside its listeners, once.
@@ -232,7 +358,8 @@ func (p *pods) serveUDPLocked(s *servedPod, name dataplane.Name) {
 		s.udpMu.Lock()
 		defer s.udpMu.Unlock()
 		if s.datagrams == d {
-			s.datagrams = nil // followUDP tries again
+			s.datagrams = nil
+			time.AfterFunc(udpInterval, p.udp.poke) // it is tried again
 		}
 	})
 }
@@ -246,32 +373,77 @@ func (s *servedPod) endUDPLocked() {
 	s.endUDP, s.datagrams = nil, nil
 }
 
-// udpOf are those of the pods whose UDP is captured.
+// udpTrouble is why the pod's UDP is not as it should be.
+func (s *servedPod) udpTrouble() error {
+	s.udpMu.Lock()
+	defer s.udpMu.Unlock()
+	return s.udpErr
+}
+
+// takesUDP tells whether peers may send the pod UDP in tunnels.
+func (s *servedPod) takesUDP() bool {
+	s.udpMu.Lock()
+	defer s.udpMu.Unlock()
+	return s.Datagrams() != nil && !s.udpLeaves
+}
+
+// udpOf are those of the pods that take UDP. One that is not open yet does if an earlier agent
+// captured it: peers that were told otherwise would send in clear what this agent takes in a moment.
 func (p *pods) udpOf(uids []string) []string {
 	var udp []string
 	for _, uid := range uids {
-		if s := p.get(uid); s != nil && s.Datagrams() != nil {
+		takes := p.adoptedUDP[uid] && p.udp.not() == nil
+		if s := p.get(uid); s != nil {
+			takes = s.takesUDP()
+		}
+		if takes {
 			udp = append(udp, uid)
 		}
 	}
 	return udp
 }
 
+// published is what peers were told: who takes tunnels, and which of them UDP as well. The nil
+// one is before anything was told.
+type published struct {
+	uids, udp []string
+	at        time.Time
+}
+
+// withUDP reports whether peers have known for settle that the pod takes UDP.
+func (p *published) withUDP(uid string, settle time.Duration) bool {
+	return p != nil && slices.Contains(p.udp, uid) && time.Since(p.at) >= settle
+}
+
+// withoutUDP reports whether peers have known for settle that the pod takes no UDP.
+func (p *published) withoutUDP(uid string, settle time.Duration) bool {
+	return p != nil && !slices.Contains(p.udp, uid) && time.Since(p.at) >= settle
+}
+
+// belies reports whether peers were told otherwise of the pod's UDP.
+func (p *published) belies(uid string, takes bool) bool {
+	return p != nil && slices.Contains(p.uids, uid) && slices.Contains(p.udp, uid) != takes
+}
+
 // republish publishes again what was published last, when the UDP of other pods is captured now.
 func (p *pods) republish(ctx context.Context) error {
 	p.publishing.Lock()
 	defer p.publishing.Unlock()
-	udp := p.udpOf(p.published)
-	if p.published == nil || slices.Equal(udp, p.publishedUDP) {
+	told := p.published.Load()
+	if told == nil {
 		return nil
 	}
-	return p.publishLocked(ctx, p.published, udp)
+	udp := p.udpOf(told.uids)
+	if slices.Equal(udp, told.udp) {
+		return nil
+	}
+	return p.publishLocked(ctx, told.uids, udp)
 }
 
 func (p *pods) publishLocked(ctx context.Context, uids, udp []string) error {
 	if err := p.publisher.PublishCaptured(ctx, uids, udp); err != nil {
 		return fmt.Errorf("publish: %w", err)
 	}
-	p.published, p.publishedUDP = uids, udp
+	p.published.Store(&published{uids: uids, udp: udp, at: time.Now()})
 	return nil
 }

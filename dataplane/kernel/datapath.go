@@ -33,6 +33,7 @@ type Datapath struct {
 	loaded  *loaded
 	inbound InboundMode
 	tc      TCMode
+	noUDP   error // why the UDP of pods cannot be captured
 	kubelet kubelet
 
 	mu      sync.Mutex
@@ -106,6 +107,7 @@ func (d *Datapath) open() error {
 	if d.tc, err = d.chooseTC(); err != nil {
 		return err
 	}
+	d.noUDP = d.probeUDP()
 	return d.dropUnpinnedPods()
 }
 
@@ -220,7 +222,7 @@ func (d *Datapath) Adopted() []AdoptedPod {
 	var adopted []AdoptedPod
 	for _, uid := range slices.Sorted(maps.Keys(d.records)) {
 		if r := d.records[uid]; d.pods[uid] == nil {
-			adopted = append(adopted, AdoptedPod{UID: uid, NetNS: r.NetNS, Addrs: slices.Clone(r.Addrs)})
+			adopted = append(adopted, AdoptedPod{UID: uid, NetNS: r.NetNS, Addrs: slices.Clone(r.Addrs), UDP: r.UDP})
 		}
 	}
 	return adopted

@@ -135,6 +135,7 @@ type AdoptedPod struct {
 	UID   string
 	NetNS string
 	Addrs []netip.Addr
+	UDP   bool // captured as well
 }
 
 // Counter is one of the counters that the programs keep, summed over all CPUs.

@@ -58,12 +58,12 @@ type loaded struct {
 	maps  bpf.RacewayMaps
 	coll  *ebpf.Collection // owns the maps
 	dump  *link.Iter
-	older *link.Iter // of UDP sockets, since it was needed first
-	dir   string     // of all pins
-	hooks string     // directory with the links of the connect hooks
-	fresh bool       // made by this agent, not adopted
+	dir   string // of all pins
+	hooks string // directory with the links of the connect hooks
+	fresh bool   // made by this agent, not adopted
 
-	olderMu sync.Mutex // guards older
+	udpItersMu sync.Mutex
+	udpIters   map[string]*link.Iter // over a namespace's UDP sockets, by program
 
 	track          *ebpf.Program // nil where noProbes and noDirect say why
 	noProbes       error         // why the kubelet's probes cannot be told from others
@@ -126,7 +126,7 @@ func newLoaded() (*loaded, error) {
 	if setRetval != nil && !errors.Is(setRetval, ebpf.ErrNotSupported) {
 		return nil, fmt.Errorf("probe bpf_set_retval: %w", setRetval)
 	}
-	l := &loaded{spec: spec, noProbes: probeSupport(), noDirect: directSupport()}
+	l := &loaded{spec: spec, noProbes: probeSupport(), noDirect: directSupport(), udpIters: make(map[string]*link.Iter)}
 	l.tellsProcesses = features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnGetCurrentPidTgid) == nil
 	for name, value := range map[string]any{
 		"redirect_mark":      uint32(markRedirect),
@@ -423,8 +423,8 @@ func (l *loaded) close() error {
 	if l.dump != nil {
 		err = l.dump.Close()
 	}
-	if l.older != nil {
-		err = errors.Join(err, l.older.Close())
+	for _, iter := range l.udpIters {
+		err = errors.Join(err, iter.Close())
 	}
 	if l.track != nil {
 		err = errors.Join(err, l.track.Close())
@@ -449,7 +449,7 @@ func podValue(r *record) bpf.RacewayPod {
 	if r.Inbound {
 		v.Flags |= bpf.RacewayPodFlagPOD_INBOUND
 	}
-	if r.UDP {
+	if r.judgesUDP() {
 		v.Flags |= bpf.RacewayPodFlagPOD_UDP
 	}
 	if r.UDPStrict {

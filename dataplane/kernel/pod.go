@@ -146,10 +146,8 @@ func (p *Pod) prepare() error {
 	if err := p.attachInbound(); err != nil {
 		return err
 	}
-	if p.rec.UDP {
-		if err := p.openUDP(); err != nil {
-			return err
-		}
+	if err := p.adoptUDP(); err != nil {
+		return err
 	}
 	if err := p.loadOlder(); err != nil {
 		return err

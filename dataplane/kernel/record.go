@@ -23,7 +23,8 @@ type record struct {
 	Addrs    []netip.Addr `json:"addrs"`
 	Outbound bool         `json:"outbound"`
 	Inbound  bool         `json:"inbound"`
-	// UDP says that UDP is captured, and how: see UDPConfig.
+	// UDP says that UDP is captured, and how: see UDPConfig. Without it UDPRequire is of a pod
+	// whose UDP the guard drops, since it cannot be captured.
 	UDP        bool                  `json:"udp,omitempty"`
 	UDPStrict  bool                  `json:"udpStrict,omitempty"`
 	UDPRequire bool                  `json:"udpRequire,omitempty"`
@@ -45,6 +46,9 @@ type record struct {
 	// Sysctls holds the values that were there before, by path below /proc/sys.
 	Sysctls map[string]string `json:"sysctls,omitempty"`
 }
+
+// judgesUDP tells whether the programs look at the pod's UDP.
+func (r *record) judgesUDP() bool { return r.UDP || r.UDPRequire }
 
 // ledger keeps the records in files.
 type ledger struct{ dir string }

@@ -22,7 +22,8 @@ type UDPConfig struct {
 	// Strict refuses what peers send in clear, but answers to what the pod sent in clear.
 	Strict bool
 	// Require captures what the pod sends to others than peers as well, but to multicast,
-	// broadcast and link-local addresses, DHCP, and in answer to what they sent in clear.
+	// broadcast and link-local addresses, DHCP, and in answer to what they sent in clear. Where
+	// that cannot be, the guard drops it, the answers too.
 	Require bool
 	// Clear is destination ports of the pod, and of its peers as the pod sees them, that are
 	// left alone; at most MaxClearPorts.
@@ -49,9 +50,30 @@ func CanCaptureUDP() bool {
 	return slices.ContainsFunc(lookup.Members, func(m btf.Member) bool { return m.Name == "ingress_ifindex" })
 }
 
+// NoUDP says why no pod's UDP can be captured; nil when it can.
+func (d *Datapath) NoUDP() error { return d.noUDP }
+
+// probeUDP loads what the capture takes.
+func (d *Datapath) probeUDP() error {
+	if d.inbound != InboundSKLookup {
+		return errors.New("it needs SK_LOOKUP with ingress_ifindex, Linux 5.17, and inbound connections are redirected with TC")
+	}
+	for _, name := range []string{progDivert, progReceive} {
+		prog, err := d.loaded.instance(name, 0)
+		if err != nil {
+			return err
+		}
+		if err := prog.Close(); err != nil {
+			return err
+		}
+	}
+	_, err := d.loaded.udpIter(progNoteOlder)
+	return err
+}
+
 // CaptureUDP hands the pod's UDP with peers to the agent, from now on: sockets that exist go on
-// in clear until they close. It may be called again with another configuration. It needs a
-// kernel that redirects inbound connections with SK_LOOKUP.
+// in clear until they close. It may be called again with another configuration. It fails where
+// NoUDP says why.
 func (p *Pod) CaptureUDP(cfg UDPConfig) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -65,20 +87,13 @@ func (p *Pod) captureUDP(cfg UDPConfig) error {
 	if err := p.usable(); err != nil {
 		return err
 	}
-	if p.d.inbound != InboundSKLookup {
-		return errors.New("it needs SK_LOOKUP with ingress_ifindex, Linux 5.17")
-	}
 	if _, err := clearPorts(cfg.Clear); err != nil {
 		return err
 	}
 	before := *p.rec
-	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPRequire, p.rec.UDPClear = true, cfg.Strict, cfg.Require, cfg.Clear
-	err := p.d.ledger.save(p.rec)
-	if err == nil && !before.UDP {
-		err = errors.Join(p.setUpRouting(), p.openUDP(), p.noteOlderSockets())
-	}
+	err := p.d.noUDP
 	if err == nil {
-		err = p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec))
+		err = p.takeUDP(cfg)
 	}
 	if err == nil {
 		return nil
@@ -87,7 +102,35 @@ func (p *Pod) captureUDP(cfg UDPConfig) error {
 		*p.rec = before
 		return errors.Join(err, p.d.ledger.save(p.rec))
 	}
-	return errors.Join(err, p.releaseUDP())
+	if !cfg.Require {
+		return errors.Join(err, p.releaseUDP())
+	}
+	if !before.judgesUDP() {
+		err = errors.Join(err, p.noteOlderSockets())
+	}
+	return errors.Join(err, p.refuseUDP(cfg.Clear))
+}
+
+func (p *Pod) takeUDP(cfg UDPConfig) error {
+	judged := p.rec.judgesUDP()
+	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPRequire, p.rec.UDPClear = true, cfg.Strict, cfg.Require, cfg.Clear
+	if err := p.d.ledger.save(p.rec); err != nil {
+		return err
+	}
+	if p.udp == nil {
+		if err := p.setUpRouting(); err != nil {
+			return err
+		}
+		if err := p.openUDP(); err != nil {
+			return err
+		}
+	}
+	if !judged {
+		if err := p.noteOlderSockets(); err != nil {
+			return err
+		}
+	}
+	return p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec))
 }
 
 // ReleaseUDP leaves the pod's UDP alone again.
@@ -95,7 +138,7 @@ func (p *Pod) ReleaseUDP() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	err := p.usable()
-	if err == nil && p.rec.UDP {
+	if err == nil && p.rec.judgesUDP() {
 		err = p.releaseUDP()
 	}
 	if err != nil {
@@ -105,7 +148,18 @@ func (p *Pod) ReleaseUDP() error {
 }
 
 func (p *Pod) releaseUDP() error {
-	p.rec.UDP, p.rec.UDPStrict, p.rec.UDPRequire, p.rec.UDPClear = false, false, false, nil
+	p.rec.UDPRequire, p.rec.UDPClear = false, nil
+	return p.letGoOfUDP()
+}
+
+// refuseUDP leaves the pod's UDP to the guard, which drops what should have been captured.
+func (p *Pod) refuseUDP(clear []dataplane.PortRange) error {
+	p.rec.UDPRequire, p.rec.UDPClear = true, clear
+	return p.letGoOfUDP()
+}
+
+func (p *Pod) letGoOfUDP() error {
+	p.rec.UDP, p.rec.UDPStrict = false, false
 	errs := []error{
 		p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)),
 		p.d.detachUDP(p.rec, p.ns),
@@ -121,6 +175,23 @@ func (p *Pod) Datagrams() *Datagrams {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.udp
+}
+
+// adoptUDP goes on with what an earlier agent captured. What cannot be now is no reason to leave
+// the pod's connections unserved.
+func (p *Pod) adoptUDP() error {
+	switch {
+	case !p.rec.UDP:
+		return nil
+	case p.d.noUDP == nil:
+		if err := p.openUDP(); err != nil {
+			p.d.log.Error("UDP that an earlier agent captured is lost for now", "pod", p.uid, "error", err)
+		}
+		return nil
+	case p.rec.UDPRequire:
+		return p.refuseUDP(p.rec.UDPClear)
+	}
+	return p.releaseUDP()
 }
 
 // openUDP makes the sockets and attaches the programs, or this agent's in the place of others.
@@ -176,11 +247,10 @@ func withFD(s syscall.Conn, fn func(fd int) error) error {
 // nor bound yet is none of them.
 func (p *Pod) noteOlderSockets() error {
 	iter, err := p.d.loaded.udpIter(progNoteOlder)
-	if err != nil {
-		return err
+	if err == nil {
+		_, err = p.list(iter)
 	}
-	_, err = p.list(iter)
-	if err := errors.Join(err, iter.Close()); err != nil {
+	if err != nil {
 		return fmt.Errorf("note older UDP sockets: %w", err)
 	}
 	return nil
@@ -190,10 +260,10 @@ func (p *Pod) noteOlderSockets() error {
 func (p *Pod) OlderUDP() (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.rec.UDP || p.usable() != nil {
+	if !p.rec.judgesUDP() || p.usable() != nil {
 		return 0, nil
 	}
-	iter, err := p.d.loaded.listOlder()
+	iter, err := p.d.loaded.udpIter(progListOlder)
 	if err != nil {
 		return 0, fmt.Errorf("count older UDP sockets of pod %s: %w", p.uid, err)
 	}
@@ -204,28 +274,23 @@ func (p *Pod) OlderUDP() (int, error) {
 	return len(list), nil
 }
 
+// udpIter is made when it is needed first, and ends with l.
 func (l *loaded) udpIter(name string) (*link.Iter, error) {
+	l.udpItersMu.Lock()
+	defer l.udpItersMu.Unlock()
+	if iter := l.udpIters[name]; iter != nil {
+		return iter, nil
+	}
 	prog, err := l.program(l.spec.Programs[name].Copy())
 	if err != nil {
 		return nil, err
 	}
 	iter, err := link.AttachIter(link.IterOptions{Program: prog})
-	if err != nil {
-		err = fmt.Errorf("attach iter/udp: %w", err)
+	if err := errors.Join(err, prog.Close()); err != nil { // the iterator holds it
+		return nil, fmt.Errorf("attach %s to iter/udp: %w", name, err)
 	}
-	return iter, errors.Join(err, prog.Close()) // the iterator holds it
-}
-
-// listOlder is made when it is needed first, and ends with l.
-func (l *loaded) listOlder() (*link.Iter, error) {
-	l.olderMu.Lock()
-	defer l.olderMu.Unlock()
-	if l.older != nil {
-		return l.older, nil
-	}
-	var err error
-	l.older, err = l.udpIter(progListOlder)
-	return l.older, err
+	l.udpIters[name] = iter
+	return iter, nil
 }
 
 // list is what an iterator writes of the pod's namespace.

@@ -991,16 +991,89 @@ func TestUDPRelease(t *testing.T) {
 	})
 }
 
+// Without SK_LOOKUP the UDP of a pod goes in clear, unless it must not: then the guard drops what
+// should have been captured, and no more.
 func TestUDPNeedsSKLookup(t *testing.T) {
 	netnstest.Require(t)
 	for _, m := range modes() {
 		if m.inbound != kernel.InboundTC {
 			continue
 		}
-		f := enrolled(t, m)
-		if err := f.pod.CaptureUDP(kernel.UDPConfig{}); err == nil {
-			t.Errorf("%s: captured", m.name)
-		}
+		t.Run(m.name, func(t *testing.T) {
+			f := enrolled(t, m)
+			if f.dp.NoUDP() == nil {
+				t.Fatal("it can be captured")
+			}
+			older, app := bindUDP(t, f.web.Namespace, at(f.web.V4, 0)), bindUDP(t, f.web.Namespace, at(f.web.V6, 0))
+			if err := f.pod.CaptureUDP(kernel.UDPConfig{}); !errors.Is(err, f.dp.NoUDP()) {
+				t.Errorf("captured: %v", err)
+			}
+			peer, peer6 := bindUDP(t, f.db.Namespace, at(f.db.V4, 0)), bindUDP(t, f.db.Namespace, at(f.db.V6, 0))
+			say(t, app, localOf(peer6), "in clear")
+			hear(t, peer6, "in clear")
+
+			require := kernel.UDPConfig{Require: true, Clear: []dataplane.PortRange{{First: 123, Last: 123}}}
+			for range 2 { // again it must not let go, nor have newer sockets for older ones
+				if err := f.pod.CaptureUDP(require); !errors.Is(err, f.dp.NoUDP()) {
+					t.Errorf("captured where it is required: %v", err)
+				}
+				app = bindUDP(t, f.web.Namespace, at(f.web.V4, 0))
+				app6 := bindUDP(t, f.web.Namespace, at(f.web.V6, 0))
+				before := f.counter(t, "guard", "dropped_datagram")
+				say(t, app, localOf(peer), "dropped")
+				say(t, app6, localOf(peer6), "dropped")
+				if got := f.counter(t, "guard", "dropped_datagram") - before; got != 2 {
+					t.Errorf("the guard dropped %d of 2 datagrams", got)
+				}
+			}
+			ntp := bindUDP(t, f.db.Namespace, at(f.db.V4, 123))
+			say(t, app, localOf(ntp), "left alone")
+			hear(t, ntp, "left alone")
+			say(t, older, localOf(peer), "older")
+			hear(t, peer, "older")
+			if f.pod.Datagrams() != nil {
+				t.Error("there are sockets for what is not captured")
+			}
+
+			if err := f.pod.ReleaseUDP(); err != nil {
+				t.Fatal(err)
+			}
+			say(t, app, localOf(peer), "in clear again")
+			hear(t, peer, "in clear again")
+		})
+	}
+}
+
+// An agent that cannot capture UDP, after one that did, lets go of it where that is allowed, and
+// serves the pod.
+func TestUDPIsLetGoWhereItCannotBeAdopted(t *testing.T) {
+	netnstest.Require(t)
+	for name, cfg := range map[string]kernel.UDPConfig{"default": {}, "required": {Require: true}} {
+		t.Run(name, func(t *testing.T) {
+			f := withUDP(t, udpModes()[0], cfg)
+			if err := f.dp.Close(); err != nil {
+				t.Fatal(err)
+			}
+			f.cfg.Inbound = kernel.InboundTC
+			f.open(t)
+			if adopted := f.dp.Adopted(); len(adopted) != 1 || !adopted[0].UDP {
+				t.Errorf("adopted %+v, want a pod with UDP", adopted)
+			}
+			f.openPod(t)
+			app, peer := bindUDP(t, f.web.Namespace, at(f.web.V4, 0)), bindUDP(t, f.db.Namespace, at(f.db.V4, 0))
+			before := f.counter(t, "guard", "dropped_datagram")
+			say(t, app, localOf(peer), "after all")
+			if !cfg.Require {
+				hear(t, peer, "after all")
+			} else if got := f.counter(t, "guard", "dropped_datagram") - before; got != 1 {
+				t.Errorf("the guard dropped %d datagrams, want 1", got)
+			}
+			for _, found := range f.pod.Check(t.Context()) {
+				if !found.OK {
+					t.Errorf("%s: %s", found.Check, found.Detail)
+				}
+			}
+		})
 	}
 }
 

@@ -152,11 +152,11 @@ func (l *Lab) setAgent(a *Agent) {
 	l.agents[a.Node.Name] = a
 }
 
-// Succeed starts another agent of that program on a's node while a runs. It is the node's
-// agent once AwaitSuccession says so.
-func (a *Agent) Succeed(program string) (*Agent, error) {
+// Succeed starts another agent of that program on a's node while a runs, with args after those of
+// a. It is the node's agent once AwaitSuccession says so.
+func (a *Agent) Succeed(program string, args ...string) (*Agent, error) {
 	l := a.Host.lab
-	return l.launchAgent(a.Node, l.CA(), program, a.args)
+	return l.launchAgent(a.Node, l.CA(), program, slices.Concat(a.args, args))
 }
 
 // AwaitSuccession waits until a has its node, and says that it is ready.
