@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/raceway-mesh/raceway/e2e/cluster"
 )
 
 const kubeSystem = "kube-system"
@@ -27,7 +29,7 @@ func (w *world) takesUDP(t *testing.T, namespace string, pods ...string) {
 // UDP between enrolled pods goes in tunnels, by a pod's address and by a service's, and in clear
 // where an end is not enrolled; names are found throughout, also by DNS pods that are enrolled.
 func TestUDPBetweenPods(t *testing.T) {
-	w := onCluster(t)
+	w := onMesh(t)
 	const ns = "udp"
 	w.home(t, ns,
 		pod{name: "apart1", node: 1, args: []string{"serve"}, labels: map[string]string{"raceway.dev/dataplane-mode": "none"}},
@@ -72,7 +74,35 @@ func TestUDPBetweenPods(t *testing.T) {
 		}
 		return errors.New(out)
 	})
+	t.Run("as the first thing", func(t *testing.T) { w.firstDatagrams(t, ns) })
 	t.Run("DNS", func(t *testing.T) { w.namesInTunnels(t, ns) })
+}
+
+// firstDatagrams starts pods that ask by UDP as the first thing they do.
+func (w *world) firstDatagrams(t *testing.T, ns string) {
+	t.Helper()
+	wire, text := w.wire(t, 2), needle()
+	defer wire.Close()
+	w.apply(t, fmt.Sprintf(`---
+apiVersion: batch/v1
+kind: Job
+metadata: {name: newcomers, namespace: %[1]s}
+spec:
+  completions: 10
+  parallelism: 5
+  backoffLimit: 0
+  template:
+    spec:
+      restartPolicy: Never
+      nodeName: node1
+      terminationGracePeriodSeconds: 1
+      containers:
+      - {name: app, image: %[2]s, args: [ask, "%[3]s:9000", %[4]s]}
+`, ns, cluster.AppRef, w.host(t, ns, "server2"), text))
+	w.kubectl(t, "-n", ns, "wait", "--for=condition=Complete", "job/newcomers", "--timeout=2m")
+	if clear, _ := seen(t, wire, text); clear {
+		t.Error("a datagram of a new pod is in clear")
+	}
 }
 
 // namesInTunnels enrols the DNS pods while a pod looks up names all the time.
