@@ -58,6 +58,9 @@ func (d *Datapath) probeUDP() error {
 	if d.inbound != InboundSKLookup {
 		return errors.New("it needs SK_LOOKUP with ingress_ifindex, Linux 5.17, and inbound connections are redirected with TC")
 	}
+	if err := settle(d.loaded.spec.Programs[progDivert]); err != nil {
+		return fmt.Errorf("settle %s: %w", progDivert, err)
+	}
 	for _, name := range []string{progDivert, progReceive} {
 		prog, err := d.loaded.instance(name, 0)
 		if err != nil {

@@ -84,3 +84,17 @@ func echoUDP(b *testing.B, p *netnstest.Pod) netip.AddrPort {
 	})
 	return localOf(conn)
 }
+
+// What it takes to capture a pod's UDP, which every enrolment does.
+func BenchmarkCaptureUDP(b *testing.B) {
+	netnstest.Require(b)
+	f := enrolled(b, udpModes()[0])
+	for b.Loop() {
+		f.captureUDP(b, kernel.UDPConfig{})
+		b.StopTimer()
+		if err := f.pod.ReleaseUDP(); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+}
