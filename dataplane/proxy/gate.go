@@ -55,7 +55,9 @@ type turn struct {
 }
 
 // turns recycles them: an idle connection has none.
-var turns = sync.Pool{New: func() any { return &turn{granted: make(chan struct{}, 1)} }}
+var turns = sync.Pool{New: func() any { return newTurn(nil) }}
+
+func newTurn(s *share) *turn { return &turn{share: s, granted: make(chan struct{}, 1)} }
 
 func (s *share) turn() *turn {
 	t := turns.Get().(*turn)

@@ -6,12 +6,14 @@ import (
 	"time"
 )
 
+// The turns are new: the channel of one that was made outside of a synctest's bubble is not known in
+// it.
 func TestGateBoundsEachPodAndTheNode(t *testing.T) {
 	g := newGate(3, time.Second)
 	one, two := g.share(2), g.share(2)
 	var held []*turn
 	for range 2 {
-		held = append(held, one.turn())
+		held = append(held, newTurn(one))
 		held[len(held)-1].acquire()
 	}
 	synctest.Test(t, func(t *testing.T) {
@@ -21,7 +23,7 @@ func TestGateBoundsEachPodAndTheNode(t *testing.T) {
 		release := make(chan struct{})
 		take := func(name string, s *share) {
 			go func() {
-				turn := s.turn()
+				turn := newTurn(s)
 				turn.acquire()
 				granted <- name
 				<-release
@@ -58,12 +60,12 @@ func TestGateBoundsEachPodAndTheNode(t *testing.T) {
 func TestGateTakesPodsInTurnHoweverManyWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1, time.Hour)
-		blocker := g.share(1).turn()
+		blocker := newTurn(g.share(1))
 		blocker.acquire()
 		var order []string
 		wait := func(name string, s *share) {
 			go func() {
-				turn := s.turn()
+				turn := newTurn(s)
 				turn.acquire()
 				order = append(order, name)
 				turn.release()
@@ -87,7 +89,7 @@ func TestTurnOfABlockedHolderPassesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1, time.Millisecond)
 		s := g.share(1)
-		blocked, next := s.turn(), s.turn()
+		blocked, next := newTurn(s), newTurn(s)
 		blocked.acquire()
 		start := time.Now()
 		next.acquire()
@@ -108,7 +110,7 @@ func TestTurnOfABlockedHolderPassesOn(t *testing.T) {
 func TestTurnIsKeptWhileNobodyWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1, time.Millisecond)
-		turn := g.share(1).turn()
+		turn := newTurn(g.share(1))
 		turn.acquire()
 		time.Sleep(time.Hour)
 		if g.active != 1 {
