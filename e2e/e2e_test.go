@@ -159,3 +159,14 @@ func eachFamily(t *testing.T, test func(t *testing.T, opts lab.Options)) {
 		t.Run(name, func(t *testing.T) { test(t, lab.Options{IPv6: v6}) })
 	}
 }
+
+// eachFamilyInFull is eachFamily for upgrades, which take long: with -short it is IPv6 alone, as
+// e2e/kube has them on IPv4.
+func eachFamilyInFull(t *testing.T, test func(t *testing.T, opts lab.Options)) {
+	eachFamily(t, func(t *testing.T, opts lab.Options) {
+		if testing.Short() && !opts.IPv6 {
+			t.Skip("with -short on IPv6 alone")
+		}
+		test(t, opts)
+	})
+}

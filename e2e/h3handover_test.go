@@ -147,7 +147,7 @@ func (s *stream) end(t *testing.T) {
 // client's, and of both. No byte is lost, no new connection fails, and the old agent ends them when
 // its drain does.
 func TestUpgradeSparesConnectionsOverHTTP3(t *testing.T) {
-	eachFamily(t, func(t *testing.T, opts lab.Options) {
+	eachFamilyInFull(t, func(t *testing.T, opts lab.Options) {
 		u := newH3Upgrade(t, opts)
 		both := startStream(t, u.client, u.target)
 		both.flows(t)
@@ -206,7 +206,7 @@ func TestUpgradeSparesConnectionsOverHTTP3(t *testing.T) {
 
 // Peers of an agent that dies while it drains learn of it from its successor.
 func TestConnectionsOverHTTP3EndWithAKilledAgent(t *testing.T) {
-	eachFamily(t, func(t *testing.T, opts lab.Options) {
+	eachFamilyInFull(t, func(t *testing.T, opts lab.Options) {
 		u := newH3Upgrade(t, opts)
 		for _, number := range []int{2, 1} {
 			s := startStream(t, u.client, u.target)
@@ -254,7 +254,7 @@ func TestNodeIsGivenBackOverHTTP3(t *testing.T) {
 // Flows of UDP begin anew with an agent that takes a node over, whosever it is: what is lost is what is
 // under way in that moment.
 func TestUpgradeSparesUDP(t *testing.T) {
-	eachFamily(t, func(t *testing.T, opts lab.Options) {
+	eachFamilyInFull(t, func(t *testing.T, opts lab.Options) {
 		u := prepareUpgrade(t, opts)
 		target := u.server.AddrPort(portEcho)
 		echoUDP(t, u.server, portEcho)

@@ -131,7 +131,7 @@ func (u *upgrade) spared() {
 // An upgrade and its rollback, node by node, to an agent of another layout and back: no new
 // connection fails, and those that are open live on until their agent's drain ends.
 func TestUpgradeRefusesNobody(t *testing.T) {
-	eachFamily(t, func(t *testing.T, opts lab.Options) {
+	eachFamilyInFull(t, func(t *testing.T, opts lab.Options) {
 		u := newUpgrade(t, opts)
 		for round, program := range []string{u.v2, u.v1, u.v1} {
 			for _, n := range u.Nodes() {

@@ -68,7 +68,7 @@ func (i *interrogation) spared(t *testing.T) {
 // such that leave it alone again, under load: pods that are captured already get it and lose it,
 // what the last two kinds of agents carry never leaves in clear, and every question is answered.
 func TestUDPComesAndGoesWithItsAgents(t *testing.T) {
-	eachFamily(t, func(t *testing.T, opts lab.Options) {
+	eachFamilyInFull(t, func(t *testing.T, opts lab.Options) {
 		p := newUDPPair(t, opts, nil, "--udp=false", "--drain-timeout=1s")
 		p.enrol(p.web, p.db)
 		if flows := udpFlows(t, p.cluster, p.Node(1)); len(flows) > 0 {
