@@ -160,8 +160,8 @@ func eachFamily(t *testing.T, test func(t *testing.T, opts lab.Options)) {
 	}
 }
 
-// eachFamilyInFull is eachFamily for upgrades, which take long: with -short it is IPv6 alone, as
-// e2e/kube has them on IPv4.
+// eachFamilyInFull is eachFamily for upgrades and flips of labels, which take long: with -short it is
+// IPv6 alone, as e2e/kube has them on IPv4.
 func eachFamilyInFull(t *testing.T, test func(t *testing.T, opts lab.Options)) {
 	eachFamily(t, func(t *testing.T, opts lab.Options) {
 		if testing.Short() && !opts.IPv6 {

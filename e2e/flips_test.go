@@ -16,7 +16,7 @@ const flips = 100
 // into every phase of enrolment and release. None may fail or lose a byte, and connections
 // from before the first flip and from between flips go on.
 func TestLabelFlipsUnderLoadFailNoConnection(t *testing.T) {
-	eachFamily(t, func(t *testing.T, opts lab.Options) {
+	eachFamilyInFull(t, func(t *testing.T, opts lab.Options) {
 		c := newCluster(t, opts)
 		client, server := c.pod("web", 1), c.pod("db", 2)
 		serve(t, server, 3306, echo)
