@@ -126,7 +126,11 @@ func (s *story) startMesh(ctx context.Context) error {
 	s.watchProcess(ctx, "raceway-ca", ca.Process)
 	for _, n := range s.lab.Nodes() {
 		accessLog := filepath.Join(s.lab.Dir(), "log", "access-"+n.Name+".txt")
-		agent, err := s.lab.StartAgent(ctx, n, "--access-log", accessLog)
+		args := []string{"--access-log", accessLog}
+		if s.withUDP {
+			args = append(args, "--udp")
+		}
+		agent, err := s.lab.StartAgent(ctx, n, args...)
 		if err != nil {
 			return err
 		}
