@@ -18,5 +18,14 @@ type Budget interface {
 	Short()
 }
 
+// Unlimited is the Budget of those who set none.
+type Unlimited struct{}
+
+// Take, Grow, Give and Short are a Budget's.
+func (Unlimited) Take(int) bool      { return true }
+func (Unlimited) Grow(int, int) bool { return true }
+func (Unlimited) Give(int)           {}
+func (Unlimited) Short()             {}
+
 // ErrNoBuffers is an Open that the Budget had no room for.
 var ErrNoBuffers = errors.New("no memory left for received bytes: too many streams, or too many that are not read")

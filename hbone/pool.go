@@ -50,6 +50,7 @@ type waiter struct {
 	newerThan uint64        // it takes only sessions made after this one
 	done      chan struct{} // closed when member or err is set
 	member    *member
+	load      int // that member had
 	err       error
 }
 
@@ -58,33 +59,35 @@ var errNobodyWaits = errors.New("nobody waits for the session any more")
 // acquire returns a session of key with a place reserved, made after newerThan, and the
 // sequence number of the newest session at that time.
 func (c *Client) acquire(ctx context.Context, key Key, newerThan uint64) (*member, uint64, error) {
-	m, newest, err := c.anyOf(ctx, key, newerThan)
+	m, load, newest, err := c.anyOf(ctx, key, newerThan)
 	if err != nil {
 		return nil, 0, err
 	}
-	m = c.spread(ctx, m, newerThan)
+	if load > 0 {
+		m = c.spread(ctx, m, newerThan)
+	}
 	return m, max(newest, m.seq), nil
 }
 
-// anyOf is acquire before streams are spread over stripes.
-func (c *Client) anyOf(ctx context.Context, key Key, newerThan uint64) (*member, uint64, error) {
+// anyOf is acquire before streams are spread over stripes; it returns the load of the session as well.
+func (c *Client) anyOf(ctx context.Context, key Key, newerThan uint64) (m *member, load int, newest uint64, err error) {
 	if err := ctx.Err(); err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
-		return nil, 0, ErrClosed
+		return nil, 0, 0, ErrClosed
 	}
 	p := c.pools[key]
 	if p == nil {
 		p = &pool{key: key}
 		c.pools[key] = p
 	}
-	if m := p.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn); m != nil {
+	if m, load := p.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn); m != nil {
 		seq := c.seq
 		c.mu.Unlock()
-		return m, seq, nil
+		return m, load, seq, nil
 	}
 	w := &waiter{newerThan: newerThan, done: make(chan struct{})}
 	p.waiters = append(p.waiters, w)
@@ -101,12 +104,12 @@ func (c *Client) anyOf(ctx context.Context, key Key, newerThan uint64) (*member,
 			w.member.session.Release()
 			c.release(w.member)
 		}
-		return nil, 0, waitError(ctx, key)
+		return nil, 0, 0, waitError(ctx, key)
 	}
 	if w.err != nil {
-		return nil, 0, w.err
+		return nil, 0, 0, w.err
 	}
-	return w.member, newerThan, nil
+	return w.member, w.load, newerThan, nil
 }
 
 // waitError is for an Open whose time ended before there was a session.
@@ -114,27 +117,26 @@ func waitError(ctx context.Context, key Key) error {
 	return &DialError{Remote: key.Remote, Err: ctx.Err()}
 }
 
-// reserveLocked takes a place in the least loaded session that has one.
-func (p *pool) reserveLocked(newerThan uint64, limit int) *member {
-	var best *member
-	least := 0
+// reserveLocked takes a place in the least loaded session that has one, and returns the load
+// that it had.
+func (p *pool) reserveLocked(newerThan uint64, limit int) (best *member, least int) {
 	for _, m := range p.members {
 		if m.retired || m.seq <= newerThan || m.streams >= limit || m.session.Capacity() == 0 {
 			continue
 		}
-		if load := m.load(m.streams); best == nil || load < least {
+		if load := m.load(); best == nil || load < least {
 			best, least = m, load
 		}
 	}
 	if best == nil || !best.session.Reserve() {
-		return nil
+		return nil, 0
 	}
 	best.streams++
 	if best.idle != nil {
 		best.idle.Stop()
 		best.idle = nil
 	}
-	return best
+	return best, least
 }
 
 // dialLocked starts as many dials as the waiters need; base lends them its values.
@@ -213,7 +215,7 @@ func (p *pool) handLocked(m *member, n int) {
 func (p *pool) grantLocked(limit int) {
 	left := p.waiters[:0]
 	for _, w := range p.waiters {
-		if w.member = p.reserveLocked(w.newerThan, limit); w.member == nil {
+		if w.member, w.load = p.reserveLocked(w.newerThan, limit); w.member == nil {
 			left = append(left, w)
 			continue
 		}

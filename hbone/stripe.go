@@ -24,24 +24,25 @@ const (
 	stripeWait    = 20 * time.Millisecond
 )
 
-// load orders sessions by how well a further stream does beside so many, the least first; above 0
-// it had better go elsewhere.
-func (m *member) load(streams int) int {
+// load orders sessions by how well a further stream does there, the least first; above 0 it
+// had better go elsewhere.
+func (m *member) load() int {
 	const busy = 1 << 16
 	switch {
 	case m.session.Busy():
-		return busy + streams
-	case streams >= stripeStreams:
-		return streams
+		return busy + m.streams
+	case m.streams >= stripeStreams:
+		return m.streams
 	default:
-		return -streams
+		return -m.streams
 	}
 }
 
-// spread returns m, in which a place is reserved, or has the place in a session that is less loaded.
+// spread returns m, in which a place is reserved beside others that had better been alone, or has the
+// place in a session that is less loaded.
 func (c *Client) spread(ctx context.Context, m *member, newerThan uint64) *member {
 	c.mu.Lock()
-	stripe := c.stripeLocked(context.WithoutCancel(ctx), m)
+	stripe := c.stripeLocked(context.WithoutCancel(ctx), m.pool)
 	c.mu.Unlock()
 	if stripe == nil {
 		return m
@@ -56,7 +57,7 @@ func (c *Client) spread(ctx context.Context, m *member, newerThan uint64) *membe
 		return m
 	}
 	c.mu.Lock()
-	better := m.pool.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn)
+	better, _ := m.pool.reserveLocked(newerThan, c.cfg.MaxStreamsPerConn)
 	c.mu.Unlock()
 	if better == nil {
 		return m
@@ -66,13 +67,9 @@ func (c *Client) spread(ctx context.Context, m *member, newerThan uint64) *membe
 	return better
 }
 
-// stripeLocked returns the dial for one more session if a further stream in m, whose place is
-// reserved, had better go elsewhere, and nil where there is none. base lends it its values.
-func (c *Client) stripeLocked(base context.Context, m *member) *dial {
-	p := m.pool
-	if m.load(m.streams-1) <= 0 {
-		return nil
-	}
+// stripeLocked returns the dial for one more session, and nil where there is none. base lends it its
+// values.
+func (c *Client) stripeLocked(base context.Context, p *pool) *dial {
 	for _, d := range p.dials {
 		if d.spare {
 			return d

@@ -153,7 +153,11 @@ func (l *lot) watch(set *epollSet) {
 		n, err := set.wait(events[:])
 		for _, e := range events[:n] {
 			token := uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32
-			if next := l.visitOf(token)(r); next != nil && l.leave(token) {
+			visit := l.visitOf(token)
+			if visit == nil {
+				continue
+			}
+			if next := visit(r); next != nil && l.leave(token) {
 				next()
 			}
 		}
@@ -164,14 +168,11 @@ func (l *lot) watch(set *epollSet) {
 	}
 }
 
-// visitOf is that of a place, or of one that was left, which does nothing.
+// visitOf is that of a place, nil of one that was left.
 func (l *lot) visitOf(token uint64) visit {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if p, ok := l.places[token]; ok {
-		return p.visit
-	}
-	return func(*round) func() { return nil }
+	return l.places[token].visit
 }
 
 // close ends the set unless somebody came meanwhile.

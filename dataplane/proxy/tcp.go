@@ -131,7 +131,7 @@ func look(visit visit) {
 func (l *tcpLeg) unpark() {
 	l.mu.Lock() // as in park
 	defer l.mu.Unlock()
-	_ = l.raw.Control(func(uintptr) { l.unparkLocked() })
+	l.unparkLocked()
 }
 
 func (l *tcpLeg) unparkLocked() {
@@ -145,10 +145,8 @@ func (l *tcpLeg) unparkLocked() {
 func (l *tcpLeg) release() {
 	l.mu.Lock() // as in park
 	defer l.mu.Unlock()
-	_ = l.raw.Control(func(uintptr) {
-		l.released = true
-		l.unparkLocked()
-	})
+	l.released = true
+	l.unparkLocked()
 }
 
 // ready is called by the poller: at once, and again when the socket became ready. Its first

@@ -69,7 +69,7 @@ func (v values) withDefaults() values {
 	// The connection's window starts at 65,535 and cannot be made smaller.
 	v.connWindow = max(v.connWindow, initialWindow)
 	if v.budget == nil {
-		v.budget = unlimited{}
+		v.budget = hbone.Unlimited{}
 	}
 	if v.maxStreams == 0 {
 		v.maxStreams = defaultMaxStreams

@@ -60,9 +60,7 @@ func (s *stream) windowNow(n int) (int, error) {
 		return 0, err
 	}
 	m := max(0, min(int64(n), s.sendWindow, c.sendWindow))
-	s.sendWindow -= m
-	c.sendWindow -= m
-	c.moved += uint64(m)
+	s.spendLocked(m)
 	return int(m), nil
 }
 

@@ -141,9 +141,7 @@ func (s *stream) Offer(p []byte) bool {
 		int64(len(p)) > min(s.sendWindow, c.sendWindow, initialFrame) {
 		return false
 	}
-	s.sendWindow -= int64(len(p))
-	c.sendWindow -= int64(len(p))
-	c.moved += uint64(len(p))
+	s.spendLocked(int64(len(p)))
 	c.offered += size
 	ch := getChunk(len(p))
 	ch.w = copy(ch.data, p)
@@ -168,9 +166,7 @@ func (s *stream) takeWindow(n int) (int, error) {
 		}
 		switch m := min(int64(n), s.sendWindow, c.sendWindow, maxWrite); {
 		case m > 0:
-			s.sendWindow -= m
-			c.sendWindow -= m
-			c.moved += uint64(m)
+			s.spendLocked(m)
 			return int(m), nil
 		case s.sendWindow > 0 && !s.blocked:
 			s.blocked = true
@@ -178,6 +174,13 @@ func (s *stream) takeWindow(n int) (int, error) {
 		}
 		s.writable.Wait()
 	}
+}
+
+// spendLocked takes n bytes of both windows.
+func (s *stream) spendLocked(n int64) {
+	s.sendWindow -= n
+	s.conn.sendWindow -= n
+	s.conn.moved += uint64(n)
 }
 
 // writeErrLocked says why nothing can be written.

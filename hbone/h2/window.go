@@ -4,8 +4,6 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
-
-	"github.com/raceway-mesh/raceway/hbone"
 )
 
 // What a peer may send is reserved from the budget before it is told so, because HTTP/2
@@ -46,16 +44,6 @@ const (
 
 // growPing marks the PING that measures what streams read in a round trip.
 var growPing = [8]byte{'w', 'i', 'n', 'd', 'o', 'w', 's', '?'}
-
-// unlimited is the budget of those who set none.
-type unlimited struct{}
-
-func (unlimited) Take(int) bool      { return true }
-func (unlimited) Grow(int, int) bool { return true }
-func (unlimited) Give(int)           {}
-func (unlimited) Short()             {}
-
-var _ hbone.Budget = unlimited{}
 
 // window is a stream's receiving side of flow control, guarded by conn.mu.
 type window struct {

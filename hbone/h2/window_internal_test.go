@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/raceway-mesh/raceway/hbone"
 )
 
 func TestBufferHoldsLittleMoreThanItsBytesHoweverTheyArrive(t *testing.T) {
@@ -51,7 +53,7 @@ func TestBufferHoldsLittleMoreThanItsBytesHoweverTheyArrive(t *testing.T) {
 
 // ledger is a budget without a bound.
 type ledger struct {
-	unlimited
+	hbone.Unlimited
 	used int
 }
 

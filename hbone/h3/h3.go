@@ -80,7 +80,7 @@ func (c Config) withDefaults() Config {
 	}
 	c.StreamWindow = max(c.StreamWindow, firstWindow)
 	if c.Budget == nil {
-		c.Budget = unlimited{}
+		c.Budget = hbone.Unlimited{}
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -158,16 +158,8 @@ func (r reader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// unlimited is the Budget of those who set none.
-type unlimited struct{}
-
-func (unlimited) Take(int) bool      { return true }
-func (unlimited) Grow(int, int) bool { return true }
-func (unlimited) Give(int)           {}
-func (unlimited) Short()             {}
-
 // fixed is a budget that has no memory: that of windows that stay as they are.
-type fixed struct{ unlimited }
+type fixed struct{ hbone.Unlimited }
 
 func (fixed) Take(int) bool      { return false }
 func (fixed) Grow(int, int) bool { return false }
