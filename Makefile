@@ -75,10 +75,10 @@ generate: manifests ## compile the BPF programs and generate all that is generat
 generate-check: ## check that what is generated and committed is what the sources give
 	@.ci/generate-check $(CLANG) $(CLANG_MAJOR)
 
-# -short leaves out tests on Kubernetes that take minutes each. Those of the kernel's side take
-# longest of the others and wait most, so that they begin first, beside the rest.
+# -short leaves out tests on Kubernetes that take minutes each.
 SHORT ?=
 
+# Tests of the kernel's side take longest and wait most, so that they begin first, beside the others.
 .PHONY: test
 test: ## run all tests with the race detector; as root, those in network namespaces too
 	$(GO) test -race -count 1 -timeout $(TEST_TIMEOUT) $$($(GO) list ./dataplane/kernel ./... | grep -vE '/raceway/(e2e|perf)(/|$$)')

@@ -296,11 +296,11 @@ func (u *udpKeeper) set(s *servedPod, w *dataplane.Workload, want *kernel.UDPCon
 	defer s.udpMu.Unlock()
 	told := u.pods.published.Load()
 	s.udpLeaves = want == nil && s.Datagrams() != nil
-	if s.udpLeaves && !told.withoutUDP(s.UID(), u.settle) {
+	if s.udpLeaves && !told.known(s.UID(), false, u.settle) {
 		return false, nil
 	}
 	done = true
-	if want != nil && want.Strict && !w.Starting && !u.pods.adoptedUDP[s.UID()] && !told.withUDP(s.UID(), u.settle) {
+	if want != nil && want.Strict && !w.Starting && !u.pods.adoptedUDP[s.UID()] && !told.known(s.UID(), true, u.settle) {
 		want.Strict, done = false, false
 	}
 	if s.udpErr != nil && equalUDP(s.udpTried, want) && time.Since(s.udpFailed) < udpRetry {
@@ -410,14 +410,9 @@ type published struct {
 	at        time.Time
 }
 
-// withUDP reports whether peers have known for settle that the pod takes UDP.
-func (p *published) withUDP(uid string, settle time.Duration) bool {
-	return p != nil && slices.Contains(p.udp, uid) && time.Since(p.at) >= settle
-}
-
-// withoutUDP reports whether peers have known for settle that the pod takes no UDP.
-func (p *published) withoutUDP(uid string, settle time.Duration) bool {
-	return p != nil && !slices.Contains(p.udp, uid) && time.Since(p.at) >= settle
+// known reports whether peers have known for settle that the pod takes UDP, or that it takes none.
+func (p *published) known(uid string, takes bool, settle time.Duration) bool {
+	return p != nil && slices.Contains(p.udp, uid) == takes && time.Since(p.at) >= settle
 }
 
 // belies reports whether peers were told otherwise of the pod's UDP.

@@ -33,7 +33,7 @@ type Datapath struct {
 	loaded  *loaded
 	inbound InboundMode
 	tc      TCMode
-	noUDP   error // why the UDP of pods cannot be captured
+	noUDP   func() error // why the UDP of pods cannot be captured; probes when it is asked first
 	kubelet kubelet
 
 	mu      sync.Mutex
@@ -107,7 +107,7 @@ func (d *Datapath) open() error {
 	if d.tc, err = d.chooseTC(); err != nil {
 		return err
 	}
-	d.noUDP = d.probeUDP()
+	d.noUDP = sync.OnceValue(d.probeUDP)
 	return d.dropUnpinnedPods()
 }
 
