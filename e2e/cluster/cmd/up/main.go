@@ -1,4 +1,5 @@
-// Command up starts a cluster to look at, says how to use it, and ends it with Ctrl-C:
+// Command up starts a cluster to look at, with the tests' own application (cluster.AppRef) for pods
+// to run, says how to use it, and ends it with Ctrl-C:
 //
 //	go run ./e2e/cluster/cmd/up [-ipv6 | -dual] [-nodes 2] [IMAGE.tar ...]
 package main
@@ -45,6 +46,9 @@ func run(config cluster.Config, images []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
+	if err := c.LoadApp(ctx); err != nil {
+		return err
+	}
 	for _, tar := range images {
 		if err := c.LoadImage(ctx, tar); err != nil {
 			return err
