@@ -345,7 +345,7 @@ struct {
 	__type(value, __u64);
 } quic_marks SEC(".maps");
 
-/* Flows that came to a pod by the tunnel, and since when (CLOCK_MONOTONIC, ns). */
+/* Flows that came to a pod by the tunnel, and since when their agent has the pod's UDP (CLOCK_MONOTONIC, ns). */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

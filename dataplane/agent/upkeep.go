@@ -23,6 +23,9 @@ const (
 	pruneRounds = 30
 	// openingRounds is the same for those that were not answered yet, whose SYNs pass the guard.
 	openingRounds = 2
+	// orphansAge is how long after a predecessor has ended, or is about to, none of its flows of UDP
+	// is in use any more.
+	orphansAge = 10 * time.Second
 )
 
 // repairInterval is how often it is made sure that what capture rests on is still there.
@@ -112,16 +115,20 @@ func knowsNode(s *dataplane.Snapshot, node string) error {
 }
 
 // watchPods tells enrolment of pods whose network namespace is gone, or a listener in it, and
-// lets the guards forget connections that have ended. One timer does for all of it, so that it
-// wakes a node at rest once.
+// lets the kernel forget connections and flows that have ended. One timer does for all of it, so
+// that it wakes a node at rest once.
 func (a *Agent) watchPods(ctx context.Context) error {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
+	var accompanied time.Time // when there was another agent that had the node before, last
 	for round := 1; ; round++ {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
+		}
+		if a.canGiveBack() {
+			accompanied = time.Now()
 		}
 		for _, uid := range a.pods.vanished() {
 			a.reconciler.Vanished(uid)
@@ -132,6 +139,12 @@ func (a *Agent) watchPods(ctx context.Context) error {
 		all := round%pruneRounds == 0
 		if all || round%openingRounds == 0 {
 			a.pods.prune(func(s *servedPod) bool { return all || s.Opening() > 0 })
+		}
+		if time.Since(accompanied) < orphansAge {
+			continue
+		}
+		if err := a.datapath.ForgetOrphans(); err != nil {
+			a.cfg.Log.Warn("prune flows of UDP", "err", err)
 		}
 	}
 }

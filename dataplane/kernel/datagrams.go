@@ -4,11 +4,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -28,11 +31,19 @@ type Datagrams struct {
 	addrs []netip.Addr // of the pod
 	netns uint64
 	flows *ebpf.Map
+	since uint64      // when it was opened: the value of its flows
+	alone atomic.Bool // flows has none of earlier agents
 	conn  *net.UDPConn
 	quic  *net.UDPConn
 	mark  [2]byte          // of quic
 	raw   map[int]*os.File // speaks for peers, by address family
 	icmp  map[int]*os.File // hears what applications refuse, likewise
+
+	log *slog.Logger
+
+	mu     sync.Mutex
+	closed bool
+	ended  map[bpf.RacewayTuple]time.Duration // flows that are about to be forgotten, and since when they are not kept
 }
 
 // ErrForeign is the answer to an address that is none of the pod's.
@@ -42,7 +53,11 @@ var ErrForeign = errors.New("not an address of the pod")
 const receiveBuffer = 4 << 20
 
 func (p *Pod) openDatagrams() (_ *Datagrams, err error) {
-	d := &Datagrams{addrs: p.addrs, netns: p.ns.Cookie(), flows: p.d.loaded.maps.Flows, raw: make(map[int]*os.File), icmp: make(map[int]*os.File)}
+	d := &Datagrams{
+		addrs: p.addrs, netns: p.ns.Cookie(), flows: p.d.loaded.maps.Flows, since: uint64(monotonic()),
+		log: p.d.log.With("pod", p.uid),
+		raw: make(map[int]*os.File), icmp: make(map[int]*os.File), ended: make(map[bpf.RacewayTuple]time.Duration),
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close())
@@ -363,6 +378,9 @@ func (d *Datagrams) QUIC() (conn *net.UDPConn, mark [2]byte, err error) {
 }
 
 func (d *Datagrams) close() error {
+	d.mu.Lock()
+	d.closed = true
+	d.mu.Unlock()
 	var errs []error
 	for _, conn := range []*net.UDPConn{d.conn, d.quic} {
 		if conn == nil {

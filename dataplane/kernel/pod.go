@@ -283,7 +283,7 @@ func (d *Datapath) release(r *record, ns *netns.Namespace) error {
 		os.RemoveAll(d.podDir(r)),
 		d.loaded.leave(r),
 		d.forgetOlder(r.Cookie),
-		d.forgetFlows(r.Cookie),
+		d.forgetFlowsOf(r.Cookie),
 	}
 	if ns != nil {
 		errs = append(errs, tearDownRouting(r, ns))

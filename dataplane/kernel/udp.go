@@ -51,7 +51,7 @@ func CanCaptureUDP() bool {
 }
 
 // NoUDP says why no pod's UDP can be captured; nil when it can.
-func (d *Datapath) NoUDP() error { return d.noUDP }
+func (d *Datapath) NoUDP() error { return d.noUDP() }
 
 // probeUDP loads what the capture takes.
 func (d *Datapath) probeUDP() error {
@@ -94,7 +94,7 @@ func (p *Pod) captureUDP(cfg UDPConfig) error {
 		return err
 	}
 	before := *p.rec
-	err := p.d.noUDP
+	err := p.d.NoUDP()
 	if err == nil {
 		err = p.takeUDP(cfg)
 	}
@@ -167,7 +167,7 @@ func (p *Pod) letGoOfUDP() error {
 		p.d.loaded.maps.Pods.Put(p.rec.Cookie, podValue(p.rec)),
 		p.d.detachUDP(p.rec, p.ns),
 		p.closeUDP(),
-		p.d.forgetFlows(p.rec.Cookie),
+		p.d.forgetFlowsOf(p.rec.Cookie),
 		restoreSysctl(p.rec, p.ns, sysctlAcceptLocal),
 	}
 	return errors.Join(append(errs, p.d.ledger.save(p.rec))...)
@@ -186,7 +186,7 @@ func (p *Pod) adoptUDP() error {
 	switch {
 	case !p.rec.UDP:
 		return nil
-	case p.d.noUDP == nil:
+	case p.d.NoUDP() == nil:
 		if err := p.openUDP(); err != nil {
 			p.d.log.Error("UDP that an earlier agent captured is lost for now", "pod", p.uid, "error", err)
 		}

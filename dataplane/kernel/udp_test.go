@@ -150,6 +150,23 @@ func (f *fixture) captured(t testing.TB, payload string) dataplane.Datagram {
 	}
 }
 
+// discard empties the agent's queue.
+func (f *fixture) discard(t testing.TB) {
+	t.Helper()
+	d := f.pod.Datagrams()
+	if err := d.SetDeadline(time.Now().Add(time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	for buf := make([]byte, 65536); ; {
+		if _, _, err := d.Receive(buf); err != nil {
+			break
+		}
+	}
+	if err := d.SetDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func forFamilies(t *testing.T, test func(t *testing.T, fam family)) {
 	for _, fam := range families() {
 		t.Run(fam.name, func(t *testing.T) { test(t, fam) })
@@ -239,9 +256,75 @@ func TestUDPServerAnswersByTheTunnel(t *testing.T) {
 				if d := f.captured(t, answer); d.From != address || d.To != client {
 					t.Errorf("the answer goes from %v to %v, want %v to %v", d.From, d.To, address, client)
 				}
-				if err := f.pod.Datagrams().Forget(address, client); err != nil {
+				f.pod.Datagrams().Forget(address, client)
+			}
+		})
+	})
+}
+
+// Where a server would answer in clear, it does not for a while what was asked by a flow that has
+// ended since, nor what an agent delivered that was killed.
+func TestUDPLateAnswersAreNotInClear(t *testing.T) {
+	inUDPMode(t, func(t *testing.T, m mode) {
+		f := enrolled(t, m)
+		f.peers(t, f.db)
+		forFamilies(t, func(t *testing.T, fam family) {
+			client := bindUDP(t, f.db.Namespace, at(fam.of(f.db), 0))
+			server := bindUDP(t, f.web.Namespace, at(fam.of(f.web), 0)) // older
+			f.captureUDP(t, kernel.UDPConfig{})
+			keep := func() {
+				t.Helper()
+				if err := f.pod.Datagrams().Keep(localOf(server), localOf(client)); err != nil {
 					t.Fatal(err)
 				}
+			}
+			toAgent := func(answer string) {
+				t.Helper()
+				say(t, server, localOf(client), answer)
+				f.captured(t, answer)
+			}
+			// inClear waits for the first answer in clear.
+			inClear := func(answer string) {
+				t.Helper()
+				for end := time.Now().Add(patience); time.Now().Before(end); {
+					say(t, server, localOf(client), answer)
+					if err := client.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+						t.Fatal(err)
+					}
+					if n, _, err := client.ReadFromUDPAddrPort(make([]byte, 100)); err == nil && n == len(answer) {
+						return
+					}
+					f.discard(t)
+				}
+				t.Fatalf("%q does not arrive in clear", answer)
+			}
+			inClear("nobody asked by a tunnel")
+
+			keep()
+			f.pod.Datagrams().Forget(localOf(server), localOf(client))
+			toAgent("late")
+			keep() // the client asks again
+			time.Sleep(3 * time.Second)
+			toAgent("kept")
+			f.pod.Datagrams().Forget(localOf(server), localOf(client))
+			inClear("forgotten")
+
+			keep()
+			if err := f.dp.Close(); err != nil { // as the death of the agent does
+				t.Fatal(err)
+			}
+			f.open(t)
+			f.openPod(t)
+			f.peers(t, f.db)
+			toAgent("kept for the next agent")
+			time.Sleep(3 * time.Second)
+			toAgent("the agent before may still be there")
+			if err := f.dp.ForgetOrphans(); err != nil {
+				t.Fatal(err)
+			}
+			inClear("the agent before is gone")
+			if err := f.pod.ReleaseUDP(); err != nil {
+				t.Fatal(err)
 			}
 		})
 	})

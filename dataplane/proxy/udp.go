@@ -36,9 +36,9 @@ type Datagrams interface {
 	Refused(v4 bool) (client, app netip.AddrPort, err error)
 	Families() (v4, v6 bool)
 	// Keep has what the application at app says to client come to Receive, whoever client is.
-	// Forget undoes it.
+	// Forget undoes it, once what is answered late has come as well.
 	Keep(app, client netip.AddrPort) error
-	Forget(app, client netip.AddrPort) error
+	Forget(app, client netip.AddrPort)
 	// QUIC is the socket of the tunnel's UDP port, which the caller closes; nil when there is none.
 	// Packets to connection IDs that begin with mark still come to it when another agent has the pod.
 	QUIC() (conn *net.UDPConn, mark [2]byte, err error)
@@ -253,7 +253,9 @@ func (u *datagramPod) flowFor(e ends) (f *datagramFlow, fresh bool) {
 		f.flow.cancel(nil)
 		return nil, false
 	}
-	u.install(f)
+	if err := u.install(f); err != nil {
+		return nil, false
+	}
 	return f, true
 }
 
@@ -279,32 +281,46 @@ func (u *datagramPod) enter(f *datagramFlow) error {
 	return nil
 }
 
-// install makes f the flow between its ends. An earlier one that the peer began ends: the peer
-// has forgotten it, or it would not begin another.
-func (u *datagramPod) install(f *datagramFlow) {
-	u.mu.Lock()
-	before := u.flows[f.ends]
-	u.flows[f.ends] = f
-	u.mu.Unlock()
+// install makes f, which was entered, the flow between its ends. An earlier one that the peer began
+// ends: the peer has forgotten it, or it would not begin another.
+func (u *datagramPod) install(f *datagramFlow) error {
+	before, err := u.replace(f)
 	if before != nil && before.direction == telemetry.Inbound {
 		before.end(nil)
 	}
+	return err
+}
+
+// replace returns the flow whose place f has now. What is kept changes with u.flows, so that nothing
+// is that no flow needs.
+func (u *datagramPod) replace(f *datagramFlow) (before *datagramFlow, err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if _, ok := u.live[f]; !ok { // it was cut meanwhile
+		return nil, errFlowEnded
+	}
+	before = u.flows[f.ends]
+	u.flows[f.ends] = f
+	switch {
+	case f.direction == telemetry.Inbound:
+		err = u.d.Keep(f.ends.app, f.ends.peer)
+	case before != nil && before.direction == telemetry.Inbound:
+		u.d.Forget(f.ends.app, f.ends.peer)
+	}
+	return before, err
 }
 
 // leave forgets f.
 func (u *datagramPod) leave(f *datagramFlow) {
 	u.mu.Lock()
-	last := u.flows[f.ends] == f
-	if last {
-		delete(u.flows, f.ends)
-	}
 	delete(u.live, f)
-	u.mu.Unlock()
-	if last && f.direction == telemetry.Inbound {
-		if err := u.d.Forget(f.ends.app, f.ends.peer); err != nil {
-			u.s.cfg.Log.Error("answers of a flow that has ended still come to the agent", "pod", u.s.uid, "error", err)
+	if u.flows[f.ends] == f {
+		delete(u.flows, f.ends)
+		if f.direction == telemetry.Inbound {
+			u.d.Forget(f.ends.app, f.ends.peer)
 		}
 	}
+	u.mu.Unlock()
 	u.s.end(f.flow)
 }
 

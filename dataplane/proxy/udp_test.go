@@ -96,11 +96,10 @@ func (d *fakeDatagrams) Keep(app, client netip.AddrPort) error {
 	return nil
 }
 
-func (d *fakeDatagrams) Forget(app, client netip.AddrPort) error {
+func (d *fakeDatagrams) Forget(app, client netip.AddrPort) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.kept, [2]netip.AddrPort{app, client})
-	return nil
 }
 
 func (d *fakeDatagrams) keeps() int {

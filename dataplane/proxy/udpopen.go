@@ -115,8 +115,7 @@ func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
 	}
 	err := f.admit(r, identityErr)
 	if err == nil {
-		u.install(f)
-		err = u.d.Keep(f.ends.app, f.ends.peer)
+		err = u.install(f)
 	}
 	if err != nil {
 		r.Reject(statusOf(err))
