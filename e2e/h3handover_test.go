@@ -268,14 +268,7 @@ func TestUpgradeSparesUDP(t *testing.T) {
 		defer conn.Close()
 		lost := countLost(t, conn)
 		for _, number := range []int{2, 1} {
-			old := u.hand(u.Node(number), u.v2)
-			time.Sleep(5 * time.Second / 2) // it accepts no more, and its flows have ended
-			if err := old.Signal(syscall.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
-			if err := old.Wait(t.Context()); err != nil {
-				t.Errorf("the old agent: %v", err)
-			}
+			u.replace(u.Node(number), u.v2, 5*time.Second/2) // the old one accepts no more, and its flows have ended
 			n := lost()
 			t.Logf("node %d: %d lost", number, n)
 			if n > 400 {

@@ -83,25 +83,38 @@ func prepareUpgrade(t *testing.T, opts lab.Options) *upgrade {
 	return u
 }
 
-// begin starts an agent beside the one of n.
-func (u *upgrade) begin(n *lab.Node, program string) (old, successor *lab.Agent) {
-	u.t.Helper()
-	old = u.Agent(n)
-	successor, err := old.Succeed(program)
+// begin starts an agent beside the one of n, with args after its.
+func (c *cluster) begin(n *lab.Node, program string, args ...string) (old, successor *lab.Agent) {
+	c.t.Helper()
+	old = c.Agent(n)
+	successor, err := old.Succeed(program, args...)
 	if err != nil {
-		u.t.Fatal(err)
+		c.t.Fatal(err)
 	}
 	return old, successor
 }
 
 // hand has an agent of that program take n over, and returns the one before it.
-func (u *upgrade) hand(n *lab.Node, program string) (old *lab.Agent) {
-	u.t.Helper()
-	old, successor := u.begin(n, program)
-	if err := successor.AwaitSuccession(u.t.Context()); err != nil {
-		u.t.Fatal(err)
+func (c *cluster) hand(n *lab.Node, program string, args ...string) (old *lab.Agent) {
+	c.t.Helper()
+	old, successor := c.begin(n, program, args...)
+	if err := successor.AwaitSuccession(c.t.Context()); err != nil {
+		c.t.Fatal(err)
 	}
 	return old
+}
+
+// replace is hand, and settle later the end of the one before it.
+func (c *cluster) replace(n *lab.Node, program string, settle time.Duration, args ...string) {
+	c.t.Helper()
+	old := c.hand(n, program, args...)
+	time.Sleep(settle)
+	if err := old.Signal(syscall.SIGTERM); err != nil {
+		c.t.Fatal(err)
+	}
+	if err := old.Wait(c.t.Context()); err != nil {
+		c.t.Errorf("the old agent: %v", err)
+	}
 }
 
 // served wants that connections are made, and that none has failed.
@@ -250,10 +263,7 @@ func TestNodeIsGivenBack(t *testing.T) {
 func TestSecondAgentIsRefused(t *testing.T) {
 	c := newCluster(t, lab.Options{Nodes: 1})
 	c.start("--takeover=false")
-	successor, err := c.Agent(c.Node(1)).Succeed(filepath.Join(binDir, "raceway-agent"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, successor := c.begin(c.Node(1), filepath.Join(binDir, "raceway-agent"))
 	<-successor.Done()
 	text, err := os.ReadFile(successor.Log)
 	if err != nil {

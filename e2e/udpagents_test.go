@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -20,7 +21,7 @@ import (
 type interrogation struct {
 	stop    chan struct{}
 	ended   sync.WaitGroup
-	asked   int
+	asked   atomic.Int64
 	longest time.Duration
 	failed  []error
 }
@@ -35,33 +36,41 @@ func interrogate(p *udpPair) *interrogation {
 			case <-time.After(20 * time.Millisecond):
 			}
 			began := time.Now()
-			err := askUDP(p.web, p.db.AddrPort(portEcho), fmt.Sprint("question ", i.asked), patience)
+			err := askUDP(p.web, p.db.AddrPort(portEcho), fmt.Sprint("question ", i.asked.Load()), patience)
 			for errors.Is(err, syscall.ECONNREFUSED) && time.Since(began) < patience { // an agent is dead
 				time.Sleep(20 * time.Millisecond)
-				err = askUDP(p.web, p.db.AddrPort(portEcho), fmt.Sprint("question ", i.asked), patience)
+				err = askUDP(p.web, p.db.AddrPort(portEcho), fmt.Sprint("question ", i.asked.Load()), patience)
 			}
 			if err != nil {
 				i.failed = append(i.failed, err)
 			}
-			i.asked++
+			i.asked.Add(1)
 			i.longest = max(i.longest, time.Since(began))
 		}
 	})
 	return i
 }
 
-// spared wants that every question was answered, at the latest when it was asked again.
-func (i *interrogation) spared(t *testing.T) {
+// settle waits until a question was answered that was asked from now on.
+func (i *interrogation) settle() {
+	for soon := i.asked.Load() + 2; i.asked.Load() < soon; {
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// spared wants that every question was answered, at the latest when it was asked again. For as long
+// as dead there was an agent that could not.
+func (i *interrogation) spared(t *testing.T, dead time.Duration) {
 	t.Helper()
 	close(i.stop)
 	i.ended.Wait()
 	for _, err := range i.failed {
 		t.Error("a question was not answered:", err)
 	}
-	if i.longest > 5*time.Second { // what resolvers wait for a name server
-		t.Errorf("an answer took %v", i.longest)
+	if i.longest > dead+5*time.Second { // what resolvers wait for a name server
+		t.Errorf("an answer took %v, where agents were dead for %v", i.longest, dead)
 	}
-	t.Logf("%d questions, the longest took %v", i.asked, i.longest)
+	t.Logf("%d questions, the longest took %v", i.asked.Load(), i.longest)
 }
 
 // Agents that leave UDP alone are followed by such that take it, by those of its own kind, and by
@@ -74,17 +83,20 @@ func TestUDPComesAndGoesWithItsAgents(t *testing.T) {
 		if flows := udpFlows(t, p.cluster, p.Node(1)); len(flows) > 0 {
 			t.Errorf("UDP is captured: %v", flows)
 		}
+		program := filepath.Join(binDir, "raceway-agent")
 		asking := interrogate(p)
 		for _, n := range p.Nodes() {
-			p.succeed(n, "--udp=true")
+			p.replace(n, program, 0, "--udp=true")
 		}
 		awaitUDP(t, p.cluster, p.web, p.db.AddrPort(portEcho))
+		asking.settle() // what goes in clear is answered in clear
 		if err := p.link.Reset(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		for _, n := range p.Nodes() {
-			p.succeed(n)
+			p.replace(n, program, 0)
 		}
+		killed := time.Now()
 		for _, n := range slices.Backward(p.Nodes()) {
 			if err := p.Agent(n).Kill(); err != nil {
 				t.Fatal(err)
@@ -93,12 +105,13 @@ func TestUDPComesAndGoesWithItsAgents(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		dead := time.Since(killed)
 		awaitUDP(t, p.cluster, p.web, p.db.AddrPort(portEcho))
 		if p.readable([]byte("question"))() {
 			t.Error("UDP is readable on the link while agents that take it follow each other")
 		}
 		for _, n := range p.Nodes() {
-			p.succeed(n, "--udp=false")
+			p.replace(n, program, 0, "--udp=false")
 		}
 		eventually(t, "UDP in clear", func() error {
 			if err := askUDP(p.web, p.db.AddrPort(portEcho), "at last", patience); err != nil {
@@ -109,30 +122,11 @@ func TestUDPComesAndGoesWithItsAgents(t *testing.T) {
 			}
 			return nil
 		})
-		asking.spared(t)
+		asking.spared(t, dead)
 		for _, n := range p.Nodes() {
 			checkAgent(t, p.Agent(n))
 		}
 	})
-}
-
-// succeed has another agent take n over, and ends the one before it.
-func (p *udpPair) succeed(n *lab.Node, args ...string) {
-	p.t.Helper()
-	old := p.Agent(n)
-	successor, err := old.Succeed(filepath.Join(binDir, "raceway-agent"), args...)
-	if err == nil {
-		err = successor.AwaitSuccession(p.t.Context())
-	}
-	if err == nil {
-		err = old.Signal(syscall.SIGTERM)
-	}
-	if err == nil {
-		err = old.Wait(p.t.Context())
-	}
-	if err != nil {
-		p.t.Fatal(err)
-	}
 }
 
 func (p *udpPair) ask(payload string) {

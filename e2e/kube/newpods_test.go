@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strconv"
@@ -25,23 +26,7 @@ func TestNewPodsAreCapturedBeforeTheyRun(t *testing.T) {
 	w.captured(t, ns, true, "server2")
 	wire := w.wire(t, 2)
 	mark := needle()
-	w.apply(t, fmt.Sprintf(`---
-apiVersion: batch/v1
-kind: Job
-metadata: {name: newcomers, namespace: %[1]s}
-spec:
-  completions: %[2]d
-  parallelism: 20
-  backoffLimit: 0
-  template:
-    spec:
-      restartPolicy: Never
-      nodeName: node1
-      terminationGracePeriodSeconds: 1
-      containers:
-      - {name: app, image: %[3]s, args: [get, "http://%[4]s:8080/%[5]s"]}
-`, ns, newcomers, cluster.AppRef, w.host(t, ns, "server2"), mark))
-	w.kubectl(t, "-n", ns, "wait", "--for=condition=Complete", "job/newcomers", "--timeout=5m")
+	w.newcomers(t, ns, newcomers, 20, "5m", "get", fmt.Sprintf("http://%s:8080/%s", w.host(t, ns, "server2"), mark))
 	if clear, tunnels := seen(t, wire, mark); clear || tunnels == 0 {
 		t.Errorf("%d new pods: in clear %v, %d packets of tunnels", newcomers, clear, tunnels)
 	}
@@ -106,4 +91,31 @@ func TestMariaDBThroughTheMesh(t *testing.T) {
 	if clear, tunnels := seen(t, wire, mark); clear || tunnels == 0 {
 		t.Errorf("in clear %v, %d packets of tunnels", clear, tunnels)
 	}
+}
+
+// newcomers runs so many pods on node1, some of them at a time, that do one thing as their first, and
+// waits until all have done it.
+func (w *world) newcomers(t *testing.T, ns string, pods, atOnce int, patience string, args ...string) {
+	t.Helper()
+	list, err := json.Marshal(args)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.apply(t, fmt.Sprintf(`---
+apiVersion: batch/v1
+kind: Job
+metadata: {name: newcomers, namespace: %[1]s}
+spec:
+  completions: %[2]d
+  parallelism: %[3]d
+  backoffLimit: 0
+  template:
+    spec:
+      restartPolicy: Never
+      nodeName: node1
+      terminationGracePeriodSeconds: 1
+      containers:
+      - {name: app, image: %[4]s, args: %[5]s}
+`, ns, pods, atOnce, cluster.AppRef, list))
+	w.kubectl(t, "-n", ns, "wait", "--for=condition=Complete", "job/newcomers", "--timeout="+patience)
 }

@@ -6,8 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/raceway-mesh/raceway/e2e/cluster"
 )
 
 const kubeSystem = "kube-system"
@@ -85,23 +83,7 @@ func (w *world) firstDatagrams(t *testing.T, ns string) {
 	t.Helper()
 	wire, text := w.wire(t, 2), needle()
 	defer wire.Close()
-	w.apply(t, fmt.Sprintf(`---
-apiVersion: batch/v1
-kind: Job
-metadata: {name: newcomers, namespace: %[1]s}
-spec:
-  completions: 10
-  parallelism: 5
-  backoffLimit: 0
-  template:
-    spec:
-      restartPolicy: Never
-      nodeName: node1
-      terminationGracePeriodSeconds: 1
-      containers:
-      - {name: app, image: %[2]s, args: [ask, "%[3]s:9000", %[4]s]}
-`, ns, cluster.AppRef, w.host(t, ns, "server2"), text))
-	w.kubectl(t, "-n", ns, "wait", "--for=condition=Complete", "job/newcomers", "--timeout=2m")
+	w.newcomers(t, ns, 10, 5, "2m", "ask", w.host(t, ns, "server2")+":9000", text)
 	if clear, _ := seen(t, wire, text); clear {
 		t.Error("a datagram of a new pod is in clear")
 	}
