@@ -159,8 +159,9 @@ const (
 	RacewayCounterDIRECT_PROXIED_FULL          RacewayCounter = 91
 	RacewayCounterDIRECT_PROXIED_UNANSWERED    RacewayCounter = 92
 	RacewayCounterDIRECT_DROPPED_MARK          RacewayCounter = 93
-	RacewayCounterDIRECT_DROPPED_EVENT         RacewayCounter = 94
-	RacewayCounterCOUNTERS                     RacewayCounter = 95
+	RacewayCounterDIRECT_DROPPED_TRANSLATED    RacewayCounter = 94
+	RacewayCounterDIRECT_DROPPED_EVENT         RacewayCounter = 95
+	RacewayCounterCOUNTERS                     RacewayCounter = 96
 )
 
 type RacewayDestination struct {

@@ -181,11 +181,18 @@ static __always_inline void tell(struct bpf_sock *sk, const struct direct *d, en
 	bpf_ringbuf_submit(e, 0);
 }
 
+/*
+ * Somebody has answered a SYN that did not arrive: it came from another port by then, which NAT on the
+ * node gives to what could be taken for another connection. None of its data passes; the agent cuts it.
+ */
 static __always_inline void direct_opened(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct direct *d)
 {
+	struct admission *a = bpf_map_lookup_elem(&admitted, &d->key);
+	bool arrived = a && a->stage == ADMISSION_ARRIVED;
+
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTO_CB_FLAG);
-	count(DIRECT_OPENED);
-	tell(sk, d, EVENT_OPENED, BPF_TCP_ESTABLISHED, true);
+	count(arrived ? DIRECT_OPENED : DIRECT_DROPPED_TRANSLATED);
+	tell(sk, d, EVENT_OPENED, BPF_TCP_ESTABLISHED, arrived);
 }
 
 /* A client that has gone after its FIN, while the server has not sent its own. */

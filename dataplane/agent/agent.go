@@ -231,7 +231,7 @@ func (a *Agent) newCapture() (err error) {
 	a.pods = &pods{
 		datapath: a.datapath, keeper: a.keeper, proxy: a.proxy, publisher: a.publisher,
 		log: a.cfg.Log.With("part", "pods"), serve: serve, force: force, served: map[string]*servedPod{},
-		adoptedUDP: map[string]bool{},
+		adoptedUDP: map[string]bool{}, translations: newTranslations(a.datapath),
 	}
 	a.newUDP()
 	a.own(a.pods)

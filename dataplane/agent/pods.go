@@ -39,6 +39,8 @@ type pods struct {
 	mu     sync.Mutex
 	served map[string]*servedPod
 
+	translations *translations // nil forgets none
+
 	udp        *udpKeeper      // nil captures no UDP
 	adoptedUDP map[string]bool // pods whose UDP an earlier agent captured
 
@@ -58,6 +60,8 @@ type servedPod struct {
 	serving  sync.WaitGroup     // the latest, and earlier ones whose connections live
 	mute     bool               // it has to listen anew; for Prepare alone
 	prepared atomic.Bool        // it had a certificate, and its UDP may be captured
+	starting bool               // it was opened before any of it ran
+	rounds   atomic.Int32       // of watchPods until its older connections have ended
 
 	// udpMu guards the rest.
 	udpMu     sync.Mutex
@@ -106,7 +110,7 @@ func (p *pods) open(ctx context.Context, w *dataplane.Workload) error {
 	if err != nil {
 		return fmt.Errorf("open pod %s: %w", w.Name, err)
 	}
-	s := &servedPod{Pod: pod, identity: w.Identity}
+	s := &servedPod{Pod: pod, identity: w.Identity, starting: w.Starting}
 	s.force, s.cut = context.WithCancel(p.force)
 	p.mu.Lock()
 	p.served[w.UID] = s
@@ -174,7 +178,13 @@ func (p *pods) CaptureOutbound(_ context.Context, uid string) error {
 
 // CaptureInbound starts to capture plaintext.
 func (p *pods) CaptureInbound(_ context.Context, uid string) error {
-	return p.with(uid, func(s *servedPod) error { return s.Pod.CaptureInbound() })
+	return p.with(uid, func(s *servedPod) error {
+		if !s.starting {
+			p.forgetTranslations(s.Addrs())
+			s.rounds.Store(translationRounds)
+		}
+		return s.Pod.CaptureInbound()
+	})
 }
 
 // Guard attaches the guard once connections older than the capture are known to it.

@@ -127,6 +127,7 @@ func (a *Agent) watchPods(ctx context.Context) error {
 			return nil
 		case <-ticker.C:
 		}
+		a.pods.forgetLaterTranslations()
 		if a.canGiveBack() {
 			accompanied = time.Now()
 		}

@@ -22,7 +22,8 @@ type DirectEvent int
 
 // Kinds of DirectEvent.
 const (
-	// DirectOpened: both ends have it.
+	// DirectOpened: both ends have it; or, if it has not Arrived, somebody between them, and it is
+	// to be cut.
 	DirectOpened DirectEvent = iota + 1
 	// DirectClosed: the client's socket is gone.
 	DirectClosed

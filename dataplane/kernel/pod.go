@@ -162,6 +162,9 @@ func (p *Pod) prepare() error {
 // UID is the pod's.
 func (p *Pod) UID() string { return p.uid }
 
+// Addrs are the pod's.
+func (p *Pod) Addrs() []netip.Addr { return p.addrs }
+
 // Vanished reports that the network namespace that the pod was opened in is gone, or that
 // its name leads to another one now. Remove is then all that can be done for it.
 func (p *Pod) Vanished() bool { return p.ns.Gone() }

@@ -152,6 +152,9 @@ func (p *Paths) opened(d kernel.DirectConnection, adopted bool) *connection {
 	}
 	c.source, c.destination = open(source), open(destination)
 	p.connections[d.ID] = c
+	if d.Event == kernel.DirectOpened && !d.Arrived && denied == nil {
+		denied = errTranslated
+	}
 	if denied != nil {
 		p.cut(c, denied)
 	}
@@ -164,6 +167,8 @@ func (p *Paths) closed(d kernel.DirectConnection) {
 	c.take(d)
 	flags, err := telemetry.FlagsNone, c.cut
 	switch {
+	case errors.Is(err, errTranslated):
+		flags = telemetry.FlagsConnect
 	case err != nil:
 		flags = telemetry.FlagsDeny
 	case d.Err != nil:
@@ -177,6 +182,9 @@ func (p *Paths) closed(d kernel.DirectConnection) {
 
 // errBrokenOff is a source that closed before it had sent or read everything.
 var errBrokenOff = errors.New("the source closed before both ends had finished")
+
+// errTranslated is a connection that was opened, but not by the address and port that were admitted.
+var errTranslated = errors.New("the node's NAT has given it another source port, so that it does not arrive as what was allowed")
 
 // take notes how far a connection has come.
 func (c *connection) take(d kernel.DirectConnection) {

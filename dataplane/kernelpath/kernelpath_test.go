@@ -246,6 +246,19 @@ func TestUnansweredConnectionsTakeTheTunnel(t *testing.T) {
 	}
 }
 
+// Nothing of it passes the guards, so that it would hang.
+func TestTranslatedConnectionsAreCut(t *testing.T) {
+	r := newRig(t)
+	c := event(kernel.DirectOpened)
+	c.Arrived = false
+	r.kernel.events <- c
+	r.eventually("it is cut", func() bool { return r.kernel.cuts() == 1 })
+	r.kernel.events <- event(kernel.DirectClosed)
+	if end := r.last(2); end.Flags != string(telemetry.FlagsConnect) || !strings.Contains(end.Cause, "NAT") {
+		t.Errorf("its end is %+v", end)
+	}
+}
+
 func TestBothEndsAreTold(t *testing.T) {
 	r := newRig(t)
 	r.kernel.events <- event(kernel.DirectOpened)
