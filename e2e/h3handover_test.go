@@ -23,7 +23,7 @@ func newH3Upgrade(t *testing.T, opts lab.Options) *upgrade {
 	if err := u.AddNamespace("shop", map[string]string{dataplane.TransportLabel: string(dataplane.TransportH3)}); err != nil {
 		t.Fatal(err)
 	}
-	u.start("--udp", "--drain-timeout="+drainTimeout.String())
+	u.start("--drain-timeout=" + drainTimeout.String())
 	u.label(dataplane.ModeAmbient)
 	eventually(t, "connections go by HTTP/3", func() error { return open(t, u.client, u.target).overHTTP3(u.cluster) })
 	u.traffic = startLoad(t, 4, u.client, u.target)
@@ -258,7 +258,7 @@ func TestUpgradeSparesUDP(t *testing.T) {
 		u := prepareUpgrade(t, opts)
 		target := u.server.AddrPort(portEcho)
 		echoUDP(t, u.server, portEcho)
-		u.start("--udp", "--drain-timeout="+drainTimeout.String())
+		u.start("--drain-timeout=" + drainTimeout.String())
 		u.label(dataplane.ModeAmbient)
 		awaitUDP(t, u.cluster, u.client, target)
 		conn, err := dialUDP(u.client, target)

@@ -22,7 +22,7 @@ func TestUDPIsTunnelled(t *testing.T) {
 		web, db, plain := c.pod("web", 1), c.pod("db", 2), c.podIn("outside", "plain", 2)
 		echoUDP(t, db, 9)
 		echoUDP(t, plain, 9)
-		c.start("--udp")
+		c.start()
 		link, err := c.Capture(t.Context(), c.Node(1))
 		if err != nil {
 			t.Fatal(err)
@@ -198,7 +198,7 @@ func newUDPPair(t *testing.T, opts lab.Options, annotations map[string]string, a
 	}
 	p := &udpPair{cluster: c, web: c.pod("web", 1), db: db}
 	echoUDP(t, p.db, portEcho)
-	c.start(append([]string{"--udp"}, args...)...)
+	c.start(args...)
 	if p.link, err = c.Capture(t.Context(), c.Node(1)); err != nil {
 		t.Fatal(err)
 	}

@@ -33,8 +33,7 @@ type site struct {
 }
 
 // runScenario measures every workload on the scenario and adds to the report: those that go
-// alone in labs of their own, and those of UDP in another one than the rest, since agents are
-// told to carry it.
+// alone in labs of their own, and those of UDP in another one than the rest, whose memory is shown.
 func runScenario(ctx context.Context, c Config, s Scenario, found *report.Report) error {
 	together := make(map[bool][]Workload) // by whether they are of UDP
 	for _, w := range Workloads() {
@@ -137,11 +136,7 @@ func (st *site) enrol(ctx context.Context) error {
 	if st.scenario.Kernel {
 		mode = "kernel"
 	}
-	args := []string{"--same-node", mode}
-	if st.scenario.udp {
-		args = append(args, "--udp")
-	}
-	if err := st.lab.StartMesh(ctx, append(args, st.config.AgentArgs...)...); err != nil {
+	if err := st.lab.StartMesh(ctx, append([]string{"--same-node", mode}, st.config.AgentArgs...)...); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
@@ -331,7 +326,7 @@ func (st *site) usage() (usage, error) {
 
 // memory adds what the proxies have resident at the start, before any load, at rest, once they
 // have settled, or at the end, after all the load. Of labs for UDP there are no such figures: they
-// would be taken for those of agents that are told nothing.
+// would be a second measurement of the same.
 func (st *site) memory(found *report.Report, when string) error {
 	if st.scenario.udp {
 		return nil

@@ -28,7 +28,7 @@ const (
 )
 
 // errUDPOff is why an agent that is told so captures no UDP.
-var errUDPOff = errors.New("the agent runs without --udp")
+var errUDPOff = errors.New("the agent runs with --udp=false")
 
 // newUDP decides whether the UDP of this node's pods is captured.
 func (a *Agent) newUDP() {

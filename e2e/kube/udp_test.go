@@ -28,8 +28,6 @@ func (w *world) takesUDP(t *testing.T, namespace string, pods ...string) {
 // where an end is not enrolled; names are found throughout, also by DNS pods that are enrolled.
 func TestUDPBetweenPods(t *testing.T) {
 	w := onMesh(t)
-	w.install(t, "--set", "agent.extraArgs={--udp}")
-	defer w.install(t) // as it is for the other tests
 	const ns = "udp"
 	w.home(t, ns,
 		pod{name: "apart1", node: 1, args: []string{"serve"}, labels: map[string]string{"raceway.dev/dataplane-mode": "none"}},

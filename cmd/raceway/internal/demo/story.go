@@ -126,11 +126,7 @@ func (s *story) startMesh(ctx context.Context) error {
 	s.watchProcess(ctx, "raceway-ca", ca.Process)
 	for _, n := range s.lab.Nodes() {
 		accessLog := filepath.Join(s.lab.Dir(), "log", "access-"+n.Name+".txt")
-		args := []string{"--access-log", accessLog}
-		if s.withUDP {
-			args = append(args, "--udp")
-		}
-		agent, err := s.lab.StartAgent(ctx, n, args...)
+		agent, err := s.lab.StartAgent(ctx, n, "--access-log", accessLog)
 		if err != nil {
 			return err
 		}
