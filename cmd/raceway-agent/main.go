@@ -39,8 +39,8 @@ func command() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "raceway-agent",
 		Short: "Serve one node of the mesh",
-		Long: `Serve one node of the mesh: capture the TCP connections of its enrolled pods, and with --udp
-their UDP, carry them through HBONE tunnels, and authorize what arrives.
+		Long: `Serve one node of the mesh: capture the TCP connections and the UDP of its enrolled pods, carry
+them through HBONE tunnels, and authorize what arrives.
 
 An agent that ends leaves its pods captured: their new connections are refused until an agent
 serves the node again. ` + "`raceway`" + ` talks to it through --socket.
