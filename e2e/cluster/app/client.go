@@ -9,10 +9,14 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"syscall"
 	"time"
 )
 
-type client struct{ timeout time.Duration }
+type client struct {
+	timeout time.Duration
+	from    int // port, 0 for any
+}
 
 // Count is what a client has seen so far.
 type Count struct {
@@ -70,7 +74,18 @@ func (c client) get(ctx context.Context, url string, n int) error {
 }
 
 func (c client) dial(ctx context.Context, address string) (net.Conn, error) {
-	return (&net.Dialer{Timeout: c.timeout}).DialContext(ctx, "tcp", address)
+	d := net.Dialer{Timeout: c.timeout}
+	if c.from != 0 {
+		d.LocalAddr = &net.TCPAddr{Port: c.from}
+		d.Control = reuse
+	}
+	return d.DialContext(ctx, "tcp", address)
+}
+
+func reuse(_, _ string, conn syscall.RawConn) error {
+	var failed error
+	err := conn.Control(func(fd uintptr) { failed = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1) })
+	return errors.Join(err, failed)
 }
 
 // exchange sends text and wants it back.

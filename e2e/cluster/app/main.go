@@ -52,10 +52,11 @@ func run(ctx context.Context, args []string) error {
 	count := flags.Int("n", 1, "how many")
 	every := flags.Duration("every", 20*time.Millisecond, "pause between uses")
 	timeout := flags.Duration("timeout", 5*time.Second, "for one request")
+	from := flags.Int("from", 0, "port that connections of echo and hold come from, whether it was used before or not; 0 for any")
 	if err := flags.Parse(args[1:]); err != nil {
 		return err
 	}
-	c := client{timeout: *timeout}
+	c := client{timeout: *timeout, from: *from}
 	switch args[0] {
 	case "serve":
 		return serve(ctx)
