@@ -16,10 +16,11 @@ const translationRounds = 10
 type translations struct {
 	forget func(addrs []netip.Addr) (uint, error)
 
-	reading sync.Mutex
-	mu      sync.Mutex
-	next    *reading
-	told    string // the last error
+	turn chan struct{} // holds one while somebody reads
+
+	mu   sync.Mutex
+	next *reading
+	told string // the last error
 }
 
 type reading struct {
@@ -29,16 +30,17 @@ type reading struct {
 }
 
 func newTranslations(d *kernel.Datapath) *translations {
-	return &translations{forget: d.ForgetTranslations, next: &reading{}}
+	return &translations{forget: d.ForgetTranslations, turn: make(chan struct{}, 1), next: &reading{}}
 }
 
+// of returns when a reading has ended that began after the call.
 func (t *translations) of(addrs []netip.Addr) error {
 	t.mu.Lock()
 	r := t.next
 	r.addrs = append(r.addrs, addrs...)
 	t.mu.Unlock()
-	t.reading.Lock()
-	defer t.reading.Unlock()
+	t.turn <- struct{}{}
+	defer func() { <-t.turn }()
 	if r.done {
 		return r.err
 	}
