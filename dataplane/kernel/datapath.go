@@ -47,7 +47,8 @@ type Datapath struct {
 	wantsDirect bool
 	generation  uint64 // of allowances; 0 before the first
 
-	peersMu sync.Mutex // held while the peers of UDP are changed
+	peersMu sync.Mutex                                // held while the peers of UDP are changed
+	peers   map[bpf.RacewayPeer]bpf.RacewayClearPorts // as the kernel has them; nil: ask it
 }
 
 // Open loads the data plane, or adopts what an earlier agent left in cfg.Dir. Pods that

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"os"
 
+	"github.com/cilium/ebpf"
+
 	"github.com/raceway-mesh/raceway/bpf"
 	"github.com/raceway-mesh/raceway/dataplane"
 )
@@ -42,34 +44,49 @@ func (d *Datapath) SetPeers(peers map[Peer][]dataplane.PortRange) error {
 
 func (d *Datapath) setPeers(peers map[Peer][]dataplane.PortRange) error {
 	m := d.loaded.maps.Peers
-	missing := make(map[bpf.RacewayPeer]bpf.RacewayClearPorts, len(peers))
+	want := make(map[bpf.RacewayPeer]bpf.RacewayClearPorts, len(peers))
 	for p, clear := range peers {
 		ports, err := clearPorts(clear)
 		if err != nil {
 			return fmt.Errorf("%v: %w", p.Addr, err)
 		}
-		missing[bpf.RacewayPeer{Addr: toAddr(p.Addr), Port: p.Port}] = ports
+		want[bpf.RacewayPeer{Addr: toAddr(p.Addr), Port: p.Port}] = ports
 	}
-	var gone []bpf.RacewayPeer
+	is := d.peers
+	d.peers = nil // until all is well
+	if is == nil {
+		var err error
+		if is, err = readPeers(m); err != nil {
+			return err
+		}
+	}
+	var errs []error
+	for key := range is {
+		if _, ok := want[key]; !ok {
+			errs = append(errs, ignoreMissing(m.Delete(key)))
+		}
+	}
+	for key, value := range want {
+		if before, ok := is[key]; !ok || before != value {
+			errs = append(errs, m.Put(key, value))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	d.peers = want
+	return nil
+}
+
+func readPeers(m *ebpf.Map) (map[bpf.RacewayPeer]bpf.RacewayClearPorts, error) {
+	peers := make(map[bpf.RacewayPeer]bpf.RacewayClearPorts)
 	var key bpf.RacewayPeer
 	var value bpf.RacewayClearPorts
 	entries := m.Iterate()
 	for entries.Next(&key, &value) {
-		switch want, ok := missing[key]; {
-		case !ok:
-			gone = append(gone, key)
-		case want == value:
-			delete(missing, key)
-		}
+		peers[key] = value
 	}
-	errs := []error{entries.Err()}
-	for _, key := range gone {
-		errs = append(errs, ignoreMissing(m.Delete(key)))
-	}
-	for key, value := range missing {
-		errs = append(errs, m.Put(key, value))
-	}
-	return errors.Join(errs...)
+	return peers, entries.Err()
 }
 
 func clearPorts(ranges []dataplane.PortRange) (bpf.RacewayClearPorts, error) {

@@ -330,6 +330,46 @@ func TestUDPLateAnswersAreNotInClear(t *testing.T) {
 	})
 }
 
+// Who is a peer changes with each call, also with the first one of the next agent.
+func TestUDPPeersChange(t *testing.T) {
+	inUDPMode(t, func(t *testing.T, m mode) {
+		f := withUDP(t, m, kernel.UDPConfig{})
+		other := f.node.NewPod(t)
+		fam := families()[0]
+		app := bindUDP(t, f.web.Namespace, at(fam.of(f.web), 0))
+		var servers [2]*net.UDPConn
+		for i, p := range []*netnstest.Pod{f.db, other} {
+			servers[i] = bindUDP(t, p.Namespace, at(fam.of(p), 53))
+		}
+		// tell says something to both, and wants it in a tunnel or in clear.
+		tell := func(what string, tunnels ...bool) {
+			t.Helper()
+			for i, server := range servers {
+				text := fmt.Sprint(what, i)
+				say(t, app, localOf(server), text)
+				if tunnels[i] {
+					f.captured(t, text)
+				} else {
+					hear(t, server, text)
+				}
+			}
+		}
+		tell("one", true, false)
+		f.peers(t, other)
+		tell("the other", false, true)
+		f.peers(t, f.db, other)
+		tell("both", true, true)
+		if err := f.dp.Close(); err != nil {
+			t.Fatal(err)
+		}
+		f.open(t)
+		f.openPod(t)
+		tell("as the agent before said", true, true)
+		f.peers(t)
+		tell("none", false, false)
+	})
+}
+
 // A socket that is older than the capture goes on in clear, and is answered; the server's answer
 // to what came in clear goes the way it came, although the client is a peer.
 func TestUDPOlderSocketsGoOnInClear(t *testing.T) {
