@@ -35,13 +35,15 @@ func TestNetworkPolicyOfThePageAllowsTunnels(t *testing.T) {
 	lines := page(t, "policy.md")
 	from := slices.Index(lines, "<!-- networkpolicy -->") + 2
 	to := from + slices.Index(lines[from:], "```")
+	type port struct {
+		Port     int
+		Protocol string
+	}
 	type rule struct {
 		From, To []map[string]any
-		Ports    []struct {
-			Port     int
-			Protocol string
-		}
+		Ports    []port
 	}
+	tunnels := []port{{dataplane.PortTunnel, "TCP"}, {dataplane.PortTunnel, "UDP"}}
 	var policy struct {
 		APIVersion string
 		Kind       string
@@ -59,9 +61,7 @@ func TestNetworkPolicyOfThePageAllowsTunnels(t *testing.T) {
 		if !slices.Contains(policy.Spec.PolicyTypes, direction) {
 			t.Errorf("it leaves %s open", direction)
 		}
-		if !slices.ContainsFunc(rules, func(r rule) bool {
-			return len(r.Ports) == 1 && r.Ports[0].Port == dataplane.PortTunnel && r.Ports[0].Protocol == "TCP"
-		}) {
+		if !slices.ContainsFunc(rules, func(r rule) bool { return slices.Equal(r.Ports, tunnels) }) {
 			t.Errorf("it lets no tunnels through: %s %+v", direction, rules)
 		}
 	}
