@@ -127,10 +127,6 @@ func (a *Agent) watchPods(ctx context.Context) error {
 			return nil
 		case <-ticker.C:
 		}
-		a.pods.forgetLaterTranslations()
-		if a.canGiveBack() {
-			accompanied = time.Now()
-		}
 		for _, uid := range a.pods.vanished() {
 			a.reconciler.Vanished(uid)
 		}
@@ -141,11 +137,14 @@ func (a *Agent) watchPods(ctx context.Context) error {
 		if all || round%openingRounds == 0 {
 			a.pods.prune(func(s *servedPod) bool { return all || s.Opening() > 0 })
 		}
-		if time.Since(accompanied) < orphansAge {
-			continue
+		a.pods.forgetLaterTranslations()
+		if a.canGiveBack() {
+			accompanied = time.Now()
 		}
-		if err := a.datapath.ForgetOrphans(); err != nil {
-			a.cfg.Log.Warn("prune flows of UDP", "err", err)
+		if time.Since(accompanied) >= orphansAge {
+			if err := a.datapath.ForgetOrphans(); err != nil {
+				a.cfg.Log.Warn("prune flows of UDP", "err", err)
+			}
 		}
 	}
 }

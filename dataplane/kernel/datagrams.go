@@ -41,9 +41,10 @@ type Datagrams struct {
 
 	log *slog.Logger
 
-	mu     sync.Mutex
-	closed bool
-	ended  map[bpf.RacewayTuple]time.Duration // flows that are about to be forgotten, and since when they are not kept
+	mu      sync.Mutex
+	closed  bool
+	pruning bool                               // prune is on its way
+	ended   map[bpf.RacewayTuple]time.Duration // flows that are about to be forgotten, and since when they are not kept
 }
 
 // ErrForeign is the answer to an address that is none of the pod's.

@@ -33,7 +33,8 @@ func (d *Datagrams) Keep(app, client netip.AddrPort) error {
 func (d *Datagrams) Forget(app, client netip.AddrPort) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.ended) == 0 && !d.closed {
+	if !d.pruning && !d.closed {
+		d.pruning = true
 		time.AfterFunc(lateAnswers, d.prune)
 	}
 	d.ended[d.flowKey(app, client)] = monotonic()
@@ -63,7 +64,7 @@ func (d *Datagrams) prune() {
 			d.log.Error("answers of a flow that has ended still come to the agent", "error", err)
 		}
 	}
-	if len(d.ended) > 0 {
+	if d.pruning = len(d.ended) > 0; d.pruning {
 		time.AfterFunc(lateAnswers/2, d.prune)
 	}
 }
