@@ -121,6 +121,9 @@ func (a *Agent) watchPods(ctx context.Context) error {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
 	var accompanied time.Time // when there was another agent that had the node before, last
+	if a.waits() {            // it may be on its way out before the first round
+		accompanied = time.Now()
+	}
 	for round := 1; ; round++ {
 		select {
 		case <-ctx.Done():
