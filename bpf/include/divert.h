@@ -56,9 +56,14 @@ SEC("tc")
 int divert(struct __sk_buff *skb)
 {
 	__u64 netns = self_netns();
-	struct pod *pod = self_pod(netns);
 	struct packet p = {};
+	struct pod *pod;
 
+	if (is_plain_tcp(skb)) {
+		count(DIVERT_NOT_UDP);
+		return TC_ACT_UNSPEC;
+	}
+	pod = self_pod(netns);
 	if (!pod || !(pod->flags & POD_UDP)) {
 		count(DIVERT_OFF);
 		return TC_ACT_UNSPEC;
@@ -145,10 +150,15 @@ SEC("tc")
 int receive(struct __sk_buff *skb)
 {
 	__u64 netns = self_netns();
-	struct pod *pod = self_pod(netns);
 	enum counter outcome;
 	struct packet p = {};
+	struct pod *pod;
 
+	if (is_plain_tcp(skb)) {
+		count(RECEIVE_NOT_UDP);
+		return TC_ACT_UNSPEC;
+	}
+	pod = self_pod(netns);
 	if (!pod || !(pod->flags & POD_UDP)) {
 		count(RECEIVE_OFF);
 		return TC_ACT_UNSPEC;

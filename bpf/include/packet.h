@@ -127,6 +127,19 @@ static __always_inline bool is_ip(struct __sk_buff *skb)
 	return skb->protocol == bpf_htons(ETH_P_IP) || skb->protocol == bpf_htons(ETH_P_IPV6);
 }
 
+/* Whether TCP is right behind the IP header, where it is in most packets: for who leaves it alone. */
+static __always_inline bool is_plain_tcp(struct __sk_buff *skb)
+{
+	void *header = (void *)(long)skb->data + ETH_HLEN;
+	void *end = (void *)(long)skb->data_end;
+	struct ipv6hdr *six = header;
+	struct iphdr *four = header;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return (void *)(four + 1) <= end && four->protocol == IPPROTO_TCP;
+	return skb->protocol == bpf_htons(ETH_P_IPV6) && (void *)(six + 1) <= end && six->nexthdr == IPPROTO_TCP;
+}
+
 static __always_inline bool read_segment(struct __sk_buff *skb, const struct packet *p, struct segment *s)
 {
 	__u32 end;
