@@ -47,9 +47,7 @@ type Limits struct {
 	PodBuffers, NodeBuffers int64
 	// PodActive and NodeActive bound the chunks that are moved at one time. Half the CPUs,
 	// and as many as there are but 2 at least: a pod that uses all of its own leaves CPUs
-	// to the others. (GOMAXPROCS of twice the CPUs would help a request beside bulk as much
-	// again, as Go looks at the network every 10 ms only while its processors are busy; it
-	// costs an eighth of the throughput of eight streams, so it is the operator's to set.)
+	// to the others.
 	PodActive, NodeActive int
 
 	// lease is how long a turn may be held while others wait, before its holder counts as

@@ -79,7 +79,7 @@ func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg,
 	f.attempt = nil // it keeps a snapshot
 	s.work.Add(1)
 	r := newRelay(source, destination)
-	r.share, r.buffers, r.lot = s.share, &s.buffers, s.lotOf(f)
+	r.share, r.look, r.buffers, r.lot = s.share, s.look, &s.buffers, s.lotOf(f)
 	r.count = [2]func(int){record.Sent, record.Received}
 	r.done = func(err error) {
 		flags := telemetry.FlagsNone

@@ -155,6 +155,7 @@ func (c Config) Validate() error {
 type Proxy struct {
 	cfg   Config
 	gate  *gate
+	look  *lookout
 	conns atomic.Int64 // of all pods
 	bulk  budget       // bytes of large buffers, of all pods
 	files budget       // open files of connections, of all pods
@@ -183,8 +184,13 @@ func New(cfg Config) (*Proxy, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
+	look, err := newLookout()
+	if err != nil {
+		return nil, err
+	}
 	return &Proxy{
 		cfg:        cfg,
+		look:       look,
 		gate:       newGate(cfg.Limits.NodeActive, cfg.Limits.lease),
 		bulk:       budget{limit: cfg.Limits.NodeBuffers},
 		files:      budget{limit: cfg.Limits.NodeFiles},

@@ -41,6 +41,7 @@ type leg interface {
 type relay struct {
 	legs    [2]leg
 	share   *share
+	look    *lookout
 	buffers *buffers
 	lot     *lot
 	// count[i] is told of bytes that legs[i] gave and the other one took.
@@ -235,6 +236,9 @@ func (r *relay) move(i int, src *tcpLeg, read []byte) error {
 		var err error
 		n, hot, err = r.chunks(i, src, turn)
 		turn.release()
+		if hot {
+			r.look.pass()
+		}
 		if short++; hot || n >= roundBuffer {
 			short = 0
 		}
@@ -304,6 +308,9 @@ func (in *inlet) Take(p []byte) int {
 	turn.acquire()
 	n, err := in.socket().write(p)
 	turn.recycle()
+	if n >= roundBuffer {
+		r.look.pass()
+	}
 	if n > 0 {
 		r.count[in.from](n)
 	}

@@ -11,7 +11,7 @@ import (
 // is what holds it back, and no longer when nobody reads it:
 //
 //	open ─► floorWindow, which SETTINGS announces ─► startWindow, with the 200 or the CONNECT
-//	   ─► ×4 … StreamWindow       while half of the window is read within a PING's round trip,
+//	   ─► ×4 … StreamWindow       while an eighth of the window is read within a PING's round trip,
 //	                              or within leastProbe where that is longer
 //	   ─► startWindow             when it was idle: given back with the bytes that come next
 //	   ─► what is unread ─► 0     after the end
@@ -30,6 +30,11 @@ const (
 	// many streams of that size: the larger a stream, the earlier it stops.
 	startSpare = 256
 	growSpare  = 4
+
+	// growShare of what is read within a probe is a window that is not what holds a stream back. To
+	// be able to send as much as is read meanwhile is not enough: a stream that shares its connection is
+	// read in bursts, and its peer sends whole chunks where there is room for several.
+	growShare = 8
 
 	// leastProbe is how long a probe lasts at least. Between two nodes of a rack a round trip is
 	// shorter than it takes to wake either end: a window for no longer has both of them wait.
@@ -215,7 +220,7 @@ func (s *stream) probeLocked(n int) {
 }
 
 // probedLocked ends a measurement whose PING was answered, if it lasted long enough: a stream
-// that read half of its window meanwhile was held back by it.
+// that read much of its window meanwhile was held back by it.
 func (c *conn) probedLocked() {
 	if c.answered = c.lastRead.Load()-c.asked < int64(leastProbe); c.answered {
 		return // goes on with what is read next
@@ -224,7 +229,7 @@ func (c *conn) probedLocked() {
 	limit := int(c.values.streamWindow)
 	for _, s := range c.streams {
 		w := &s.window
-		if w.probe != c.probe || w.target == 0 || w.target >= limit || 2*w.read < w.target {
+		if w.probe != c.probe || w.target == 0 || w.target >= limit || growShare*w.read < w.target {
 			continue
 		}
 		if !s.growLocked(min(4*w.target, limit), growSpare) && !s.growLocked(min(2*w.target, limit), growSpare) {
