@@ -18,6 +18,8 @@ import (
 type leg interface {
 	// write returns how much was taken, and errAgain when a socket has no room for the rest.
 	write(p []byte) (int, error)
+	// writeLast is write for what closeWrite comes right behind, which may send it.
+	writeLast(p []byte) (int, error)
 	// offer is write that never waits; r sends what was taken.
 	offer(p []byte, r *round) (int, error)
 	closeWrite() error
@@ -215,7 +217,7 @@ func (r *relay) move(i int, src *tcpLeg, read []byte) error {
 	if len(read) > 0 {
 		patient = len(read) < roundBuffer // a short message is what the lot could not move
 		turn.acquire()
-		err := send(r.legs[1-i], read, turn, r.count[i])
+		err := send(r.legs[1-i], read, false, turn, r.count[i])
 		turn.release()
 		if err != nil && !errors.Is(err, errAgain) {
 			return err
@@ -258,20 +260,29 @@ func (r *relay) chunks(i int, src *tcpLeg, turn *turn) (moved int, more bool, er
 		if err != nil {
 			return moved, false, err
 		}
-		if err := send(r.legs[1-i], buf.p[:n], turn, r.count[i]); err != nil {
-			return moved, false, err
+		if n < len(buf.p) { // an end right behind it goes along
+			var rest int
+			rest, err = src.read(buf.p[n:])
+			n += rest
 		}
-		if moved += n; n < len(buf.p) {
-			return moved, false, nil
+		if failed := send(r.legs[1-i], buf.p[:n], errors.Is(err, io.EOF), turn, r.count[i]); failed != nil {
+			return moved, false, failed
+		}
+		if moved += n; err != nil || n < len(buf.p) {
+			return moved, false, err
 		}
 	}
 	return moved, true, nil
 }
 
-// send writes all of p. It holds the turn on entry and gives it up to wait.
-func send(dst leg, p []byte, turn *turn, count func(int)) error {
+// send writes all of p, the last there is or not. It holds the turn on entry and gives it up to wait.
+func send(dst leg, p []byte, last bool, turn *turn, count func(int)) error {
+	write := dst.write
+	if last {
+		write = dst.writeLast
+	}
 	for {
-		n, err := dst.write(p)
+		n, err := write(p)
 		if n > 0 {
 			count(n)
 		}

@@ -2,17 +2,20 @@ package proxy
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane/admin"
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 // ways are the ways through a proxy; each gives a client's connection to an application.
@@ -342,5 +345,53 @@ func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
 				wantReset(t, client)
 			}
 		})
+	}
+}
+
+// told notes what it is told.
+type told struct{ deeds []string }
+
+func (l *told) note(deed string, p []byte) (int, error) {
+	l.deeds = append(l.deeds, deed+" "+string(p))
+	return len(p), nil
+}
+
+func (l *told) write(p []byte) (int, error)           { return l.note("write", p) }
+func (l *told) writeLast(p []byte) (int, error)       { return l.note("writeLast", p) }
+func (l *told) offer(p []byte, _ *round) (int, error) { return l.note("offer", p) }
+func (l *told) closeWrite() error                     { return nil }
+func (l *told) finish()                               {}
+func (l *told) abort()                                {}
+
+func TestEndRightBehindBytesGoesAlong(t *testing.T) {
+	limits := Limits{}.withDefaults()
+	large, node := budget{limit: limits.PodBuffers}, budget{limit: limits.NodeBuffers}
+	for _, end := range []bool{false, true} {
+		from, to := hbonetest.TCPPair(t)
+		src, err := newTCPLeg(to.(Socket), "the application")
+		if err != nil {
+			t.Fatal(err)
+		}
+		dst := &told{}
+		r := newRelay(src, dst)
+		r.share, r.buffers = newGate(1, time.Hour).share(1), &buffers{pod: &large, node: &node}
+		r.count = [2]func(int){func(int) {}, func(int) {}}
+		sendText(t, from, "bye")
+		want, ended := []string{"write bye"}, errAgain
+		if end {
+			want, ended = []string{"writeLast bye"}, io.EOF
+			if err := from.(Socket).CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Millisecond) // it is on loopback
+		}
+		turn := r.share.turn()
+		turn.acquire()
+		moved, more, err := r.chunks(0, src, turn)
+		turn.recycle()
+		if moved != 3 || more || !errors.Is(err, ended) || !slices.Equal(dst.deeds, want) {
+			t.Errorf("moved %d, %v, %v, by %q; want 3, false, %v, by %q", moved, more, err, dst.deeds, ended, want)
+		}
+		src.abort()
 	}
 }

@@ -24,6 +24,14 @@ func (l *streamLeg) write(p []byte) (int, error) {
 	return n, l.fail("write to", err)
 }
 
+// writeLast leaves p to closeWrite if that needs no waiting.
+func (l *streamLeg) writeLast(p []byte) (int, error) {
+	if l.stream.Offer(p) {
+		return len(p), nil
+	}
+	return l.write(p)
+}
+
 // offer has p sent with what others offer in r, or not at all.
 func (l *streamLeg) offer(p []byte, r *round) (int, error) {
 	if !l.stream.Offer(p) {

@@ -233,6 +233,8 @@ func (t *transfer) write(fd uintptr) bool {
 	return true
 }
 
+func (l *tcpLeg) writeLast(p []byte) (int, error) { return l.write(p) }
+
 func (l *tcpLeg) offer(p []byte, _ *round) (int, error) { return l.write(p) }
 
 func (l *tcpLeg) awaitWritable() error {

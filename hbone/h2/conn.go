@@ -35,6 +35,7 @@ const (
 	maxStreamID      = math.MaxInt32
 	prefaceTimeout   = 10 * time.Second
 	closeTimeout     = time.Second           // for what is still to be written
+	answerPause      = time.Millisecond      // for an answer to find company
 	lingerTimeout    = 2 * time.Second       // for the peer to close first
 	maxReplies       = 1000                  // queued frames that the peer asked for
 	maxOffered       = 96 << 10              // of frames that wait for whoever writes: a Wire holds more
@@ -100,7 +101,7 @@ type conn struct {
 	out     *[]byte      // the beginning of the next record; nil when nothing
 	encoder headerEncoder
 
-	pending    atomic.Bool    // control is not empty
+	pending    atomic.Bool    // control holds what is not to wait
 	background sync.WaitGroup // flushes that wait for the peer, and the last one
 	done       chan struct{}  // closed when readLoop and background have ended
 

@@ -29,6 +29,8 @@ type serverState struct {
 	final     bool
 	finalAt   *time.Timer // when final comes whatever the peer does; nil until the drain
 	linger    *time.Timer
+	soon      *time.Timer // kicks; nil until an answer waited
+	waits     bool        // soon is about to
 }
 
 // ServeConn serves t until it ends, or ctx does and it has drained, or force is done.
@@ -55,7 +57,7 @@ func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*h
 	c.server.work.Wait()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, timer := range []*time.Timer{c.server.linger, c.server.finalAt} {
+	for _, timer := range []*time.Timer{c.server.linger, c.server.finalAt, c.server.soon} {
 		if timer != nil {
 			timer.Stop()
 		}
@@ -291,25 +293,39 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 
 var errAnswered = errors.New("request was answered before")
 
+// accept answers with 200. A peer that has sent first bytes, and fewer than it might, waits for the
+// application's: the answer may wait for them as well, to go in one piece.
 func (s *stream) accept(response hbone.Response) (hbone.Stream, error) {
 	fields := []hpack.HeaderField{{Name: ":status", Value: "200"}}
 	response.Fields(func(name, value string) { fields = append(fields, hpack.HeaderField{Name: name, Value: value}) })
 	c := s.conn
 	c.mu.Lock()
 	defer c.release()
+	mayWait := s.in.size > 0 && s.window.open > 0 && !c.pending.Load()
+	if err := s.acceptLocked(fields); err != nil {
+		return nil, err
+	}
+	if mayWait {
+		c.kickSoonLocked()
+	}
+	return s, nil
+}
+
+func (s *stream) acceptLocked(fields []hpack.HeaderField) error {
+	c := s.conn
 	switch {
 	case s.answered:
-		return nil, errAnswered
+		return errAnswered
 	case s.err != nil:
-		return nil, s.err
+		return s.err
 	case s.closed:
-		return nil, net.ErrClosed
+		return net.ErrClosed
 	}
 	s.answered = true
 	c.server.nuisances = max(0, c.server.nuisances-1)
 	c.pushLocked(control{kind: controlHeaders, stream: s.id, fields: fields})
 	s.startLocked()
-	return s, nil
+	return nil
 }
 
 func (s *stream) reject(status int) {

@@ -117,6 +117,28 @@ func (c *conn) kick() {
 	}
 }
 
+// kickSoonLocked has nobody kick for what control holds, until answerPause is over.
+func (c *conn) kickSoonLocked() {
+	c.pending.Store(false)
+	st := c.server
+	switch {
+	case st.waits:
+		return
+	case st.soon == nil:
+		st.soon = time.AfterFunc(answerPause, c.kickNow)
+	default:
+		st.soon.Reset(answerPause)
+	}
+	st.waits = true
+}
+
+func (c *conn) kickNow() {
+	c.mu.Lock()
+	defer c.release()
+	c.server.waits = false
+	c.pending.Store(len(c.control) > 0)
+}
+
 // unlockNow flushes and gives wmu back. When the kernel has no room, that goes on in the
 // background.
 func (c *conn) unlockNow() {
