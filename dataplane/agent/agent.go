@@ -210,7 +210,7 @@ func (a *Agent) newProxy() (err error) {
 	}
 	a.proxy, err = proxy.New(proxy.Config{
 		Node: a.cfg.Node, Store: &a.store, Certs: a.keeper, Telemetry: a.telemetry,
-		Limits: a.cfg.Limits, Cluster: a.cfg.ClusterID, KernelPath: offers{a}, UDP: a.cfg.UDP, ResetKey: reset, Log: a.cfg.Log.With("part", "proxy"),
+		Limits: a.cfg.Limits, Cluster: a.cfg.ClusterID, KernelPath: offers{a}, UDP: a.cfg.UDP, CountQUICDrops: a.cfg.CountQUICDrops, ResetKey: reset, Log: a.cfg.Log.With("part", "proxy"),
 	})
 	if err != nil {
 		return err

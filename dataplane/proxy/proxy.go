@@ -104,6 +104,8 @@ type Config struct {
 	// UDP has peers told that HTTP/2 carries UDP too, for where none comes through to the tunnels'
 	// UDP port, and of ways that had better be taken by HTTP/3.
 	UDP bool
+	// CountQUICDrops has datagrams counted that quic-go drops, which makes all others dearer.
+	CountQUICDrops bool
 	// ResetKey lets peers of an earlier agent's QUIC connections know that they are gone. nil
 	// leaves them to find out.
 	ResetKey *[32]byte

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane/netns"
+	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h3"
 )
@@ -55,9 +56,13 @@ func (s *servedPod) newQUIC(d Datagrams) (*quicTunnels, error) {
 	}
 	q := &quicTunnels{conn: conn, up: make(chan struct{}), blocked: make(map[netip.AddrPort]time.Time)}
 	q.make = func() (*h3.Endpoint, error) {
-		return h3.New(h3.Config{
+		cfg := h3.Config{
 			Conn: conn, Mark: mark, Budget: windows{&s.buffers}, ResetKey: s.cfg.ResetKey, Datagrams: true, Log: s.cfg.Log,
-		})
+		}
+		if s.cfg.CountQUICDrops {
+			cfg.QueueDropped = s.quicDropped
+		}
+		return h3.New(cfg)
 	}
 	cfg := s.clientConfig()
 	cfg.Connector = q
@@ -65,6 +70,15 @@ func (s *servedPod) newQUIC(d Datagrams) (*quicTunnels, error) {
 	cfg.MaxStreamsPerConn = maxConnFlows
 	q.client = hbone.NewClient(cfg)
 	return q, nil
+}
+
+// quicDropped counts a datagram of a tunnel that the pod opened, or a peer.
+func (s *servedPod) quicDropped(client bool) {
+	d := telemetry.Inbound
+	if client {
+		d = telemetry.Outbound
+	}
+	s.cfg.Telemetry.DatagramsDropped(d, dropQUIC, 1)
 }
 
 // serve waits for something to do and serves what peers ask for, until ctx ends and what lives has

@@ -359,6 +359,7 @@ const (
 	dropTooBig  = "too_big"   // it does not fit and must not be fragmented; its sender was told
 	dropDeliver = "deliver"   // the pod's lo has no room
 	dropSend    = "transport" // the tunnel dropped it, on either side of it
+	dropQUIC    = "received"  // it came faster than it was taken from quic-go; see Config.CountQUICDrops
 )
 
 func (u *datagramPod) drop(d telemetry.Direction, cause string, n uint64) {

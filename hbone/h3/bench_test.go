@@ -13,6 +13,7 @@ import (
 	"github.com/quic-go/quic-go"
 
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/h3"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
@@ -35,7 +36,15 @@ func (c *counter) report(b *testing.B) {
 }
 
 // BenchmarkDatagrams is one flow, one way, as fast as it takes them.
-func BenchmarkDatagrams(b *testing.B) {
+func BenchmarkDatagrams(b *testing.B) { benchmarkDatagrams(b, nil) }
+
+// BenchmarkDatagramsWithCountedDrops is the same with Config.QueueDropped.
+func BenchmarkDatagramsWithCountedDrops(b *testing.B) {
+	var dropped atomic.Int64
+	benchmarkDatagrams(b, func(bool) { dropped.Add(1) })
+}
+
+func benchmarkDatagrams(b *testing.B, dropped func(client bool)) {
 	for _, size := range sizedPayloads() {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
 			var came counter
@@ -43,7 +52,7 @@ func BenchmarkDatagrams(b *testing.B) {
 				if f, err := r.AcceptDatagrams(hbone.Response{}); err == nil {
 					f.Deliver(&came)
 				}
-			}, nil)
+			}, func(cfg *h3.Config, _ *hbone.ServerConfig) { cfg.QueueDropped = dropped })
 			f, _, err := w.connect(b).OpenDatagrams(b.Context(), &hbone.Request{Authority: "10.0.0.1:53"}, nil)
 			if err != nil {
 				b.Fatal(err)
