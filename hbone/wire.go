@@ -1,11 +1,13 @@
 package hbone
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -32,23 +34,34 @@ type Wire struct {
 	// The reader's.
 	in      *[wireSize]byte // nil when it is empty
 	r, w    int             // in[r:w] is yet to be read
+	part    []byte          // in[:w] of a wire that waits, when too many have a whole buffer
+	holding bool            // it waits with one
 	record  int             // what is left of the record that is being read
 	noWait  bool
 	n       int // of the last system call, as is err
 	err     error
 	receive func(fd uintptr) bool
 
-	mu   sync.Mutex // crypto/tls answers key updates and sends alerts beside the transport
-	held bool
-	out  *[]byte // nil when it is empty
-	sent int     // of out
-	send func(fd uintptr) bool
+	mu       sync.Mutex // crypto/tls answers key updates and sends alerts beside the transport
+	held     bool
+	out      *[]byte // nil when it is empty
+	sent     int     // of out
+	send     func(fd uintptr) bool
+	stuck    bool // it waits with a whole buffer
+	borrowed bool // out is a whole buffer
 }
 
 var (
 	wireInputs  = sync.Pool{New: func() any { return new([wireSize]byte) }}
 	wireOutputs = sync.Pool{New: func() any { b := make([]byte, 0, wireSize+12<<10); return &b }}
 )
+
+// maxHolding is how many whole buffers may be with wires that wait: for the rest of a record, or for their
+// peer to take something. Others hold what is there and no more, so that peers that send parts of
+// records, or do not read, cost little.
+const maxHolding = 64
+
+var holding atomic.Int64
 
 // recordHeader is the size of a TLS record's header (RFC 8446 section 5.1).
 const recordHeader = 5
@@ -142,6 +155,7 @@ func (w *Wire) fill() error {
 		w.take()
 		w.n, w.err = w.Conn.Read(w.in[w.w:])
 	} else if err := w.raw.Read(w.receive); err != nil {
+		w.resume()
 		w.release()
 		return err
 	}
@@ -159,13 +173,42 @@ func (w *Wire) fill() error {
 
 // receiveNow is called by the poller when there may be something.
 func (w *Wire) receiveNow(fd uintptr) bool {
+	w.resume()
 	w.take()
 	w.n, w.err = nonblock.Read(fd, w.in[w.w:])
 	if errors.Is(w.err, unix.EAGAIN) {
-		w.release()
+		w.pause()
 		return false
 	}
 	return true
+}
+
+// pause gives up what a wire that waits need not hold.
+func (w *Wire) pause() {
+	switch {
+	case w.r == w.w:
+		w.release()
+	case holding.Add(1) <= maxHolding:
+		w.holding = true
+	default:
+		holding.Add(-1)
+		w.part = bytes.Clone(w.in[:w.w])
+		wireInputs.Put(w.in)
+		w.in = nil
+	}
+}
+
+// resume undoes pause.
+func (w *Wire) resume() {
+	if w.holding {
+		holding.Add(-1)
+		w.holding = false
+	}
+	if w.part != nil {
+		w.take()
+		copy(w.in[:], w.part)
+		w.part = nil
+	}
 }
 
 func (w *Wire) take() {
@@ -196,14 +239,12 @@ func (w *Wire) Write(p []byte) (int, error) {
 	if !w.held {
 		return w.Conn.Write(p)
 	}
-	if w.out == nil {
-		w.out = wireOutputs.Get().(*[]byte)
-	}
+	w.borrowLocked()
 	if len(*w.out)+len(p) > cap(*w.out) {
 		if err := w.flushLocked(); err != nil {
 			return 0, err
 		}
-		w.out = wireOutputs.Get().(*[]byte)
+		w.borrowLocked()
 	}
 	*w.out = append(*w.out, p...)
 	return len(p), nil
@@ -226,6 +267,7 @@ func (w *Wire) flushLocked() error {
 		err = w.raw.Write(w.send)
 	}
 	if err == nil && w.sent < len(*w.out) {
+		w.stickLocked()
 		_, err = w.Conn.Write((*w.out)[w.sent:])
 	}
 	w.emptyLocked()
@@ -243,6 +285,7 @@ func (w *Wire) TryFlush() (bool, error) {
 			err = w.raw.Write(w.send)
 		}
 		if err == nil && w.sent < len(*w.out) {
+			w.stickLocked()
 			return false, nil
 		}
 		w.held = false
@@ -265,11 +308,48 @@ func (w *Wire) sendNow(fd uintptr) bool {
 	return true
 }
 
+func (w *Wire) borrowLocked() {
+	if w.out == nil {
+		w.out, w.borrowed = wireOutputs.Get().(*[]byte), true
+	}
+}
+
+// stuckSpare is room for what crypto/tls says meanwhile: an alert, an answer to a key update.
+const stuckSpare = 256
+
+// stickLocked is called before the wire waits for its peer to take the rest of out.
+func (w *Wire) stickLocked() {
+	if w.stuck || !w.borrowed {
+		return
+	}
+	if holding.Add(1) <= maxHolding {
+		w.stuck = true
+		return
+	}
+	holding.Add(-1)
+	rest := (*w.out)[w.sent:]
+	rest = append(make([]byte, 0, len(rest)+stuckSpare), rest...)
+	w.returnLocked()
+	w.out, w.sent = &rest, 0
+}
+
 func (w *Wire) emptyLocked() {
 	if w.out == nil {
 		return
 	}
-	*w.out = (*w.out)[:0]
-	wireOutputs.Put(w.out)
+	if w.stuck {
+		holding.Add(-1)
+		w.stuck = false
+	}
+	w.returnLocked()
 	w.out, w.sent = nil, 0
+}
+
+// returnLocked gives back what was borrowed.
+func (w *Wire) returnLocked() {
+	if w.borrowed {
+		*w.out = (*w.out)[:0]
+		wireOutputs.Put(w.out)
+		w.borrowed = false
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"testing"
 	"time"
 
@@ -152,5 +153,107 @@ func TestWireKeepsWhatThePeerDoesNotTake(t *testing.T) {
 	}
 	if err := <-read; err != nil || !bytes.Equal(got, sent) {
 		t.Errorf("what arrived is not what was written, or %v", err)
+	}
+}
+
+// Peers that send a part of a record and wait cost what they sent, beyond a few of them.
+func TestManyWiresThatWaitHoldWhatIsThere(t *testing.T) {
+	const wires, most = 300, 16 << 20 // with a whole buffer each they would hold 40 MB
+	before := heapInUse()
+	type half struct {
+		peer   net.Conn
+		record []byte
+		got    chan []byte
+	}
+	var halves []half
+	for range wires {
+		a, b := hbonetest.TCPPair(t)
+		h := half{peer: b, record: record(1000), got: make(chan []byte, 1)}
+		halves = append(halves, h)
+		if _, err := b.Write(h.record[:500]); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			got := make([]byte, len(h.record))
+			w := hbone.NewWire(a)
+			for !w.Buffered() {
+				if err := w.Await(); err != nil {
+					break
+				}
+			}
+			n, err := io.ReadFull(w, got)
+			if err != nil {
+				t.Error(err)
+			}
+			h.got <- got[:n]
+		}()
+	}
+	held := uint64(0)
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		held = heapInUse() - before
+		if held > 64*(128<<10) && held < most { // all are there
+			break
+		}
+	}
+	if held <= 64*(128<<10) || held >= most {
+		t.Errorf("%d wires that wait hold %d bytes", wires, held)
+	}
+	for _, h := range halves {
+		if _, err := h.peer.Write(h.record[500:]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, h := range halves {
+		if got := <-h.got; !bytes.Equal(got, h.record) {
+			t.Fatalf("got %d other bytes than those that were sent", len(got))
+		}
+	}
+}
+
+// heapInUse is without what pools keep.
+func heapInUse() uint64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
+// Peers that do not read cost what is to be sent to them, beyond a few of them.
+func TestManyWiresWhosePeersDoNotReadHoldWhatIsLeft(t *testing.T) {
+	const wires, most = 300, 20 << 20 // with a whole buffer each they would hold 43 MB
+	before := heapInUse()
+	var stuck []*hbone.Wire
+	for range wires {
+		a, _ := hbonetest.TCPPair(t)
+		if err := a.(*net.TCPConn).SetWriteBuffer(4 << 10); err != nil {
+			t.Fatal(err)
+		}
+		w := hbone.NewWire(a)
+		for done := true; done; {
+			w.Hold()
+			if _, err := w.Write(record(16 << 10)); err != nil {
+				t.Fatal(err)
+			}
+			var err error
+			if done, err = w.TryFlush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stuck = append(stuck, w)
+	}
+	if held := heapInUse() - before; held >= most {
+		t.Errorf("%d wires whose peers do not read hold %d bytes", wires, held)
+	}
+	for _, w := range stuck {
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := w.Flush(); err == nil {
+			t.Error("what was left went to a connection that is closed")
+		}
+	}
+	if n := hbone.Holding(); n != 0 {
+		t.Errorf("%d wires count as waiting in the end", n)
 	}
 }

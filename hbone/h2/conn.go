@@ -40,7 +40,8 @@ const (
 	maxReplies       = 1000                  // queued frames that the peer asked for
 	maxOffered       = 96 << 10              // of frames that wait for whoever writes: a Wire holds more
 	maxWrite         = 128<<10 - frameHeader // so that streams take turns: one frame in eight full records
-	maxControlFrame  = 256 << 10             // any frame but DATA
+	maxControlFrame  = 128 << 10             // any frame but DATA
+	smallFrame       = 4 << 10               // any frame but DATA that costs no budget
 	rememberedResets = 256
 )
 
@@ -91,7 +92,8 @@ type conn struct {
 	in          input
 	sawSettings bool
 
-	framer *http2.Framer // reads are readLoop's, writes belong to the holder of wmu
+	reader *http2.Framer // readLoop's
+	framer *http2.Framer // belongs to the holder of wmu
 
 	// lastRead is when bytes arrived last, in nanoseconds after start.
 	lastRead atomic.Int64
@@ -210,10 +212,8 @@ func newConn(t *tls.Conn, v values) (*conn, error) {
 		},
 	}
 	c.in.c = c
-	c.framer = http2.NewFramer(outgoing{c}, &c.in)
-	c.framer.SetMaxReadFrameSize(maxReadFrame)
-	c.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
-	c.framer.MaxHeaderListSize = v.maxHeaderList
+	c.reader = newReader(&c.in, hpack.NewDecoder(4096, nil), v.maxHeaderList)
+	c.framer = http2.NewFramer(outgoing{c}, nil)
 	c.encoder.init()
 	return c, nil
 }

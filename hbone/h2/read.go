@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"github.com/raceway-mesh/raceway/hbone"
 )
@@ -19,7 +20,7 @@ func (c *conn) readLoop() error {
 		}
 	}
 	for {
-		header, err := c.framer.ReadFrameHeader()
+		header, err := c.reader.ReadFrameHeader()
 		if err != nil {
 			return frameError(err)
 		}
@@ -35,10 +36,38 @@ func (c *conn) readLoop() error {
 		if header.Length > maxControlFrame {
 			return http2.ConnectionError(http2.ErrCodeFrameSize)
 		}
-		if err := c.readFrame(header); err != nil {
+		if err := c.readControl(header); err != nil {
 			return err
 		}
 	}
+}
+
+func newReader(in *input, decoder *hpack.Decoder, maxHeaderList uint32) *http2.Framer {
+	f := http2.NewFramer(nil, in)
+	f.SetMaxReadFrameSize(maxReadFrame)
+	f.ReadMetaHeaders, f.MaxHeaderListSize = decoder, maxHeaderList
+	return f
+}
+
+// readControl reads and acts on any frame but DATA. The Framer makes room for all of it at once and
+// keeps that, so one that is not small comes out of the budget, and the Framer is made anew behind it.
+func (c *conn) readControl(header http2.FrameHeader) error {
+	size := int(header.Length)
+	if header.Type == http2.FrameHeaders && !header.Flags.Has(http2.FlagHeadersEndHeaders) {
+		size = maxControlFrame // CONTINUATION tells its own size
+	}
+	if size <= smallFrame {
+		return c.readFrame(header)
+	}
+	if budget := c.values.budget; !budget.Take(size) {
+		budget.Short()
+		return http2.ConnectionError(http2.ErrCodeEnhanceYourCalm)
+	}
+	defer c.values.budget.Give(size)
+	c.reader.SetMaxReadFrameSize(maxControlFrame)
+	err := c.readFrame(header)
+	c.reader = newReader(&c.in, c.reader.ReadMetaHeaders, c.values.maxHeaderList)
+	return err
 }
 
 func frameError(err error) error {
@@ -48,9 +77,8 @@ func frameError(err error) error {
 	return err
 }
 
-// readFrame reads and acts on any frame but DATA.
 func (c *conn) readFrame(header http2.FrameHeader) error {
-	frame, err := c.framer.ReadFrameForHeader(header)
+	frame, err := c.reader.ReadFrameForHeader(header)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var se http2.StreamError

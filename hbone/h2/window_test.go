@@ -380,3 +380,42 @@ func use(s hbone.Stream, random *rand.Rand) {
 	both.Wait()
 	_ = s.Close()
 }
+
+// Whatever it says: its receiver makes room for all of it at once.
+func TestLargeFrameComesOutOfTheBudget(t *testing.T) {
+	const size = 100 << 10
+	budget := &counted{limit: 1 << 20}
+	p := newRawPeer(t, h2.Server{Budget: budget}, discard)
+	if err := p.WriteRawFrame(0xfb, 0, 0, make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	_ = p.WritePing(false, [8]byte{1})
+	for {
+		if f, ok := p.next(t).(*http2.PingFrame); ok && f.IsAck() {
+			break
+		}
+	}
+	if peak := budget.peak.Load(); peak < size {
+		t.Errorf("%d bytes were taken for a frame of %d", peak, size)
+	}
+	_ = p.WriteRSTStream(1, http2.ErrCodeCancel)
+	budget.empty(t)
+
+	budget = &counted{limit: 4000} // too little for a stream as well
+	p = newRawPeer(t, h2.Server{Budget: budget}, discard)
+	if err := p.WriteRawFrame(0xfb, 0, 0, make([]byte, 5000)); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if f, ok := p.next(t).(*http2.GoAwayFrame); ok {
+			if f.ErrCode != http2.ErrCodeEnhanceYourCalm {
+				t.Errorf("ended with %v", f.ErrCode)
+			}
+			break
+		}
+	}
+	if n := budget.shorts.Load(); n != 2 {
+		t.Errorf("a stream and a frame were refused, and %d were told of", n)
+	}
+	budget.empty(t)
+}
