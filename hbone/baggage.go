@@ -3,6 +3,7 @@ package hbone
 import (
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"unicode"
 	"unicode/utf8"
 )
@@ -15,10 +16,30 @@ const (
 	maxBaggageValue   = 256
 )
 
+// Of many requests in a row most have the same baggage. What was last read, and last written, is kept.
+var lastRead, lastWritten atomic.Pointer[baggageText]
+
+// baggageText is a Baggage and what it is in a header.
+type baggageText struct {
+	baggage Baggage
+	text    string
+}
+
 // ParseBaggage reads a baggage header. Keys that it does not know are skipped, of a
 // repeated key the first counts, properties are dropped. A value is percent-decoded and
 // must then be printable UTF-8 of at most 256 bytes, fit for a log or a metric.
 func ParseBaggage(s string) (Baggage, error) {
+	if last := lastRead.Load(); last != nil && last.text == s {
+		return last.baggage, nil
+	}
+	b, err := parseBaggage(s)
+	if err == nil {
+		lastRead.Store(&baggageText{b, s})
+	}
+	return b, err
+}
+
+func parseBaggage(s string) (Baggage, error) {
 	if len(s) > maxBaggage {
 		return Baggage{}, fmt.Errorf("baggage of %d bytes is longer than %d", len(s), maxBaggage)
 	}
@@ -52,6 +73,15 @@ func ParseBaggage(s string) (Baggage, error) {
 
 // String is the header's value, and "" for the zero Baggage.
 func (b Baggage) String() string {
+	if last := lastWritten.Load(); last != nil && last.baggage == b {
+		return last.text
+	}
+	text := b.write()
+	lastWritten.Store(&baggageText{b, text})
+	return text
+}
+
+func (b Baggage) write() string {
 	var out strings.Builder
 	add := func(key, value string) {
 		if value == "" {

@@ -21,7 +21,7 @@ type stock struct {
 }
 
 const (
-	stockSize  = 8
+	stockSize  = 32
 	stockPause = 10 * time.Millisecond // two visits closer than this are followed by more
 	stockLife  = time.Second           // without a visit
 )

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -122,7 +121,7 @@ func (e *requestError) Error() string { return e.err.Error() }
 func (e *requestError) Unwrap() error { return e.err }
 
 // tunnelServer accepts the pod's tunnels.
-func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
+func (s *servedPod) tunnelServer() *hbone.Server {
 	transport := s.cfg.ServerTransport
 	if transport == nil {
 		transport = h2.Server{Budget: windows{&s.buffers}, Datagrams: s.cfg.UDP}
@@ -130,7 +129,7 @@ func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
 	return hbone.NewServer(hbone.ServerConfig{
 		TLS:           s.cfg.Certs.ServerTLS(s.identity),
 		Transport:     transport,
-		Handler:       func(r *hbone.ServerRequest) { s.serveTunnel(live, r) },
+		Handler:       s.serveTunnel,
 		Datagrams:     s.serveDatagrams,
 		MaxHandshakes: s.cfg.Limits.PodHandshakes,
 		MaxConns:      s.cfg.Limits.PodTunnels,
@@ -151,14 +150,10 @@ func (s *servedPod) tunnelServer(live context.Context) *hbone.Server {
 }
 
 // serveTunnel serves one CONNECT to the pod.
-func (s *servedPod) serveTunnel(live context.Context, r *hbone.ServerRequest) {
+func (s *servedPod) serveTunnel(r *hbone.ServerRequest) {
 	identity, identityErr := certs.PeerIdentity(r.Conn.TLS)
 	client := clientOf(r)
-	ctx, f := s.inboundFlow(live, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
-	cancel := f.cancel
-	defer context.AfterFunc(r.Context, func() {
-		cancel(cmp.Or(context.Cause(live), errStreamEnded)) // live's end is the stream's as well
-	})()
+	ctx, f := s.inboundFlow(r.Context, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
 	f.tunnelled(s, r)
 	if err := s.begin(f); err != nil {
 		f.cancel(nil)
@@ -220,6 +215,14 @@ func (s *servedPod) response(f *flow) hbone.Response {
 
 // errStreamEnded is a tunnel that its peer gave up, or whose connection was lost.
 var errStreamEnded = errors.New("the peer reset the stream or its connection was lost")
+
+// causeOf is why ctx, that of a connection's set-up, has ended. A stream's ends without a cause.
+func causeOf(ctx context.Context) error {
+	if cause := context.Cause(ctx); cause != context.Canceled { //nolint:errorlint // a cause may wrap it
+		return cause
+	}
+	return errStreamEnded
+}
 
 // clientOf is who opened the connection: the forwarded header is believed for the port
 // alone, and only when it names the address that the tunnel comes from.

@@ -64,7 +64,7 @@ func traceParentID(trace string) telemetry.ID {
 
 // refused tells of a connection that did not come up.
 func (s *servedPod) refused(ctx context.Context, f *flow, err error) {
-	if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
+	if cause := causeOf(ctx); cause != nil && errors.Is(err, context.Canceled) {
 		err = cause
 	}
 	s.cfg.Telemetry.Refuse(*f.attempt, flagsOf(err), err)

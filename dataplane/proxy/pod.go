@@ -76,7 +76,7 @@ func (p *Proxy) ServePod(ctx, force context.Context, pod Pod) error {
 			s.cut(f, errForced)
 		}
 	})()
-	s.server = s.tunnelServer(live)
+	s.server = s.tunnelServer()
 	group, serving := errgroup.WithContext(ctx)
 	s.serving = serving
 	p.add(s)
@@ -282,7 +282,7 @@ func (s *servedPod) carry(ctx context.Context, f *flow, r *relay) {
 	f.relay, f.cancel = r, nil
 	s.mu.Unlock()
 	if ctx.Err() != nil { // cut in the same moment
-		r.end(context.Cause(ctx))
+		r.end(causeOf(ctx))
 	}
 	cancel(nil)
 	r.run()
