@@ -188,8 +188,10 @@ func (p *Pod) listener(l **net.TCPListener) *net.TCPListener {
 
 // claimSocket returns what makes a socket known as the agent's.
 func (d *Datapath) claimSocket(role bpf.RacewayListener) func(fd int) error {
+	owner := &bpf.RacewayOwner{Role: role}
 	return func(fd int) error {
-		if err := d.loaded.maps.Own.Put(uint32(fd), &bpf.RacewayOwner{Role: role}); err != nil {
+		key := uint32(fd)
+		if err := d.loaded.maps.Own.Put(&key, owner); err != nil {
 			return fmt.Errorf("mark a socket as the agent's: %w", err)
 		}
 		return nil

@@ -22,7 +22,8 @@ type leg interface {
 	writeLast(p []byte) (int, error)
 	// offer is write that never waits; r sends what was taken.
 	offer(p []byte, r *round) (int, error)
-	closeWrite() error
+	// closeWrite hands a clean end on; last says that finish comes right behind.
+	closeWrite(last bool) error
 	// finish releases the leg after a clean end of both directions, abort before it: the
 	// other side sees a reset. Exactly one of them is called, once.
 	finish()
@@ -170,7 +171,7 @@ func (r *relay) visit(i int, round *round) (next func()) {
 // direction goes on.
 func (r *relay) finished(i int) bool {
 	r.closing[i].Store(true)
-	err := r.legs[1-i].closeWrite()
+	err := r.legs[1-i].closeWrite(r.ended.Load() == 1)
 	if err != nil || r.ended.Add(1) == 2 {
 		r.end(err)
 		return false

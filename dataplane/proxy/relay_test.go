@@ -3,7 +3,6 @@ package proxy
 import (
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -307,8 +306,12 @@ func TestManySlowReadersStayWithinTheBufferBudget(t *testing.T) {
 
 // What the death of the process does to an application's socket is what Close does to it.
 func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
-	for _, delivered := range []bool{false, true} {
-		t.Run(fmt.Sprintf("clean end delivered %v", delivered), func(t *testing.T) {
+	for name, deliver := range map[string]func(*tcpLeg) error{
+		"no end":           nil,
+		"an end":           func(l *tcpLeg) error { return l.closeWrite(false) },
+		"the last of both": func(l *tcpLeg) error { return l.closeWrite(true) },
+	} {
+		t.Run(name, func(t *testing.T) {
 			l, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
 				t.Fatal(err)
@@ -331,15 +334,15 @@ func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
 				t.Fatal(n, err)
 			}
 			receive(t, client, "part")
-			if delivered {
-				if err := leg.closeWrite(); err != nil {
+			if deliver != nil {
+				if err := deliver(leg); err != nil {
 					t.Fatal(err)
 				}
 			}
 			if err := c.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if delivered {
+			if deliver != nil {
 				wantEOF(t, client, "")
 			} else {
 				wantReset(t, client)
@@ -359,7 +362,7 @@ func (l *told) note(deed string, p []byte) (int, error) {
 func (l *told) write(p []byte) (int, error)           { return l.note("write", p) }
 func (l *told) writeLast(p []byte) (int, error)       { return l.note("writeLast", p) }
 func (l *told) offer(p []byte, _ *round) (int, error) { return l.note("offer", p) }
-func (l *told) closeWrite() error                     { return nil }
+func (l *told) closeWrite(bool) error                 { return nil }
 func (l *told) finish()                               {}
 func (l *told) abort()                                {}
 

@@ -41,7 +41,7 @@ func (l *streamLeg) offer(p []byte, r *round) (int, error) {
 	return len(p), nil
 }
 
-func (l *streamLeg) closeWrite() error { return l.fail("end the stream to", l.stream.CloseWrite()) }
+func (l *streamLeg) closeWrite(bool) error { return l.fail("end the stream to", l.stream.CloseWrite()) }
 
 func (l *streamLeg) finish() { _ = l.stream.Close() }
 

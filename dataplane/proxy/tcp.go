@@ -243,15 +243,18 @@ func (l *tcpLeg) awaitWritable() error {
 }
 
 // closeWrite hands the other side's clean end on. From here on the end of this process does
-// not reset the socket: what the application gets is complete, and the kernel delivers it.
-func (l *tcpLeg) closeWrite() error {
+// not reset the socket: what the application gets is complete, and the kernel delivers it. Where finish
+// comes right behind, that ends the stream as well: everything that the other side sent was read.
+func (l *tcpLeg) closeWrite(last bool) error {
 	l.mu.Lock() // not to undo what abort sets
 	defer l.mu.Unlock()
 	if l.released {
 		return l.fail("end the stream to", net.ErrClosed)
 	}
-	if err := l.conn.CloseWrite(); err != nil {
-		return l.fail("end the stream to", err)
+	if !last {
+		if err := l.conn.CloseWrite(); err != nil {
+			return l.fail("end the stream to", err)
+		}
 	}
 	return l.fail("end the stream to", l.conn.SetLinger(-1))
 }

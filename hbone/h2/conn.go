@@ -43,6 +43,7 @@ const (
 	maxControlFrame  = 128 << 10             // any frame but DATA
 	smallFrame       = 4 << 10               // any frame but DATA that costs no budget
 	rememberedResets = 256
+	maxSpare         = 16 // frames that a connection keeps the memory of
 )
 
 // values are a transport's settings with its defaults.
@@ -102,6 +103,7 @@ type conn struct {
 	writers atomic.Int32 // of DATA, those who hold wmu or wait for it; the last one flushes
 	out     *[]byte      // the beginning of the next record; nil when nothing
 	encoder headerEncoder
+	spare   []control // the next control's memory; belongs to the holder of wmu
 
 	pending    atomic.Bool    // control holds what is not to wait
 	background sync.WaitGroup // flushes that wait for the peer, and the last one

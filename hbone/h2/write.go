@@ -204,7 +204,8 @@ func (c *conn) pushLocked(f control) {
 func (c *conn) writeControl() {
 	c.mu.Lock()
 	frames := c.control
-	c.control, c.replies, c.offered = nil, 0, 0
+	c.control, c.replies, c.offered = c.spare, 0, 0
+	c.spare = nil
 	c.pending.Store(false)
 	maxFrame := c.peer.maxFrame
 	c.mu.Unlock()
@@ -233,6 +234,9 @@ func (c *conn) writeControl() {
 		case controlGoAway:
 			_ = c.framer.WriteGoAway(f.n, f.code, nil)
 		}
+	}
+	if clear(frames); cap(frames) <= maxSpare {
+		c.spare = frames[:0]
 	}
 }
 
