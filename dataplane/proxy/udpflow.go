@@ -30,7 +30,7 @@ type datagramFlow struct {
 	ends      ends
 	direction telemetry.Direction
 	flow      *flow
-	ctx       context.Context // ends when policy, trust or the pod's end cut it
+	ctx       context.Context // of its set-up: policy, trust or the pod's end cut it. nil after it
 	patience  time.Duration   // without a datagram
 	last      atomic.Int64    // when the last one came, in nanoseconds since begin
 	begin     time.Time
@@ -43,8 +43,6 @@ type datagramFlow struct {
 	sending bool
 	ended   bool
 	expiry  *time.Timer
-	unwatch func() bool   // of ctx
-	done    chan struct{} // closed at the end
 }
 
 type queued struct {
@@ -77,7 +75,7 @@ func (u *datagramPod) free(q queued) {
 
 // newFlow is not entered yet.
 func (u *datagramPod) newFlow(e ends, d telemetry.Direction) *datagramFlow {
-	f := &datagramFlow{u: u, ends: e, direction: d, flow: &flow{}, patience: u.s.cfg.DatagramIdle, begin: time.Now(), done: make(chan struct{})}
+	f := &datagramFlow{u: u, ends: e, direction: d, flow: &flow{}, patience: u.s.cfg.DatagramIdle, begin: time.Now()}
 	if e.port(d) == portDNS {
 		f.patience = u.s.cfg.DNSIdle
 	}
@@ -190,10 +188,25 @@ func (f *datagramFlow) up(stream hbone.DatagramStream) bool {
 	f.stream, f.record = stream, record
 	f.flow.attempt = nil // it keeps a snapshot
 	f.expiry = time.AfterFunc(f.patience, f.expire)
-	f.unwatch = context.AfterFunc(f.ctx, func() { f.end(context.Cause(f.ctx)) })
+	cut := f.settled()
 	f.mu.Unlock()
 	stream.Deliver(f)
+	if cut != nil {
+		f.end(cut)
+	}
 	return true
+}
+
+// settled lets go of what only the set-up needed, and returns why the flow was cut in the same moment.
+// From here on a cut ends the flow itself. It is called with f.mu held.
+func (f *datagramFlow) settled() error {
+	ctx, s := f.ctx, f.u.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	cut := causeOf(ctx)
+	f.flow.cancel(nil)
+	f.ctx, f.flow.cancel = nil, f.end
+	return cut
 }
 
 var errFlowEnded = errors.New("the flow ended while it was set up")
@@ -273,7 +286,6 @@ func (f *datagramFlow) end(err error) {
 	f.queue, f.size = nil, 0
 	if f.expiry != nil {
 		f.expiry.Stop()
-		f.unwatch()
 	}
 	f.mu.Unlock()
 	f.u.drop(f.direction, dropRoute, uint64(lost))
@@ -290,7 +302,6 @@ func (f *datagramFlow) end(err error) {
 		record.Close(flags, err)
 	}
 	f.u.leave(f)
-	close(f.done)
 }
 
 // firsts are the datagrams that travel with the request.

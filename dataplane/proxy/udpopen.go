@@ -92,7 +92,7 @@ func (u *datagramPod) openDatagrams(ctx context.Context, f *flow, d route.Decisi
 	return tunnel, nil
 }
 
-// serveDatagrams serves one request for UDP to the pod, and returns when its flow has ended.
+// serveDatagrams brings up the flow that one request for UDP to the pod asks for.
 func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
 	u := s.datagrams()
 	if u == nil {
@@ -105,8 +105,8 @@ func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
 	f.flow.describe(s, telemetry.Peer{Addr: client, Identity: identity}, r.Target, r.Conn.Remote.Addr())
 	f.flow.attempt.UDP = true
 	f.flow.tunnelled(s, r)
-	stop := context.AfterFunc(r.Context, func() { f.flow.cancel(cmp.Or(context.Cause(u.ctx), errStreamEnded)) })
-	defer stop()
+	cancel := f.flow.cancel // of the set-up, whatever it is later
+	defer context.AfterFunc(r.Context, func() { cancel(cmp.Or(context.Cause(u.ctx), errStreamEnded)) })()
 	if err := u.enter(f); err != nil {
 		f.flow.cancel(nil)
 		r.Reject(503)
@@ -131,7 +131,6 @@ func (s *servedPod) serveDatagrams(r *hbone.ServerRequest) {
 	}
 	if f.up(stream) {
 		u.spawn(f.send) // what the application said meanwhile
-		<-f.done
 	}
 }
 
