@@ -21,7 +21,7 @@ struct arrival {
  *   on lo,   to the pod              the agent to the app      left alone
  *   on eth0, from the pod's address  the pod to itself (1)     left alone
  *   to the pod's tunnel port         from anywhere             tunnel
- *   on eth0, from outside            if captured               inbound
+ *   on eth0, from outside            what passage_of() leaves  inbound, if captured
  *
  * (1) For what the pod sends to its own address the kernel names the interface of that
  * address as the one of arrival, though it comes by loopback.
@@ -39,17 +39,21 @@ static __always_inline enum listener choose(const struct pod *pod, const struct 
 		return LISTENER_TUNNEL;
 	if (a->on_loopback || pod_owns(pod, &a->remote))
 		return LISTENER_NONE;
-	return pod->flags & POD_INBOUND ? LISTENER_INBOUND : LISTENER_NONE;
+	return LISTENER_INBOUND;
 }
 
 enum passage {
 	PASSAGE_NONE,
 	PASSAGE_PROBE,
 	PASSAGE_DIRECT,
+	PASSAGE_LEFT,
 };
 
-/* What of that which choose() gives to the inbound listener is the application's. */
-static __always_inline enum passage passage_of(__u64 netns, const struct arrival *a)
+/*
+ * What of that which choose() gives to the inbound listener is the application's. A connection by the
+ * kernel arrives also in a pod whose release has just begun: its client may not know yet.
+ */
+static __always_inline enum passage passage_of(const struct pod *pod, __u64 netns, const struct arrival *a)
 {
 	struct tuple t = {
 		.netns = netns,
@@ -61,5 +65,7 @@ static __always_inline enum passage passage_of(__u64 netns, const struct arrival
 
 	if (arrives(&t))
 		return PASSAGE_DIRECT;
+	if (!(pod->flags & POD_INBOUND))
+		return PASSAGE_LEFT;
 	return bpf_map_lookup_elem(&probes, &t) ? PASSAGE_PROBE : PASSAGE_NONE;
 }

@@ -73,8 +73,12 @@ int ingress(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	}
 	if (key.kind == LISTENER_INBOUND) {
-		enum passage p = passage_of(key.netns, &a);
+		enum passage p = passage_of(pod, key.netns, &a);
 
+		if (p == PASSAGE_LEFT) {
+			count(INGRESS_LEFT);
+			return TC_ACT_UNSPEC;
+		}
 		if (p != PASSAGE_NONE) {
 			count(INGRESS_PROBE + p - PASSAGE_PROBE);
 			return TC_ACT_UNSPEC;

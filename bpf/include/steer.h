@@ -123,8 +123,12 @@ int steer(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	}
 	if (key.kind == LISTENER_INBOUND) {
-		enum passage p = passage_of(key.netns, &a);
+		enum passage p = passage_of(pod, key.netns, &a);
 
+		if (p == PASSAGE_LEFT) {
+			count(STEER_LEFT);
+			return SK_PASS;
+		}
 		if (p != PASSAGE_NONE) {
 			count(STEER_PROBE + p - PASSAGE_PROBE);
 			return SK_PASS;

@@ -372,6 +372,28 @@ func TestOnlyPodsInForceAreAllowed(t *testing.T) {
 	}
 }
 
+// Between the release of a pod's inbound traffic and the moment when its clients know, one may begin.
+func TestConnectionArrivesInAPodWhoseReleaseHasBegun(t *testing.T) {
+	inAllModes(t, func(t *testing.T, m mode) {
+		f := newDirect(t, m)
+		for _, fam := range families() {
+			t.Run(fam.name, func(t *testing.T) {
+				to, l := f.serve(t, fam.of(f.db))
+				if err := errors.Join(f.server.Unguard(), f.server.ReleaseInbound()); err != nil {
+					t.Fatal(err)
+				}
+				client, server := f.pair(t, l, to)
+				send(t, client, server, "request")
+				send(t, server, client, "an answer")
+				f.events.next(t, addrPort(client.LocalAddr()), kernel.DirectOpened)
+				if err := errors.Join(f.server.CaptureInbound(), f.server.Guard(t.Context())); err != nil {
+					t.Fatal(err)
+				}
+			})
+		}
+	})
+}
+
 func TestSocketsThatAreSpecialGoThroughTheAgent(t *testing.T) {
 	netnstest.Require(t)
 	f := newDirect(t, modes()[0])
