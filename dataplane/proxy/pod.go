@@ -183,8 +183,8 @@ func (s *servedPod) workload() (snapshot *dataplane.Snapshot, now, last *datapla
 
 // flow is a connection from its acceptance to its end.
 type flow struct {
-	cancel  context.CancelCauseFunc // of its set-up; nil after it
-	relay   *relay                  // once it is set up; guarded by servedPod.mu, as is cancel's end
+	cancel  context.CancelCauseFunc // of its set-up; nil after it. Guarded by servedPod.mu from when it is carried
+	stop    func(error)             // ends it once it is set up, nil before; guarded by servedPod.mu
 	attempt *telemetry.Attempt      // until it is open or refused
 	guarded *guarded                // what policy looks at again when it changes; nil for outbound ones
 	tunnel  *hbone.Conn
@@ -257,7 +257,12 @@ func (s *servedPod) settle(f *flow) {
 
 func (s *servedPod) end(f *flow) {
 	s.leave(f)
-	f.cancel(nil)
+	s.mu.Lock()
+	cancel := f.cancel
+	s.mu.Unlock()
+	if cancel != nil {
+		cancel(nil)
+	}
 }
 
 // leave gives back what f has of all that is bounded.
@@ -274,30 +279,37 @@ func (s *servedPod) leave(f *flow) {
 	s.Proxy.files.give(f.files)
 }
 
-// carry hands f over to r, so that cut reaches it, and lets go of its set-up, whose context
-// would keep memory.
-func (s *servedPod) carry(ctx context.Context, f *flow, r *relay) {
+// carried has cut call stop from now on, and lets go of the set-up of f, whose context would keep
+// memory. It returns why f was cut before.
+func (s *servedPod) carried(ctx context.Context, f *flow, stop func(error)) error {
 	s.mu.Lock()
 	cancel := f.cancel
-	f.relay, f.cancel = r, nil
+	f.cancel, f.stop = nil, stop
 	s.mu.Unlock()
-	if ctx.Err() != nil { // cut in the same moment
-		r.end(causeOf(ctx))
+	defer cancel(nil)
+	return causeOf(ctx)
+}
+
+// carry hands f over to r.
+func (s *servedPod) carry(ctx context.Context, f *flow, r *relay) {
+	if cut := s.carried(ctx, f, r.end); cut != nil {
+		r.end(cut)
 	}
-	cancel(nil)
 	r.run()
 }
 
-// cut ends f for err, wherever it stands.
+// cut ends f for err, wherever it stands. The set-up is cancelled before it can be over: nobody
+// would look at its context any more.
 func (s *servedPod) cut(f *flow, err error) {
 	s.mu.Lock()
-	r, cancel := f.relay, f.cancel
-	s.mu.Unlock()
-	if r != nil {
-		r.end(err)
-		return
+	stop := f.stop
+	if stop == nil {
+		f.cancel(err)
 	}
-	cancel(err)
+	s.mu.Unlock()
+	if stop != nil {
+		stop(err)
+	}
 }
 
 // limitError is a connection refused because of a limit.

@@ -188,25 +188,14 @@ func (f *datagramFlow) up(stream hbone.DatagramStream) bool {
 	f.stream, f.record = stream, record
 	f.flow.attempt = nil // it keeps a snapshot
 	f.expiry = time.AfterFunc(f.patience, f.expire)
-	cut := f.settled()
+	cut := f.u.s.carried(f.ctx, f.flow, f.end)
+	f.ctx = nil
 	f.mu.Unlock()
 	stream.Deliver(f)
 	if cut != nil {
 		f.end(cut)
 	}
 	return true
-}
-
-// settled lets go of what only the set-up needed, and returns why the flow was cut in the same moment.
-// From here on a cut ends the flow itself. It is called with f.mu held.
-func (f *datagramFlow) settled() error {
-	ctx, s := f.ctx, f.u.s
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	cut := causeOf(ctx)
-	f.flow.cancel(nil)
-	f.ctx, f.flow.cancel = nil, f.end
-	return cut
 }
 
 var errFlowEnded = errors.New("the flow ended while it was set up")
