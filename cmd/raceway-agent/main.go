@@ -114,7 +114,7 @@ func flags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.StringVar((*string)(&cfg.TC), "tc", "auto", "how TC programs are attached: auto, tcx or clsact")
 	f.StringVar((*string)(&cfg.SameNode), "same-node", "", "how pods of the node talk to each other: kernel (unencrypted, at the kernel's speed) or tunnel; namespaces can differ by the label "+dataplane.SameNodeLabel+" (default kernel, but tunnel to what PeerAuthentication makes STRICT)")
 	f.BoolVar(&cfg.UDP, "udp", true, "tunnel the UDP of pods to pods whose agents take it in tunnels; docs/udp.md says what is protected when. With false the UDP of all pods is left alone")
-	f.BoolVar(&cfg.CountQUICDrops, "count-quic-drops", false, "count the datagrams that quic-go drops because they come faster than the agent takes them (raceway_udp_dropped_datagrams_total, cause received); it takes a tenth or more of UDP's CPU time again")
+	f.BoolVar(&cfg.CountQUICDrops, "count-quic-drops", false, "count the datagrams that quic-go drops because they come faster than the agent takes them (raceway_udp_dropped_datagrams_total, cause received); it takes up to a sixth of UDP's time again")
 	f.DurationVar(&cfg.Settle, "settle", 0, "time for peers to see a change of a pod's capture (default 250ms)")
 	f.DurationVar(&cfg.Grace, "grace", 0, "time that a released pod still takes tunnels (default 2s)")
 	f.DurationVar(&cfg.DrainTimeout, "drain-timeout", 0, "time for live connections to end after SIGTERM (default 10s)")

@@ -62,8 +62,8 @@ type Config struct {
 	TC             kernel.TCMode
 	// UDP has the UDP of pods captured and tunnelled between agents that do.
 	UDP bool
-	// CountQUICDrops has those of their datagrams counted that quic-go drops, which costs a tenth or more
-	// of what UDP takes.
+	// CountQUICDrops has those of their datagrams counted that quic-go drops, which costs up to a
+	// sixth of what UDP takes.
 	CountQUICDrops bool
 	SameNode       dataplane.SameNodeMode // how pods of the node talk to each other; "" is the kernel's way, except where STRICT
 	// DisableGuard leaves the host's end of the pods' interfaces unguarded. It exists to

@@ -1,11 +1,12 @@
 package proxy
 
 import (
-	"net"
 	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
 // The only processor never runs out of work, and yet who waits for a message hears of it.
@@ -15,22 +16,7 @@ func TestWhoPassesTheLookoutLetsMessagesIn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	from, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer from.Close()
-	to, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer to.Close()
-
+	from, to := hbonetest.TCPPair(t)
 	var heard atomic.Int64
 	go func() {
 		buf := make([]byte, 1)
