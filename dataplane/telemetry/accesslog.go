@@ -13,11 +13,12 @@ import (
 
 // accessLog writes a line for each finished connection, from a queue of its own: a disk
 // that is full or slow costs lines, and they are counted. Lines that wait are written
-// together.
+// together: one is written at once, and those that come soon behind it after writePause.
 type accessLog struct {
 	w       io.Writer // nil: no access log
 	format  *lineFormat
 	ready   chan struct{} // there are lines
+	hurry   chan struct{} // there are so many that they must not wait
 	lost    *prometheus.CounterVec
 	overrun prometheus.Counter // of lost: no room in the queue
 	failed  prometheus.Counter // of lost: the write failed
@@ -33,7 +34,7 @@ type accessLog struct {
 func newAccessLog(cfg Config) *accessLog {
 	l := &accessLog{
 		w: cfg.AccessLog, log: cfg.Log, limit: cfg.AccessLogQueue,
-		format: newLineFormat(cfg.AccessLogJSON), ready: make(chan struct{}, 1),
+		format: newLineFormat(cfg.AccessLogJSON), ready: make(chan struct{}, 1), hurry: make(chan struct{}, 1),
 		lost: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "raceway_access_log_lines_lost_total", Help: "Access log lines that were not written, by reason.",
 		}, []string{"reason"}),
@@ -53,13 +54,21 @@ func (l *accessLog) add(r record) {
 	if room {
 		l.waiting = append(l.waiting, r)
 	}
+	many := len(l.waiting) >= l.limit/2
 	l.mu.Unlock()
 	if !room {
 		l.overrun.Inc()
 		return
 	}
+	signal(l.ready)
+	if many {
+		signal(l.hurry)
+	}
+}
+
+func signal(c chan<- struct{}) {
 	select {
-	case l.ready <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -78,6 +87,21 @@ func (l *accessLog) run(ctx context.Context) {
 			l.flush()
 			return
 		}
+		l.pause(ctx)
+	}
+}
+
+// writePause is what lies between two writes: each takes a system call and a wakeup, which is more than
+// a line does.
+const writePause = 10 * time.Millisecond
+
+func (l *accessLog) pause(ctx context.Context) {
+	timer := time.NewTimer(writePause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-l.hurry:
+	case <-ctx.Done():
 	}
 }
 

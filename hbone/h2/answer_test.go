@@ -24,7 +24,7 @@ func (c *tallied) Write(p []byte) (int, error) {
 
 // To a peer whose first bytes are there go the answer, the application's first bytes and its end in one piece.
 func TestAnswerGoesWithTheFirstBytes(t *testing.T) {
-	took := make(chan int64)
+	heard, took := make(chan struct{}), make(chan int64)
 	a, b := hbonetest.TCPPair(t)
 	wire := &tallied{Conn: b}
 	p := newPairOn(t, a, wire, h2.Client{}, h2.Server{}, func(r *hbone.ServerRequest) {
@@ -41,6 +41,7 @@ func TestAnswerGoesWithTheFirstBytes(t *testing.T) {
 		if err := s.CloseWrite(); err != nil {
 			t.Error(err)
 		}
+		<-heard // it may be another goroutine that writes
 		took <- wire.writes.Load() - before
 		hbonetest.Read(t, s, "question")
 		hbonetest.ReadEOF(t, s)
@@ -48,9 +49,10 @@ func TestAnswerGoesWithTheFirstBytes(t *testing.T) {
 	// On a machine that has much else to do it may wait for too long.
 	for attempts := 1; ; attempts++ {
 		s := ask(t, p.session, "question")
-		n := <-took
 		hbonetest.Read(t, s, "answer")
 		hbonetest.ReadEOF(t, s)
+		heard <- struct{}{}
+		n := <-took
 		if err := s.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
@@ -74,6 +76,49 @@ func TestAnswerDoesNotWaitForAnApplicationThatIsSilent(t *testing.T) {
 		hbonetest.Write(t, theirs, "late")
 		hbonetest.Read(t, s, "late")
 	}
+}
+
+// The end that ends a stream goes in one piece with the request of the next one, and arrives where there is none.
+func TestLastEndGoesWithTheNextRequest(t *testing.T) {
+	ended := make(chan struct{})
+	a, b := hbonetest.TCPPair(t)
+	wire := &tallied{Conn: a}
+	p := newPairOn(t, wire, b, h2.Client{}, h2.Server{}, func(r *hbone.ServerRequest) {
+		s, err := r.Accept(hbone.Response{})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		hbonetest.Read(t, s, "question")
+		if err := s.CloseWrite(); err != nil {
+			t.Error(err)
+		}
+		hbonetest.ReadEOF(t, s)
+		ended <- struct{}{}
+	})
+	last := ask(t, p.session, "question")
+	// On a machine that has much else to do it may wait for too long.
+	for attempts := 1; ; attempts++ {
+		hbonetest.ReadEOF(t, last)
+		before := wire.writes.Load()
+		if err := last.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		last = ask(t, p.session, "question")
+		<-ended
+		n := wire.writes.Load() - before
+		if n == 1 {
+			break
+		}
+		if attempts == 100 {
+			t.Fatalf("%d writes each time", n)
+		}
+	}
+	hbonetest.ReadEOF(t, last)
+	if err := last.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
 }
 
 // ask opens a stream whose first bytes go along with the request.

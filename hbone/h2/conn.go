@@ -35,7 +35,7 @@ const (
 	maxStreamID      = math.MaxInt32
 	prefaceTimeout   = 10 * time.Second
 	closeTimeout     = time.Second           // for what is still to be written
-	answerPause      = time.Millisecond      // for an answer to find company
+	companyPause     = time.Millisecond      // for a frame that is in no hurry to find company
 	lingerTimeout    = 2 * time.Second       // for the peer to close first
 	maxReplies       = 1000                  // queued frames that the peer asked for
 	maxOffered       = 96 << 10              // of frames that wait for whoever writes: a Wire holds more
@@ -121,6 +121,8 @@ type conn struct {
 	ping     time.Duration
 	pinged   bool // a PING was sent at ping, after start, and nothing was read since
 	timer    *time.Timer
+	soon     *time.Timer // kicks; nil until a frame waited for company
+	waits    bool        // soon is about to
 
 	sendWindow int64  // what we may send
 	recvWindow int64  // what the peer may send
@@ -254,6 +256,9 @@ func (c *conn) run() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.timer.Stop()
+	if c.soon != nil {
+		c.soon.Stop()
+	}
 	if c.graceful || errors.Is(c.err, errPeerClosed) || errors.Is(c.err, errForced) {
 		return nil
 	}

@@ -29,8 +29,6 @@ type serverState struct {
 	final     bool
 	finalAt   *time.Timer // when final comes whatever the peer does; nil until the drain
 	linger    *time.Timer
-	soon      *time.Timer // kicks; nil until an answer waited
-	waits     bool        // soon is about to
 }
 
 // ServeConn serves t until it ends, or ctx does and it has drained, or force is done.
@@ -57,7 +55,7 @@ func (s Server) ServeConn(ctx, force context.Context, t *tls.Conn, serve func(*h
 	c.server.work.Wait()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, timer := range []*time.Timer{c.server.linger, c.server.finalAt, c.server.soon} {
+	for _, timer := range []*time.Timer{c.server.linger, c.server.finalAt} {
 		if timer != nil {
 			timer.Stop()
 		}
@@ -272,6 +270,7 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 	}
 	c.server.handlers++
 	c.server.work.Go(func() {
+		deepen(0)
 		defer cancel()
 		c.server.serve(r)
 		if fl != nil && !fl.inbox.Delivered() {
@@ -289,6 +288,15 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 		c.server.handlers--
 		c.settleLocked()
 	})
+}
+
+// deepen makes room on the goroutine's stack at once, while there is next to nothing on it: a handler
+// needs more than 8 KiB, and to get there by doubling copies all the frames that there are each time.
+//
+//go:noinline
+func deepen(i int) byte { // what it does with i keeps the compiler from leaving room out
+	var room [9 << 10]byte
+	return room[i]
 }
 
 var errAnswered = errors.New("request was answered before")

@@ -197,7 +197,8 @@ func (s *stream) writeErrLocked() error {
 	}
 }
 
-// CloseWrite sends END_STREAM.
+// CloseWrite sends END_STREAM. A client's that ends the stream has nobody wait for it who has more to
+// say: it may go with what is sent next.
 func (s *stream) CloseWrite() error {
 	c := s.conn
 	c.mu.Lock()
@@ -208,11 +209,15 @@ func (s *stream) CloseWrite() error {
 	if err := s.writeErrLocked(); err != nil {
 		return err
 	}
+	mayWait := s.recvEnd && c.client != nil && !c.draining && !c.pending.Load()
 	s.sentEnd = true
 	c.pushLocked(control{kind: controlEnd, stream: s.id})
 	s.writable.Broadcast()
 	if s.recvEnd {
 		c.forgetLocked(s)
+	}
+	if mayWait {
+		c.kickSoonLocked()
 	}
 	return nil
 }

@@ -117,25 +117,24 @@ func (c *conn) kick() {
 	}
 }
 
-// kickSoonLocked has nobody kick for what control holds, until answerPause is over.
+// kickSoonLocked has nobody kick for what control holds, until companyPause is over.
 func (c *conn) kickSoonLocked() {
 	c.pending.Store(false)
-	st := c.server
 	switch {
-	case st.waits:
+	case c.waits:
 		return
-	case st.soon == nil:
-		st.soon = time.AfterFunc(answerPause, c.kickNow)
+	case c.soon == nil:
+		c.soon = time.AfterFunc(companyPause, c.kickNow)
 	default:
-		st.soon.Reset(answerPause)
+		c.soon.Reset(companyPause)
 	}
-	st.waits = true
+	c.waits = true
 }
 
 func (c *conn) kickNow() {
 	c.mu.Lock()
 	defer c.release()
-	c.server.waits = false
+	c.waits = false
 	c.pending.Store(len(c.control) > 0)
 }
 
