@@ -126,8 +126,8 @@ func (c *Client) Open(ctx context.Context, key Key, r *Request) (*Tunnel, error)
 // again. It may be nil.
 func (c *Client) OpenWith(ctx context.Context, key Key, r *Request, first *First) (*Tunnel, error) {
 	t := &Tunnel{}
-	m, reused, err := c.try(ctx, key, r, func(s Session) error {
-		stream, response, err := open(ctx, s, r, first)
+	m, reused, err := c.try(ctx, key, r, func(m *member) error {
+		stream, response, err := open(ctx, m, r, first)
 		if err == nil {
 			t.Stream, t.Response = stream, response
 		}
@@ -164,8 +164,8 @@ func (f *Flow) Close() error {
 // ErrNoDatagrams when the peer cannot carry any; never ErrUncertain.
 func (c *Client) OpenDatagrams(ctx context.Context, key Key, r *Request, first [][]byte) (*Flow, error) {
 	f := &Flow{}
-	m, reused, err := c.try(ctx, key, r, func(s Session) error {
-		stream, response, err := s.OpenDatagrams(ctx, r, first)
+	m, reused, err := c.try(ctx, key, r, func(m *member) error {
+		stream, response, err := m.session.OpenDatagrams(ctx, r, first)
 		if err == nil {
 			f.DatagramStream, f.Response = stream, *response
 		}
@@ -180,7 +180,7 @@ func (c *Client) OpenDatagrams(ctx context.Context, key Key, r *Request, first [
 
 // try has open use a place in a session of key, and returns the session and whether it was
 // there before. What was refused is tried again in another session, a few times.
-func (c *Client) try(ctx context.Context, key Key, r *Request, open func(Session) error) (*member, bool, error) {
+func (c *Client) try(ctx context.Context, key Key, r *Request, open func(*member) error) (*member, bool, error) {
 	if err := r.Validate(); err != nil {
 		return nil, false, fmt.Errorf("CONNECT: %w", err)
 	}
@@ -192,7 +192,7 @@ func (c *Client) try(ctx context.Context, key Key, r *Request, open func(Session
 			return nil, false, errors.Join(err, refused)
 		}
 		reused := m.used.Swap(true)
-		if err = open(m.session); err == nil {
+		if err = open(m); err == nil {
 			return m, reused, nil
 		}
 		c.release(m)
@@ -209,21 +209,19 @@ func (c *Client) try(ctx context.Context, key Key, r *Request, open func(Session
 	return nil, false, fmt.Errorf("gave up after %d sessions: %w", maxAttempts, refused)
 }
 
-// open opens a stream in a place of s that is reserved.
-func open(ctx context.Context, s Session, r *Request, first *First) (Stream, *Response, error) {
-	o, err := s.Start(r)
+// open opens a stream in a place of m that is reserved.
+func open(ctx context.Context, m *member, r *Request, first *First) (Stream, *Response, error) {
+	o, err := m.session.Start(r)
 	if err != nil {
 		return nil, nil, err
 	}
 	first.begin(o)
-	first.follow(ctx, o)
+	first.follow(ctx, m.conn, o)
 	if err := first.failed(); err != nil {
 		o.Close()
-		first.rearm()
 		return nil, nil, err
 	}
 	stream, response, err := o.Answer(ctx)
-	first.rearm()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync/atomic"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,11 +17,12 @@ import (
 // twice.
 var ErrUncertain = errors.New("the peer may have handed on the first bytes")
 
-// Beginning is a socket that first bytes come from. Nobody else reads it while it is in an Open,
-// nor sets its read deadline, which there is none on return.
+// Beginning is a socket that first bytes come from. Nobody else reads it while it is in an Open.
 type Beginning interface {
 	syscall.Conn
-	SetReadDeadline(t time.Time) error
+	// Notify sends to ready, once, when there is something to read, an end or an error, be it after the
+	// Open. conn carries the stream.
+	Notify(conn *Conn, ready chan<- struct{})
 }
 
 // First is what an application says before its stream is open. It travels behind the CONNECT
@@ -43,8 +42,7 @@ type First struct {
 	sent  int   // of n, in the present stream
 	ended bool  // the application has ended its direction behind them
 	err   error // why there is no stream to open any more
-
-	settled atomic.Bool // the present stream needs no more of it
+	ready chan struct{}
 }
 
 // NewFirst reads from as far as buf is long.
@@ -53,7 +51,7 @@ func NewFirst(from Beginning, buf []byte) (*First, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read first bytes: %w", err)
 	}
-	return &First{from: from, raw: raw, buf: buf}, nil
+	return &First{from: from, raw: raw, buf: buf, ready: make(chan struct{}, 1)}, nil
 }
 
 // Len is how many bytes were read; 0 of nil.
@@ -64,17 +62,16 @@ func (f *First) Len() int {
 	return f.n
 }
 
-// read takes what is there, or waits for it, and reports whether there may be more to come.
-func (f *First) read(wait bool) bool {
+// read takes what is there.
+func (f *First) read() {
 	var n int
 	var failure error
 	err := f.raw.Read(func(fd uintptr) bool {
 		n, failure = nonblock.Read(fd, f.buf[f.n:])
-		return !wait || !errors.Is(failure, unix.EAGAIN)
+		return true
 	})
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded), err == nil && errors.Is(failure, unix.EAGAIN):
-		return false
+	case err == nil && errors.Is(failure, unix.EAGAIN):
 	case err != nil || failure != nil:
 		f.err = fmt.Errorf("read first bytes: %w", errors.Join(err, os.NewSyscallError("read", failure)))
 	case n == 0:
@@ -82,11 +79,10 @@ func (f *First) read(wait bool) bool {
 	default:
 		f.n += n
 	}
-	return f.wanting()
 }
 
 // wanting reports whether there is room for more, and somebody who may say it.
-func (f *First) wanting() bool { return f.err == nil && !f.ended && f.n < len(f.buf) }
+func (f *First) wanting() bool { return f != nil && f.err == nil && !f.ended && f.n < len(f.buf) }
 
 // begin sends CONNECT and behind it what is there.
 func (f *First) begin(o Opening) {
@@ -95,43 +91,29 @@ func (f *First) begin(o Opening) {
 		return
 	}
 	f.sent = 0
-	f.settled.Store(false)
 	if f.wanting() {
-		f.read(false)
+		f.read()
 	}
 	f.send(o)
 }
 
 func (f *First) send(o Opening) { f.sent += o.Send(f.buf[f.sent:f.n], f.ended) }
 
-// follow sends what comes until o has an outcome, ctx ends, or nothing more fits.
-func (f *First) follow(ctx context.Context, o Opening) {
-	if f == nil || !f.wanting() {
-		return
-	}
-	o.OnSettled(func() {
-		f.settled.Store(true)
-		f.interrupt()
-	})
-	defer context.AfterFunc(ctx, f.interrupt)()
-	for f.wanting() && !f.settled.Load() && ctx.Err() == nil {
-		if n := f.n; f.read(true) || f.n > n || f.ended {
-			f.send(o)
-		} else {
-			f.rearm() // an earlier Open's interrupt may have come late
-			if f.settled.Load() || ctx.Err() != nil {
-				return
-			}
+// follow sends what comes until o, which conn carries, has an outcome, ctx ends, or nothing more fits.
+func (f *First) follow(ctx context.Context, conn *Conn, o Opening) {
+	for f.wanting() {
+		f.from.Notify(conn, f.ready)
+		select {
+		case <-f.ready:
+		case <-o.Settled():
+			return
+		case <-ctx.Done():
+			return
 		}
-	}
-}
-
-func (f *First) interrupt() { _ = f.from.SetReadDeadline(time.Unix(1, 0)) } // fails once closed, as a read does
-
-// rearm takes an interrupt back.
-func (f *First) rearm() {
-	if f != nil {
-		_ = f.from.SetReadDeadline(time.Time{})
+		before := f.n
+		if f.read(); f.n > before || f.ended {
+			f.send(o)
+		}
 	}
 }
 
@@ -145,7 +127,7 @@ func (f *First) failed() error {
 
 // finish sends what did not fit before the answer.
 func (f *First) finish(ctx context.Context, s Stream) error {
-	if f == nil {
+	if f == nil || f.sent == f.n && !f.ended {
 		return nil
 	}
 	stop := context.AfterFunc(ctx, func() { _ = s.Close() })
@@ -158,7 +140,7 @@ func (f *First) finish(ctx context.Context, s Stream) error {
 	if err == nil && f.ended {
 		err = s.CloseWrite()
 	}
-	if !stop() { // also because follow's interrupt may come yet
+	if !stop() {
 		return ctx.Err()
 	}
 	return err

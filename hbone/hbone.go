@@ -26,6 +26,8 @@ type Stream interface {
 	// Offer takes all of a short p if that needs no waiting, or else nothing. It is sent with
 	// what others offer on the same connection, at the latest by Push.
 	Offer(p []byte) bool
+	// OfferEnd is CloseWrite if that needs no waiting, and sent as what is offered.
+	OfferEnd() bool
 	// Push sends what was offered.
 	Push()
 	// CloseWrite ends our direction cleanly (END_STREAM); reading goes on.
@@ -138,9 +140,8 @@ type Opening interface {
 	// peer's window takes: it does not wait for more. With end and all of p it ends our
 	// direction as well. It returns how many it sent; why nothing can be sent Answer tells.
 	Send(p []byte, end bool) int
-	// OnSettled has f called, once, when Answer would not wait any more. f must not wait, nor
-	// use the Opening. It may be called before OnSettled returns, and not after Answer has.
-	OnSettled(f func())
+	// Settled is closed when Answer would not wait any more.
+	Settled() <-chan struct{}
 	// Answer waits for the response: a Stream on 200, a *StatusError on another status,
 	// ErrRefused when the peer certainly did not process it (REFUSED_STREAM, GOAWAY with a
 	// lower last stream), or has got no bytes and is gone, so that it may be tried again

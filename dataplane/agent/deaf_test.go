@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"syscall"
 	"testing"
 	"time"
 
@@ -33,7 +34,11 @@ func TestDestroyedListenerComesBack(t *testing.T) {
 	server := echoServer(t, db.Namespace, netip.AddrPortFrom(db.V4, 3306))
 	early := dialEcho(t, web.Namespace, server)
 	echoes(t, early)
-	for _, l := range []func() *net.TCPListener{p.get("web").Outbound, p.get("web").Inbound, p.get("web").Tunnel} {
+	for _, l := range []func() syscall.Conn{
+		func() syscall.Conn { return p.get("web").Outbound() },
+		func() syscall.Conn { return p.get("web").Inbound() },
+		func() syscall.Conn { return p.get("web").Tunnel() },
+	} {
 		destroyListener(t, l())
 		within(t, "the agent notices", func() bool { return p.get("web").Listening() == nil })
 		within(t, "the pod is captured again", captured)
@@ -97,7 +102,7 @@ func within(t *testing.T, what string, is func() bool) {
 	}
 }
 
-func destroyListener(t *testing.T, l *net.TCPListener) {
+func destroyListener(t *testing.T, l syscall.Conn) {
 	t.Helper()
 	raw, err := l.SyscallConn()
 	if err != nil {

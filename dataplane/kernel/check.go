@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -224,16 +223,8 @@ func checkOffloadsOf(ifindex int) error {
 }
 
 func (p *Pod) checkListeners() error {
-	for _, l := range []struct {
-		name     string
-		listener *net.TCPListener
-		kind     bpf.RacewayListener
-	}{
-		{"outbound", p.outbound, bpf.RacewayListenerLISTENER_OUTBOUND},
-		{"inbound", p.inbound, bpf.RacewayListenerLISTENER_INBOUND},
-		{"tunnel", p.tunnel, bpf.RacewayListenerLISTENER_TUNNEL},
-	} {
-		cookie, err := socketCookie(l.listener)
+	for _, l := range p.listeners() {
+		cookie, err := socketCookie(l)
 		if err != nil {
 			return fmt.Errorf("%s: %w", l.name, err)
 		}

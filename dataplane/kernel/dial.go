@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -19,19 +18,16 @@ import (
 
 // DialTunnel connects from the pod to the tunnel port of another workload.
 func (p *Pod) DialTunnel(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
-	return p.dialOut(ctx, remote)
+	return p.ns.Dial(ctx, p.outward(remote))
 }
 
 // DialDirect connects from the pod to a destination in clear, past the capture.
-func (p *Pod) DialDirect(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
-	return p.dialOut(ctx, remote)
+func (p *Pod) DialDirect(ctx context.Context, remote netip.AddrPort) (*netns.Conn, error) {
+	return p.ns.Connect(ctx, p.outward(remote))
 }
 
-func (p *Pod) dialOut(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
-	return p.ns.Dial(ctx, netns.DialConfig{
-		Remote:  remote,
-		Control: p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE),
-	})
+func (p *Pod) outward(remote netip.AddrPort) netns.DialConfig {
+	return netns.DialConfig{Remote: remote, Control: p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE)}
 }
 
 // attempts bounds how often DialApp tries another source port.
@@ -46,14 +42,6 @@ const (
 
 var errCollision = errors.New("the source port belongs to a connection of the client itself")
 
-// Socket is a TCP connection whose ends can be closed one by one.
-type Socket = interface {
-	net.Conn
-	syscall.Conn
-	CloseWrite() error
-	SetLinger(sec int) error
-}
-
 // DialApp connects to the application at one of the pod's addresses from the address of
 // the client, which is what the application then sees.
 //
@@ -65,7 +53,7 @@ type Socket = interface {
 // (it cannot use it twice); else, when client has port 0 or its port is taken, one from a
 // range that clients do not choose from. What collides even so is found out, and another
 // port is tried.
-func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (Socket, error) {
+func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*netns.Conn, error) {
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
 	app = netip.AddrPortFrom(app.Addr().Unmap(), app.Port())
 	if !slices.Contains(p.addrs, app.Addr()) {

@@ -299,7 +299,7 @@ func TestEndpointsOfOthersAreLeftToTheAgent(t *testing.T) {
 	go func() {
 		defer close(drained)
 		for {
-			conn, err := f.pod.Outbound().AcceptTCP()
+			conn, err := f.pod.Outbound().AcceptConn()
 			if err != nil {
 				return
 			}

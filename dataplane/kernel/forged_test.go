@@ -85,7 +85,7 @@ func TestForgedConnectionsAreNotOlderOnes(t *testing.T) {
 // abort leaves nothing of a connection.
 func abort(t *testing.T, conn net.Conn) {
 	t.Helper()
-	if err := conn.(*net.TCPConn).SetLinger(0); err != nil {
+	if err := conn.(interface{ SetLinger(sec int) error }).SetLinger(0); err != nil {
 		t.Fatal(err)
 	}
 	if err := conn.Close(); err != nil {

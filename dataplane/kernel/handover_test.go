@@ -16,7 +16,7 @@ import (
 // serveAll accepts what the pod's listeners get, until the listeners are closed.
 func serveAll(t *testing.T, p *kernel.Pod, accepted *atomic.Int64) {
 	t.Helper()
-	for _, l := range []*net.TCPListener{p.Outbound(), p.Inbound(), p.Tunnel()} {
+	for _, l := range []net.Listener{p.Outbound(), p.Inbound(), p.Tunnel()} {
 		go func() {
 			for {
 				conn, err := l.Accept()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -22,22 +23,59 @@ func listenAddrs() []netip.Addr {
 	return []netip.Addr{netip.MustParseAddr("::ffff:192.0.2.1"), netip.MustParseAddr("192.0.2.1")}
 }
 
+// listener is one of the pod's three.
+type listener struct {
+	socket
+	name string
+	kind bpf.RacewayListener
+}
+
+type socket interface {
+	net.Listener
+	syscall.Conn
+}
+
+// listeners are those that there are.
+func (p *Pod) listeners() []listener {
+	var all []listener
+	if p.outbound != nil {
+		all = append(all, listener{p.outbound, "outbound", bpf.RacewayListenerLISTENER_OUTBOUND})
+	}
+	if p.inbound != nil {
+		all = append(all, listener{p.inbound, "inbound", bpf.RacewayListenerLISTENER_INBOUND})
+	}
+	if p.tunnel != nil {
+		all = append(all, listener{p.tunnel, "tunnel", bpf.RacewayListenerLISTENER_TUNNEL})
+	}
+	return all
+}
+
 func (p *Pod) listen() error {
-	for _, l := range []struct {
-		listener **net.TCPListener
-		port     uint16
-		kind     bpf.RacewayListener
-	}{
-		{&p.outbound, dataplane.PortOutbound, bpf.RacewayListenerLISTENER_OUTBOUND},
-		{&p.inbound, dataplane.PortInbound, bpf.RacewayListenerLISTENER_INBOUND},
-		{&p.tunnel, dataplane.PortTunnel, bpf.RacewayListenerLISTENER_TUNNEL},
-	} {
-		listener, err := p.listenOn(l.port, l.kind)
-		if err != nil {
-			return err
-		}
-		*l.listener = listener
-		if err := p.register(listener, l.kind); err != nil {
+	var err error
+	if p.outbound, err = p.capturing(dataplane.PortOutbound, bpf.RacewayListenerLISTENER_OUTBOUND); err != nil {
+		return err
+	}
+	if p.inbound, err = p.capturing(dataplane.PortInbound, bpf.RacewayListenerLISTENER_INBOUND); err != nil {
+		return err
+	}
+	if p.tunnel, err = p.listenOn(dataplane.PortTunnel, bpf.RacewayListenerLISTENER_TUNNEL); err != nil {
+		return err
+	}
+	return p.registerTCP()
+}
+
+// capturing is a listener for applications' connections.
+func (p *Pod) capturing(port uint16, kind bpf.RacewayListener) (*netns.Listener, error) {
+	l, err := p.listenOn(port, kind)
+	if err != nil {
+		return nil, err
+	}
+	return netns.TakeListener(l)
+}
+
+func (p *Pod) registerTCP() error {
+	for _, l := range p.listeners() {
+		if err := p.register(l); err != nil {
 			return err
 		}
 	}
@@ -65,16 +103,16 @@ func (p *Pod) listenOn(port uint16, kind bpf.RacewayListener) (*net.TCPListener,
 	return nil, errors.Join(errs...)
 }
 
-func (p *Pod) register(l *net.TCPListener, kind bpf.RacewayListener) error {
+func (p *Pod) register(l listener) error {
 	raw, err := l.SyscallConn()
 	if err != nil {
 		return err
 	}
-	key := bpf.RacewayListenerKey{Netns: p.rec.Cookie, Kind: kind}
+	key := bpf.RacewayListenerKey{Netns: p.rec.Cookie, Kind: l.kind}
 	var putErr error
 	err = raw.Control(func(fd uintptr) { putErr = p.d.loaded.maps.Listeners.Put(key, uint64(fd)) })
 	if err := errors.Join(err, putErr); err != nil {
-		return fmt.Errorf("register listener %d: %w", kind, err)
+		return fmt.Errorf("register the %s listener: %w", l.name, err)
 	}
 	return nil
 }
@@ -88,11 +126,8 @@ func (p *Pod) Listening() error {
 	if p.closed {
 		return nil
 	}
-	for _, l := range []struct {
-		name     string
-		listener *net.TCPListener
-	}{{"outbound", p.outbound}, {"inbound", p.inbound}, {"tunnel", p.tunnel}} {
-		listens, err := accepts(l.listener)
+	for _, l := range p.listeners() {
+		listens, err := accepts(l)
 		if err != nil && !errors.Is(err, net.ErrClosed) {
 			return fmt.Errorf("look at the %s listener: %w", l.name, err)
 		}
@@ -103,7 +138,7 @@ func (p *Pod) Listening() error {
 	return nil
 }
 
-func accepts(l *net.TCPListener) (listens bool, err error) {
+func accepts(l syscall.Conn) (listens bool, err error) {
 	raw, err := l.SyscallConn()
 	if err != nil {
 		return false, err
@@ -132,10 +167,7 @@ func (p *Pod) Relisten() error {
 
 func (p *Pod) closeListeners() error {
 	var errs []error
-	for _, l := range []*net.TCPListener{p.outbound, p.inbound, p.tunnel} {
-		if l == nil {
-			continue
-		}
+	for _, l := range p.listeners() {
 		// The proxy may have closed it to stop accepting.
 		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			errs = append(errs, err)

@@ -1,11 +1,11 @@
 package kernel_test
 
 import (
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +15,7 @@ import (
 )
 
 // destroy does to a listener what ss -K does: it listens no more, and stays open.
-func destroy(t *testing.T, l *net.TCPListener) {
+func destroy(t *testing.T, l syscall.Conn) {
 	t.Helper()
 	raw, err := l.SyscallConn()
 	if err != nil {
@@ -35,7 +35,11 @@ func TestDestroyedListenersAreReplaced(t *testing.T) {
 		if err := f.pod.Listening(); err != nil {
 			t.Fatal(err)
 		}
-		for name, listener := range map[string]func() *net.TCPListener{"outbound": f.pod.Outbound, "inbound": f.pod.Inbound, "tunnel": f.pod.Tunnel} {
+		for name, listener := range map[string]func() syscall.Conn{
+			"outbound": func() syscall.Conn { return f.pod.Outbound() },
+			"inbound":  func() syscall.Conn { return f.pod.Inbound() },
+			"tunnel":   func() syscall.Conn { return f.pod.Tunnel() },
+		} {
 			destroy(t, listener())
 			if err := f.pod.Listening(); err == nil || !strings.Contains(err.Error(), name) {
 				t.Errorf("destroyed the %s listener: %v", name, err)

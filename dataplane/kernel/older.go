@@ -246,8 +246,8 @@ func monotonic() time.Duration {
 }
 
 func (p *Pod) isListenerPort(port uint16) bool {
-	for _, l := range []*net.TCPListener{p.outbound, p.inbound, p.tunnel} {
-		if port != 0 && l != nil && l.Addr().(*net.TCPAddr).AddrPort().Port() == port {
+	for _, l := range p.listeners() {
+		if port != 0 && l.Addr().(*net.TCPAddr).AddrPort().Port() == port {
 			return true
 		}
 	}

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -45,7 +47,7 @@ func TestGuardPassesTheAgentsTraffic(t *testing.T) {
 					}},
 				} {
 					t.Run(c.name, func(t *testing.T) {
-						conn, err := f.pod.DialDirect(t.Context(), at)
+						conn, err := f.pod.DialTunnel(t.Context(), at)
 						if err != nil {
 							t.Fatal(err)
 						}
@@ -117,12 +119,31 @@ func sendfile(t *testing.T, conn *net.TCPConn, payload []byte) {
 func splice(t *testing.T, f *fixture, conn *net.TCPConn, payload []byte) {
 	t.Helper()
 	app := dial(t, f.web.Namespace, netip.AddrPortFrom(f.db.V4, 1))
-	captured := accept(t, f.pod.Outbound()).(*net.TCPConn)
+	captured := accept(t, f.pod.Outbound())
 	go func() {
 		_, _ = app.Write(payload) // what is missing shows at the other end
 		_ = app.Close()
 	}()
-	if _, err := conn.ReadFrom(captured); err != nil {
+	raw, err := captured.(syscall.Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var from net.Conn // package net splices between its own
+	var failure error
+	err = raw.Control(func(fd uintptr) {
+		var copied int
+		if copied, failure = unix.Dup(int(fd)); failure != nil {
+			return
+		}
+		file := os.NewFile(uintptr(copied), "captured")
+		defer file.Close()
+		from, failure = net.FileConn(file)
+	})
+	if err := errors.Join(err, failure); err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	if _, err := conn.ReadFrom(from); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -134,7 +155,7 @@ func TestGuardPassesOrphansAndRetransmits(t *testing.T) {
 	f := enrolled(t, modes()[0])
 	at := netip.AddrPortFrom(f.db.V4, 3306)
 	server := netnstest.Listen(t, f.db.Namespace, "tcp", at.String())
-	conn, err := f.pod.DialDirect(t.Context(), at)
+	conn, err := f.pod.DialTunnel(t.Context(), at)
 	if err != nil {
 		t.Fatal(err)
 	}

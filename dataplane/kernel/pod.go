@@ -28,8 +28,9 @@ type Pod struct {
 	rec     *record
 	inForce atomic.Bool // captured and guarded
 
-	outbound, inbound, tunnel *net.TCPListener
-	udp                       *Datagrams // nil while UDP is not captured
+	outbound, inbound *netns.Listener
+	tunnel            *net.TCPListener
+	udp               *Datagrams // nil while UDP is not captured
 
 	older map[bpf.RacewayTuple]bpf.RacewayStage // what the established map holds of this pod
 }
@@ -171,16 +172,17 @@ func (p *Pod) Vanished() bool { return p.ns.Gone() }
 
 // Outbound accepts what the pod's applications connect to: LocalAddr of a connection is
 // the original destination, RemoteAddr the application.
-func (p *Pod) Outbound() *net.TCPListener { return p.listener(&p.outbound) }
+func (p *Pod) Outbound() *netns.Listener { return current(p, &p.outbound) }
 
 // Inbound accepts plaintext from outside: LocalAddr is the application's address,
 // RemoteAddr the client.
-func (p *Pod) Inbound() *net.TCPListener { return p.listener(&p.inbound) }
+func (p *Pod) Inbound() *netns.Listener { return current(p, &p.inbound) }
 
 // Tunnel accepts what is sent to the pod's port 15008.
-func (p *Pod) Tunnel() *net.TCPListener { return p.listener(&p.tunnel) }
+func (p *Pod) Tunnel() *net.TCPListener { return current(p, &p.tunnel) }
 
-func (p *Pod) listener(l **net.TCPListener) *net.TCPListener {
+// current is a listener of p, which Relisten replaces.
+func current[L any](p *Pod, l *L) L {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return *l

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -147,14 +146,8 @@ func (p *Pod) enter() error {
 
 // registerAll makes the listeners known again. It cannot revive one that was destroyed.
 func (p *Pod) registerAll() error {
-	for kind, l := range map[bpf.RacewayListener]*net.TCPListener{
-		bpf.RacewayListenerLISTENER_OUTBOUND: p.outbound,
-		bpf.RacewayListenerLISTENER_INBOUND:  p.inbound,
-		bpf.RacewayListenerLISTENER_TUNNEL:   p.tunnel,
-	} {
-		if err := p.register(l, kind); err != nil {
-			return err
-		}
+	if err := p.registerTCP(); err != nil {
+		return err
 	}
 	return p.registerUDP()
 }

@@ -5,21 +5,33 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // Conn is a TCP connection around a socket that is connected already. It is what a
-// *net.TCPConn is, without what net.FileConn spends on making one: a second descriptor, a
-// second place in the poller, and ten system calls that ask for, or set, what is known.
+// *net.TCPConn is, but for what few need: it enters Go's poller, and becomes an *os.File, only when
+// somebody waits for it or sets a deadline. Until then each call is its system call and no more.
 type Conn struct {
-	file   *os.File
-	raw    syscall.RawConn
+	fd     int
 	remote netip.AddrPort
+
+	users  atomic.Int32 // who uses the socket, and one until Close: the last one closes it
 	closed atomic.Bool
+	making sync.Mutex
+	polled atomic.Pointer[polled] // nil before somebody waits
+}
+
+// polled is a socket in Go's poller.
+type polled struct {
+	file *os.File
+	raw  syscall.RawConn
 }
 
 var (
@@ -28,28 +40,104 @@ var (
 )
 
 // newConn owns fd, which does not block.
-func newConn(fd int, remote netip.AddrPort) (*Conn, error) {
-	file := os.NewFile(uintptr(fd), "tcp connection")
+func newConn(fd int, remote netip.AddrPort) *Conn {
+	c := &Conn{fd: fd, remote: remote}
+	c.users.Store(1)
+	return c
+}
+
+// Take makes a Conn of c, which is closed. It is for connections that others make, as tests do.
+func Take(c *net.TCPConn) (*Conn, error) {
+	remote := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	file, err := c.File()
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	fd, err := unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	err = errors.Join(os.NewSyscallError("fcntl", err), file.Close(), c.Close())
+	if err == nil {
+		err = os.NewSyscallError("fcntl", unix.SetNonblock(fd, true)) // File.Fd has it block
+	}
+	if err != nil {
+		return nil, err
+	}
+	return newConn(fd, netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port())), nil
+}
+
+// enter keeps the socket open until leave.
+func (c *Conn) enter() error {
+	for n := c.users.Load(); n > 0 && !c.closed.Load(); n = c.users.Load() {
+		if c.users.CompareAndSwap(n, n+1) {
+			return nil
+		}
+	}
+	return net.ErrClosed
+}
+
+func (c *Conn) leave() error {
+	if c.users.Add(-1) > 0 {
+		return nil
+	}
+	if p := c.polled.Load(); p != nil {
+		return p.file.Close()
+	}
+	return os.NewSyscallError("close", unix.Close(c.fd))
+}
+
+// poll has Go's poller know the socket. Its caller has entered.
+func (c *Conn) poll() (*polled, error) {
+	if p := c.polled.Load(); p != nil {
+		return p, nil
+	}
+	c.making.Lock()
+	defer c.making.Unlock()
+	if p := c.polled.Load(); p != nil {
+		return p, nil
+	}
+	file := os.NewFile(uintptr(c.fd), "tcp connection")
 	raw, err := file.SyscallConn()
 	if err != nil {
-		return nil, errors.Join(err, file.Close())
+		return nil, err
 	}
-	return &Conn{file: file, raw: raw, remote: remote}, nil
+	p := &polled{file: file, raw: raw}
+	c.polled.Store(p)
+	if c.closed.Load() { // whoever closes it looks for p behind that
+		return nil, net.ErrClosed
+	}
+	return p, nil
+}
+
+// wait calls use with the socket as a file.
+func (c *Conn) wait(use func(*polled) error) error {
+	if err := c.enter(); err != nil {
+		return err
+	}
+	defer func() { _ = c.leave() }() // Close says what is to be said
+	p, err := c.poll()
+	if err != nil {
+		return err
+	}
+	return c.explain(use(p))
 }
 
 // Read and Write are a net.Conn's.
-func (c *Conn) Read(p []byte) (int, error) {
-	n, err := c.file.Read(p)
-	return n, c.explain(err)
+func (c *Conn) Read(b []byte) (n int, err error) {
+	err = c.wait(func(p *polled) error {
+		n, err = p.file.Read(b)
+		return err
+	})
+	return n, err
 }
 
-func (c *Conn) Write(p []byte) (int, error) {
-	n, err := c.file.Write(p)
-	return n, c.explain(err)
+func (c *Conn) Write(b []byte) (n int, err error) {
+	err = c.wait(func(p *polled) error {
+		n, err = p.file.Write(b)
+		return err
+	})
+	return n, err
 }
 
-// explain says of a closed connection what package net would: os has another error for it, and
-// none that can be told where the file is used through its RawConn.
+// explain says of a closed connection what package net would: who waits for it is woken by a deadline.
 func (c *Conn) explain(err error) error {
 	if err != nil && c.closed.Load() {
 		return net.ErrClosed
@@ -57,17 +145,69 @@ func (c *Conn) explain(err error) error {
 	return err
 }
 
-// Close closes the socket.
+// Close wakes who waits for the socket, and closes it when nobody uses it any more.
 func (c *Conn) Close() error {
 	if c.closed.Swap(true) {
 		return net.ErrClosed
 	}
-	return c.file.Close()
+	if p := c.polled.Load(); p != nil {
+		_ = p.file.SetDeadline(time.Unix(1, 0)) // it is open
+	}
+	return c.leave()
+}
+
+// Recv is read(2), which does not wait: EAGAIN when there is nothing, 0 at the end.
+func (c *Conn) Recv(p []byte) (int, error) {
+	if err := c.enter(); err != nil {
+		return 0, err
+	}
+	n, err := nonblock.Read(uintptr(c.fd), p)
+	_ = c.leave() // as in wait
+	return n, err
+}
+
+// Send writes as much of p as the socket takes, and returns EAGAIN when that is not all.
+func (c *Conn) Send(p []byte) (sent int, err error) {
+	if err := c.enter(); err != nil {
+		return 0, err
+	}
+	for sent < len(p) && err == nil {
+		var n int
+		n, err = nonblock.Write(uintptr(c.fd), p[sent:])
+		sent += n
+	}
+	_ = c.leave() // as in wait
+	return sent, err
+}
+
+// AwaitReadable waits until there is something to read, an end or an error, or until the read deadline;
+// AwaitWritable until there is room, or the write deadline.
+func (c *Conn) AwaitReadable() error {
+	return c.await(syscall.RawConn.Read, unix.POLLIN|unix.POLLRDHUP)
+}
+
+func (c *Conn) AwaitWritable() error { return c.await(syscall.RawConn.Write, unix.POLLOUT) }
+
+func (c *Conn) await(wait func(syscall.RawConn, func(fd uintptr) bool) error, events int16) error {
+	return c.wait(func(p *polled) error {
+		asked := false
+		return wait(p.raw, func(fd uintptr) bool {
+			if asked { // the poller tells of changes alone: what was there before the socket says
+				return true
+			}
+			asked = true
+			return nonblock.Ready(fd, events)
+		})
+	})
 }
 
 // CloseWrite ends our direction.
 func (c *Conn) CloseWrite() error {
-	return c.control("shutdown", func(fd int) error { return unix.Shutdown(fd, unix.SHUT_WR) })
+	if err := c.enter(); err != nil {
+		return err
+	}
+	defer func() { _ = c.leave() }() // as in wait
+	return os.NewSyscallError("shutdown", unix.Shutdown(c.fd, unix.SHUT_WR))
 }
 
 // SetLinger is that of a *net.TCPConn.
@@ -76,53 +216,107 @@ func (c *Conn) SetLinger(sec int) error {
 	if sec < 0 {
 		l = unix.Linger{}
 	}
-	return c.control("setsockopt SO_LINGER", func(fd int) error {
-		return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &l)
-	})
+	if err := c.enter(); err != nil {
+		return err
+	}
+	defer func() { _ = c.leave() }() // as in wait
+	return os.NewSyscallError("setsockopt SO_LINGER", unix.SetsockoptLinger(c.fd, unix.SOL_SOCKET, unix.SO_LINGER, &l))
 }
 
-func (c *Conn) control(deed string, fn func(fd int) error) error {
-	var failure error
-	err := c.raw.Control(func(fd uintptr) { failure = fn(int(fd)) })
-	return errors.Join(c.explain(err), os.NewSyscallError(deed, failure))
+// SetKeepAlive is SetKeepAliveConfig of a *net.TCPConn, with all of c.
+func (c *Conn) SetKeepAlive(cfg net.KeepAliveConfig) error {
+	if err := c.enter(); err != nil {
+		return err
+	}
+	defer func() { _ = c.leave() }() // as in wait
+	enable := 0
+	if cfg.Enable {
+		enable = 1
+	}
+	return errors.Join(
+		setInt(c.fd, "TCP_KEEPIDLE", unix.SOL_TCP, unix.TCP_KEEPIDLE, int(cfg.Idle/time.Second)),
+		setInt(c.fd, "TCP_KEEPINTVL", unix.SOL_TCP, unix.TCP_KEEPINTVL, int(cfg.Interval/time.Second)),
+		setInt(c.fd, "TCP_KEEPCNT", unix.SOL_TCP, unix.TCP_KEEPCNT, cfg.Count),
+		setInt(c.fd, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, enable),
+	)
 }
 
-// SyscallConn is the socket itself.
-func (c *Conn) SyscallConn() (syscall.RawConn, error) { return rawConn{c}, nil }
+// Use calls fn with the socket, which stays open meanwhile.
+func (c *Conn) Use(fn func(fd int)) error {
+	if err := c.enter(); err != nil {
+		return err
+	}
+	defer func() { _ = c.leave() }() // as in wait
+	fn(c.fd)
+	return nil
+}
 
-type rawConn struct{ c *Conn }
+// SyscallConn is the socket itself. Its Read and Write call their function once without the poller: one
+// that says that it is done needs none.
+func (c *Conn) SyscallConn() (syscall.RawConn, error) { return (*rawConn)(c), nil }
 
-func (r rawConn) Control(f func(fd uintptr)) error    { return r.c.explain(r.c.raw.Control(f)) }
-func (r rawConn) Read(f func(fd uintptr) bool) error  { return r.c.explain(r.c.raw.Read(f)) }
-func (r rawConn) Write(f func(fd uintptr) bool) error { return r.c.explain(r.c.raw.Write(f)) }
+type rawConn Conn
+
+func (r *rawConn) Control(f func(fd uintptr)) error {
+	return (*Conn)(r).Use(func(fd int) { f(uintptr(fd)) })
+}
+
+func (r *rawConn) Read(f func(fd uintptr) bool) error {
+	return r.do(f, syscall.RawConn.Read)
+}
+
+func (r *rawConn) Write(f func(fd uintptr) bool) error {
+	return r.do(f, syscall.RawConn.Write)
+}
+
+func (r *rawConn) do(f func(fd uintptr) bool, wait func(syscall.RawConn, func(fd uintptr) bool) error) error {
+	c := (*Conn)(r)
+	if err := c.enter(); err != nil {
+		return err
+	}
+	defer func() { _ = c.leave() }() // as in wait
+	if c.polled.Load() == nil && f(uintptr(c.fd)) {
+		return nil
+	}
+	p, err := c.poll()
+	if err != nil {
+		return err
+	}
+	return c.explain(wait(p.raw, f))
+}
 
 // LocalAddr asks the socket. Like RemoteAddr it returns a *net.TCPAddr, an invalid one once the
 // connection is closed.
-func (c *Conn) LocalAddr() net.Addr {
-	var local netip.AddrPort
-	_ = c.control("getsockname", func(fd int) error {
-		sa, err := unix.Getsockname(fd)
-		local = addrPort(sa)
-		return err
-	})
-	return net.TCPAddrFromAddrPort(local)
-}
+func (c *Conn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(c.Local()) }
 
-// RemoteAddr is what was connected to.
-func (c *Conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
-
-func addrPort(sa unix.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
-	default:
+// Local is LocalAddr, and zero once the connection is closed.
+func (c *Conn) Local() netip.AddrPort {
+	if c.enter() != nil {
 		return netip.AddrPort{}
 	}
+	defer func() { _ = c.leave() }()     // as in wait
+	sa, err := syscall.Getsockname(c.fd) // see acceptNow
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	return addrPort(sa)
 }
 
+// RemoteAddr is what was connected to, or who connected.
+func (c *Conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
+
+// Remote is RemoteAddr.
+func (c *Conn) Remote() netip.AddrPort { return c.remote }
+
 // SetDeadline and the others are a net.Conn's.
-func (c *Conn) SetDeadline(t time.Time) error      { return c.explain(c.file.SetDeadline(t)) }
-func (c *Conn) SetReadDeadline(t time.Time) error  { return c.explain(c.file.SetReadDeadline(t)) }
-func (c *Conn) SetWriteDeadline(t time.Time) error { return c.explain(c.file.SetWriteDeadline(t)) }
+func (c *Conn) SetDeadline(t time.Time) error {
+	return c.wait(func(p *polled) error { return p.file.SetDeadline(t) })
+}
+
+func (c *Conn) SetReadDeadline(t time.Time) error {
+	return c.wait(func(p *polled) error { return p.file.SetReadDeadline(t) })
+}
+
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	return c.wait(func(p *polled) error { return p.file.SetWriteDeadline(t) })
+}

@@ -105,7 +105,11 @@ func (n *Namespace) Dial(ctx context.Context, cfg DialConfig) (*net.TCPConn, err
 		return nil, err
 	}
 	defer func() { _ = c.Close() }() // FileConn has its own copy
-	conn, err := net.FileConn(c.file)
+	var conn net.Conn
+	err = c.wait(func(p *polled) (err error) {
+		conn, err = net.FileConn(p.file)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("dial %v: %w", cfg.Remote, err)
 	}
@@ -145,12 +149,9 @@ func (n *Namespace) connect(ctx context.Context, cfg DialConfig) (*Conn, error) 
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
 	}
-	conn, err := newConn(fd, cfg.Remote)
-	if err != nil {
-		return nil, err
-	}
+	conn := newConn(fd, cfg.Remote)
 	if !connected {
-		if err := conn.await(ctx); err != nil {
+		if err := conn.awaitConnected(ctx); err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}
 	}
@@ -217,7 +218,7 @@ func startConnect(fd int, cfg DialConfig) (connected bool, err error) {
 
 // finished reports whether a connect that was begun has come to its end, and how.
 func finished(fd int) (bool, error) {
-	if _, err := unix.Getpeername(fd); err == nil {
+	if _, err := syscall.Getpeername(fd); err == nil { // see acceptNow
 		return true, nil
 	}
 	code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
@@ -230,11 +231,11 @@ func finished(fd int) (bool, error) {
 	return false, nil // still on its way
 }
 
-// await waits in Go's poller until the socket is connected or ctx ends.
-func (c *Conn) await(ctx context.Context) error {
+// awaitConnected waits in Go's poller until the socket is connected or ctx ends.
+func (c *Conn) awaitConnected(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { _ = c.SetWriteDeadline(time.Unix(1, 0)) })
 	var failure error
-	err := c.raw.Write(func(fd uintptr) bool {
+	err := (*rawConn)(c).Write(func(fd uintptr) bool {
 		done, err := finished(int(fd))
 		failure = err
 		return done || err != nil

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
@@ -73,8 +74,8 @@ func path(b *testing.B, way, server string) string {
 	}
 	w := newWorld(b)
 	to := start(b, server, w.db.addr.String()).addr
-	w.nodes[0].addresses = func(c *net.TCPConn) (destination, client netip.AddrPort) {
-		return to, addrPort(c.RemoteAddr())
+	w.nodes[0].addresses = func(c *netns.Conn) (destination, client netip.AddrPort) {
+		return to, c.Remote()
 	}
 	return w.web.outbound.Addr().String()
 }

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"errors"
+	"syscall"
 
 	"github.com/raceway-mesh/raceway/hbone"
 )
@@ -9,7 +10,7 @@ import (
 // firstBytes lends what an application says before its tunnel is open a small buffer of the
 // pod's budget, as much as a peer of ours takes before it answers. Without one, first is nil and
 // nothing is read before. give ends the loan.
-func (s *servedPod) firstBytes(app Socket) (first *hbone.First, give func(), err error) {
+func (s *servedPod) firstBytes(app *tcpLeg) (first *hbone.First, give func(), err error) {
 	w := windows{&s.buffers}
 	if !w.Take(smallBuffer) {
 		return nil, func() {}, nil
@@ -19,11 +20,31 @@ func (s *servedPod) firstBytes(app Socket) (first *hbone.First, give func(), err
 		s.buffers.give(buf)
 		w.Give(smallBuffer)
 	}
-	if first, err = hbone.NewFirst(app, buf.p); err != nil {
+	if first, err = hbone.NewFirst(beginning{app, s.Proxy}, buf.p); err != nil {
 		give()
 		return nil, nil, err
 	}
 	return first, give, nil
+}
+
+// beginning is an application's socket before its connection is up.
+type beginning struct {
+	*tcpLeg
+	proxy *Proxy
+}
+
+func (b beginning) SyscallConn() (syscall.RawConn, error) { return b.conn.SyscallConn() }
+
+// Notify has the lot that the connection is to be in tell.
+func (b beginning) Notify(tunnel *hbone.Conn, ready chan<- struct{}) {
+	// Without room in the lot the first bytes wait for the answer.
+	_ = b.park(b.proxy.lotOf(tunnel), moving, func(*round) func() {
+		select {
+		case ready <- struct{}{}:
+		default: // it was told
+		}
+		return func() {} // until it was read
+	})
 }
 
 // isFinal reports whether no other endpoint may be asked after err: the peer's policy refused

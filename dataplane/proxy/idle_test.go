@@ -141,7 +141,7 @@ func TestParkedConnectionsAreCutAtTheForcedEnd(t *testing.T) {
 func TestResetMeetsParking(t *testing.T) {
 	for range 200 {
 		a, b := hbonetest.TCPPair(t)
-		leg, err := newTCPLeg(a.(*net.TCPConn), "the application")
+		leg, err := newTCPLeg(taken(t, a), "the application")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -150,7 +150,7 @@ func TestResetMeetsParking(t *testing.T) {
 			defer close(done)
 			var l lot
 			for i := 0; ; i++ {
-				leg.park(&l, unix.EPOLLIN, func(*round) func() { return nil })
+				leg.parkOrLook(&l, unix.EPOLLIN, func(*round) func() { return nil })
 				leg.unpark()
 				if i == 10 {
 					close(parking)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 	"time"
@@ -12,17 +11,19 @@ import (
 	"github.com/raceway-mesh/raceway/certs"
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/authz"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h2"
+	"github.com/raceway-mesh/raceway/hbone/lazyctx"
 )
 
 // serveInbound owns conn, plaintext that somebody opened to the pod.
-func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
+func (s *servedPod) serveInbound(live context.Context, conn *netns.Conn) {
 	destination, client := s.addresses(conn)
 	ctx, f := s.inboundFlow(live, telemetry.Peer{Addr: client}, destination, client.Addr())
 	f.attempt.Socket = conn
-	_ = conn.SetKeepAliveConfig(keepAlive()) // without it a dead host is found later
+	_ = conn.SetKeepAlive(keepAlive()) // without it a dead host is found later
 	source, err := newTCPLeg(conn, "the client")
 	if err == nil {
 		err = s.begin(f)
@@ -56,8 +57,8 @@ func (s *servedPod) serveInbound(live context.Context, conn *net.TCPConn) {
 func (s *servedPod) inboundFlow(live context.Context, source telemetry.Peer, destination netip.AddrPort, from netip.Addr) (context.Context, *flow) {
 	f := &flow{}
 	f.describe(s, source, destination, from)
-	ctx, cancel := context.WithCancelCause(live)
-	f.cancel = cancel
+	ctx := lazyctx.New(live, 0)
+	f.cancel = ctx.End
 	return ctx, f
 }
 
@@ -93,10 +94,10 @@ func (s *servedPod) admit(ctx context.Context, f *flow, client netip.AddrPort) (
 	if err := s.permit(f); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.ConnectTimeout)
-	defer cancel()
+	patience := lazyctx.New(ctx, s.cfg.ConnectTimeout)
+	defer patience.End(nil)
 	app := f.guarded.request.Destination
-	conn, err := s.pod.DialApp(ctx, client, app)
+	conn, err := s.pod.DialApp(patience, client, app)
 	if err != nil {
 		return nil, &appError{app: app, err: err}
 	}
@@ -218,6 +219,9 @@ var errStreamEnded = errors.New("the peer reset the stream or its connection was
 
 // causeOf is why ctx, that of a connection's set-up, has ended. A stream's ends without a cause.
 func causeOf(ctx context.Context) error {
+	if ctx.Err() == nil {
+		return nil
+	}
 	if cause := context.Cause(ctx); cause != context.Canceled { //nolint:errorlint // a cause may wrap it
 		return cause
 	}

@@ -24,13 +24,13 @@ type lot struct {
 	last   uint64
 }
 
-// lotOf is where the sockets of f wait: those of a tunnel in the same lot.
-func (s *servedPod) lotOf(f *flow) *lot {
+// lotOf is where the sockets of tunnel wait, nil of those of none.
+func (p *Proxy) lotOf(tunnel *hbone.Conn) *lot {
 	port := uint16(0)
-	if f.tunnel != nil {
-		port = f.tunnel.Local.Port() + f.tunnel.Remote.Port()
+	if tunnel != nil {
+		port = tunnel.Local.Port() + tunnel.Remote.Port()
 	}
-	return &s.lots[int(port)%len(s.lots)]
+	return &p.lots[int(port)%len(p.lots)]
 }
 
 // epollSet is an epoll instance as a file that the poller watches in turn.
@@ -74,11 +74,12 @@ func (s *epollSet) wait(events []unix.EpollEvent) (n int, err error) {
 
 // visit is called, on the goroutine of the lot, when one of the events that it waits for, an error
 // or a hang-up came to its socket. It must not wait. If it returns a function the socket leaves
-// the lot, and the function is called then, unless the socket left in the meantime.
+// the lot, and the function is called then, unless the socket left in the meantime or was parked again.
 type visit func(r *round) (next func())
 
 // round is what the visits of a lot share that come one behind the other.
 type round struct {
+	events  uint32            // what the present visit is for
 	buf     [roundBuffer]byte // for a visit to read into
 	streams []hbone.Stream    // to which something was offered
 }
@@ -99,8 +100,10 @@ func (r *round) push() {
 
 // place is a socket that waits.
 type place struct {
-	fd    int
-	visit visit
+	fd     int
+	events uint32
+	visit  visit
+	turn   int // how often there was another visit
 }
 
 // park has visit called when one of events, an error or a hang-up comes to fd, until it leaves or
@@ -116,19 +119,59 @@ func (l *lot) park(fd int, events uint32, visit visit) (token uint64, err error)
 		go l.watch(l.set)
 	}
 	l.last++
-	event := unix.EpollEvent{Events: events, Fd: int32(l.last), Pad: int32(l.last >> 32)}
-	if err := l.set.control(unix.EPOLL_CTL_ADD, fd, &event); err != nil {
+	if err := l.set.control(unix.EPOLL_CTL_ADD, fd, event(l.last, events)); err != nil {
 		l.tidyLocked()
 		return 0, fmt.Errorf("wait for a socket: %w", err)
 	}
-	l.places[l.last] = place{fd: fd, visit: visit}
+	l.places[l.last] = place{fd: fd, events: events, visit: visit}
 	return l.last, nil
 }
 
-// leave takes a place away, and reports whether it was there. Its visit may be going on.
-func (l *lot) leave(token uint64) bool {
+func event(token uint64, events uint32) *unix.EpollEvent {
+	return &unix.EpollEvent{Events: events, Fd: int32(token), Pad: int32(token >> 32)}
+}
+
+// again has visit called from now on, for other events, and reports whether the place is there. The
+// visit before may be going on.
+func (l *lot) again(token uint64, events uint32, visit visit) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	p, ok := l.places[token]
+	if !ok || p.events != events && l.set.control(unix.EPOLL_CTL_MOD, p.fd, event(token, events)) != nil {
+		return false
+	}
+	p.events, p.visit = events, visit
+	p.turn++
+	l.places[token] = p
+	return true
+}
+
+// leave takes a place away. Its visit may be going on.
+func (l *lot) leave(token uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.leaveLocked(token)
+}
+
+// forget is leave for a socket that is closed right behind: so the kernel takes it out of the set.
+func (l *lot) forget(token uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, ok := l.places[token]; ok {
+		delete(l.places, token)
+		l.tidyLocked()
+	}
+}
+
+// leaveBehind takes a place away after a visit, and reports whether it was there and no other visit came
+// in the meantime.
+func (l *lot) leaveBehind(token uint64, turn int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.places[token].turn == turn && l.leaveLocked(token)
+}
+
+func (l *lot) leaveLocked(token uint64) bool {
 	p, ok := l.places[token]
 	if !ok {
 		return false
@@ -153,11 +196,12 @@ func (l *lot) watch(set *epollSet) {
 		n, err := set.wait(events[:])
 		for _, e := range events[:n] {
 			token := uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32
-			visit := l.visitOf(token)
-			if visit == nil {
+			p, ok := l.at(token)
+			if !ok {
 				continue
 			}
-			if next := visit(r); next != nil && l.leave(token) {
+			r.events = e.Events
+			if next := p.visit(r); next != nil && l.leaveBehind(token, p.turn) {
 				next()
 			}
 		}
@@ -168,11 +212,12 @@ func (l *lot) watch(set *epollSet) {
 	}
 }
 
-// visitOf is that of a place, nil of one that was left.
-func (l *lot) visitOf(token uint64) visit {
+// at is a place that was not left.
+func (l *lot) at(token uint64) (place, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.places[token].visit
+	p, ok := l.places[token]
+	return p, ok
 }
 
 // close ends the set unless somebody came meanwhile.

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
 // roleEnv makes the test binary play an application, in a process of its own so that its
@@ -74,8 +75,8 @@ func benchmarkNeighbour(b *testing.B, tunnel, bulk bool, limits Limits) {
 	}
 	echo := start(b, "echo", server.String())
 	targets := map[netip.AddrPort]netip.AddrPort{addrPort(w.web.outbound.Addr()): sink.addr, addrPort(quiet.outbound.Addr()): echo.addr}
-	w.nodes[0].addresses = func(c *net.TCPConn) (destination, client netip.AddrPort) {
-		return targets[addrPort(c.LocalAddr())], addrPort(c.RemoteAddr())
+	w.nodes[0].addresses = func(c *netns.Conn) (destination, client netip.AddrPort) {
+		return targets[c.Local()], c.Remote()
 	}
 	if bulk {
 		start(b, "bulk", w.web.outbound.Addr().String())

@@ -5,23 +5,24 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"slices"
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/route"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/lazyctx"
 )
 
 // maxEndpoints is how many endpoints of a service one connection tries.
 const maxEndpoints = 3
 
 // serveOutbound owns conn, which the pod's application opened.
-func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
+func (s *servedPod) serveOutbound(live context.Context, conn *netns.Conn) {
 	destination, client := s.addresses(conn)
 	trace := hbone.NewTraceParent()
 	f := &flow{attempt: &telemetry.Attempt{
@@ -32,21 +33,20 @@ func (s *servedPod) serveOutbound(live context.Context, conn *net.TCPConn) {
 		Started:     time.Now(),
 	}}
 	_, _, f.attempt.Source.Workload = s.workload()
-	_ = conn.SetKeepAlive(false) // which package net switches on
 	app, err := newTCPLeg(conn, "the application")
 	if err != nil {
 		s.cfg.Telemetry.Refuse(*f.attempt, telemetry.FlagsReset, err)
 		return
 	}
-	ctx, cancel := context.WithCancelCause(live)
-	f.cancel = cancel
+	ctx := lazyctx.New(live, 0)
+	f.cancel = ctx.End
 	if err := s.begin(f); err != nil {
 		f.cancel(nil)
 		app.abort()
 		s.refused(ctx, f, err)
 		return
 	}
-	out, early, err := s.connect(ctx, f, conn, trace)
+	out, early, err := s.connect(ctx, f, app, trace)
 	if err != nil {
 		app.abort()
 		s.refused(ctx, f, err)
@@ -79,7 +79,7 @@ func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg,
 	f.attempt = nil // it keeps a snapshot
 	s.work.Add(1)
 	r := newRelay(source, destination)
-	r.share, r.look, r.buffers, r.lot = s.share, s.look, &s.buffers, s.lotOf(f)
+	r.share, r.look, r.buffers, r.lot = s.share, s.look, &s.buffers, s.lotOf(f.tunnel)
 	r.count = [2]func(int){record.Sent, record.Received}
 	r.done = func(err error) {
 		flags := telemetry.FlagsNone
@@ -94,7 +94,7 @@ func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg,
 }
 
 // connect reaches what app asked for, and returns how many of its bytes went along.
-func (s *servedPod) connect(ctx context.Context, f *flow, app Socket, trace string) (out leg, early int, err error) {
+func (s *servedPod) connect(ctx context.Context, f *flow, app *tcpLeg, trace string) (out leg, early int, err error) {
 	first, give, err := s.firstBytes(app)
 	if err != nil {
 		return nil, 0, err
@@ -205,7 +205,7 @@ func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPo
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", target, err)
 	}
-	_ = conn.SetKeepAliveConfig(keepAlive()) // without it a dead host is found later
+	_ = conn.SetKeepAlive(keepAlive()) // without it a dead host is found later
 	f.attempt.Socket = conn
 	return newTCPLeg(conn, "the destination")
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h2"
@@ -343,22 +344,22 @@ func (s *servedPod) liveFlows() []*flow {
 	return flows
 }
 
-// acceptor is a *net.TCPListener.
+// acceptor is a *netns.Listener.
 type acceptor interface {
-	AcceptTCP() (*net.TCPConn, error)
+	AcceptConn() (*netns.Conn, error)
 	SetDeadline(t time.Time) error
 	Addr() net.Addr
 }
 
 // accept hands each connection of l to serve, on a goroutine of its own, until ctx ends.
-func (s *servedPod) accept(ctx, live context.Context, l acceptor, serve func(context.Context, *net.TCPConn)) error {
+func (s *servedPod) accept(ctx, live context.Context, l acceptor, serve func(context.Context, *netns.Conn)) error {
 	if err := l.SetDeadline(time.Time{}); err != nil { // of an earlier ServePod
 		return fmt.Errorf("accept on %s: %w", l.Addr(), err)
 	}
 	defer context.AfterFunc(ctx, func() { _ = l.SetDeadline(time.Unix(1, 0)) })()
 	var retry backoff
 	for {
-		conn, err := l.AcceptTCP()
+		conn, err := l.AcceptConn()
 		switch {
 		case err == nil:
 			retry = backoff{}

@@ -25,12 +25,12 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/authz"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/paths"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
@@ -41,24 +41,15 @@ type Pod interface {
 	UID() string
 	// The listeners stay the pod's. A connection that they accept has the original
 	// destination as its local address and the client as its remote one.
-	Outbound() *net.TCPListener
-	Inbound() *net.TCPListener
+	Outbound() *netns.Listener
+	Inbound() *netns.Listener
 	Tunnel() *net.TCPListener
 	// DialTunnel and DialDirect reach remote from the pod's own address.
 	DialTunnel(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error)
-	DialDirect(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error)
+	DialDirect(ctx context.Context, remote netip.AddrPort) (*netns.Conn, error)
 	// DialApp reaches the application at app from the client's address, and from its port
 	// where that is not 0 and is free.
-	DialApp(ctx context.Context, client, app netip.AddrPort) (Socket, error)
-}
-
-// Socket is a TCP connection; *net.TCPConn is one. The name is an alias, so that a Pod can return
-// one without knowing this package.
-type Socket = interface {
-	net.Conn
-	syscall.Conn
-	CloseWrite() error
-	SetLinger(sec int) error
+	DialApp(ctx context.Context, client, app netip.AddrPort) (*netns.Conn, error)
 }
 
 // Certificates is where TLS configurations come from; *certs.Keeper is one.
@@ -168,7 +159,7 @@ type Proxy struct {
 	handshakes chan struct{}
 
 	// addresses tells where an accepted connection was going and who opened it.
-	addresses func(c *net.TCPConn) (destination, client netip.AddrPort)
+	addresses func(c *netns.Conn) (destination, client netip.AddrPort)
 
 	mu   sync.Mutex
 	pods map[string][]*servedPod // by UID; more than one while an older one still drains
@@ -217,17 +208,8 @@ func (p *Proxy) Run(ctx context.Context) error {
 
 // socketAddresses is for listeners that the kernel side steers connections to: getsockname
 // is the original destination.
-func socketAddresses(c *net.TCPConn) (destination, client netip.AddrPort) {
-	return addrPort(c.LocalAddr()), addrPort(c.RemoteAddr())
-}
-
-func addrPort(a net.Addr) netip.AddrPort {
-	tcp, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := tcp.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+func socketAddresses(c *netns.Conn) (destination, client netip.AddrPort) {
+	return c.Local(), c.Remote()
 }
 
 // Live is how many connections, those that are still being set up included, the pod has.

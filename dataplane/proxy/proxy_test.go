@@ -16,6 +16,7 @@ import (
 
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/h2"
@@ -364,7 +365,7 @@ func TestListenersServeAgainAfterADrain(t *testing.T) {
 
 // failing is a listener that runs out of descriptors for a while.
 type failing struct {
-	*net.TCPListener
+	*netns.Listener
 	failures int
 	at       []time.Duration
 	start    time.Time
@@ -372,7 +373,7 @@ type failing struct {
 
 func (l *failing) SetDeadline(time.Time) error { return nil }
 
-func (l *failing) AcceptTCP() (*net.TCPConn, error) {
+func (l *failing) AcceptConn() (*netns.Conn, error) {
 	l.at = append(l.at, time.Since(l.start))
 	if len(l.at) > l.failures {
 		return nil, net.ErrClosed

@@ -24,6 +24,8 @@ type leg interface {
 	offer(p []byte, r *round) (int, error)
 	// closeWrite hands a clean end on; last says that finish comes right behind.
 	closeWrite(last bool) error
+	// offerEnd is closeWrite that never waits, or does nothing; r sends it.
+	offerEnd(last bool, r *round) bool
 	// finish releases the leg after a clean end of both directions, abort before it: the
 	// other side sees a reset. Exactly one of them is called, once.
 	finish()
@@ -32,12 +34,13 @@ type leg interface {
 
 // relay moves bytes between two legs until both directions have ended cleanly, or anything
 // breaks: then both legs are reset. One that is idle, or moves short messages, owns no goroutine
-// and no buffer:
+// and no buffer, from its beginning to its end:
 //
-//	socket ─► pump, a goroutine while there is much to move ──► other leg
-//	   ▲        │ nothing for a while,      ▲                      ▲
-//	   │        ▼ or short messages         │ much                 │
-//	   └────── lot ─► visit ────────────────┴───── a short message ┘
+//	socket ─► lot ─► visit ─── a short message, an end ──► other leg
+//	           ▲       │ much                                ▲
+//	           │       ▼                                     │
+//	           └────── pump, a goroutine while there is much ┘
+//	           nothing for a while, or short messages
 //	stream ─► inlet, on the goroutine of the stream's connection ─► socket
 //	            │ no room                                             ▲
 //	            └─► a goroutine until all is taken ───────────────────┘
@@ -67,21 +70,24 @@ func newRelay(source, destination leg) *relay {
 	return r
 }
 
-// run relays. It returns when the first socket is parked, or the end has come.
+// run relays. It returns at once.
 func (r *relay) run() {
-	inline := -1
 	for i, l := range r.legs {
-		if s, ok := l.(*streamLeg); ok {
-			s.deliver(&inlet{relay: r, from: i})
-			continue
+		switch l := l.(type) {
+		case *streamLeg:
+			l.deliver(&inlet{relay: r, from: i})
+		case *tcpLeg:
+			if l.park(r.lot, moving, r.visitor(i)) != nil {
+				go r.pump(i, nil, nil)
+			}
 		}
-		if inline >= 0 {
-			go r.pump(inline, nil, nil)
-		}
-		inline = i
 	}
-	r.pump(inline, nil, nil)
 }
+
+// moving is what a socket that has not ended waits for.
+const moving = unix.EPOLLIN | unix.EPOLLRDHUP
+
+func (r *relay) visitor(i int) visit { return func(round *round) func() { return r.visit(i, round) } }
 
 // enter keeps done from being called until leave, or says that it is too late.
 func (r *relay) enter() bool {
@@ -131,7 +137,7 @@ func (r *relay) pump(i int, read []byte, err error) {
 	}
 	switch {
 	case errors.Is(err, errIdle):
-		src.park(r.lot, unix.EPOLLIN|unix.EPOLLRDHUP, func(round *round) func() { return r.visit(i, round) })
+		src.parkOrLook(r.lot, moving, r.visitor(i))
 	case errors.Is(err, io.EOF): // nothing but a clean end wraps it
 		if r.finished(i) {
 			r.watch(i, src)
@@ -141,37 +147,84 @@ func (r *relay) pump(i int, read []byte, err error) {
 	}
 }
 
-// visit moves a short message from the socket legs[i], or has a pump move what is more.
+// visit moves a short message from the socket legs[i], and an end behind it, or has a pump move what is
+// more.
 func (r *relay) visit(i int, round *round) (next func()) {
 	if !r.enter() {
 		return func() {}
 	}
 	defer r.leave()
-	n, err := r.legs[i].(*tcpLeg).readParked(round.buf[:])
-	if errors.Is(err, errAgain) {
+	n, err := r.read(i, round)
+	switch {
+	case errors.Is(err, errAgain):
+		return nil
+	case err != nil && !errors.Is(err, io.EOF):
+		r.end(err)
 		return nil
 	}
 	taken := 0
-	if err == nil && n < len(round.buf) {
-		if taken, err = r.legs[1-i].offer(round.buf[:n], round); taken > 0 {
+	if n > 0 && n < len(round.buf) {
+		var failed error
+		if taken, failed = r.legs[1-i].offer(round.buf[:n], round); taken > 0 {
 			r.count[i](taken)
 		}
-		switch {
-		case taken == n:
+		if failed != nil && !errors.Is(failed, errAgain) {
+			r.end(failed)
 			return nil
-		case errors.Is(err, errAgain):
-			err = nil
 		}
 	}
+	if taken == n {
+		if err == nil {
+			return nil
+		}
+		if r.offeredEnd(i, round) {
+			return nil
+		}
+		return func() { go r.pump(i, nil, err) }
+	}
 	rest := bytes.Clone(round.buf[taken:n])
-	return func() { go r.pump(i, rest, err) }
+	return func() { go r.pump(i, rest, nil) } // it reads an end once more
+}
+
+// read takes what the socket legs[i] has for round: io.EOF may come behind bytes, another error not.
+func (r *relay) read(i int, round *round) (int, error) {
+	src := r.legs[i].(*tcpLeg)
+	n, err := src.read(round.buf[:])
+	if err != nil || n == len(round.buf) || round.events&unix.EPOLLRDHUP == 0 {
+		return n, err
+	}
+	switch more, err := src.read(round.buf[n:]); {
+	case errors.Is(err, errAgain):
+		return n, nil
+	case err != nil && !errors.Is(err, io.EOF): // the socket tells of it once
+		return 0, err
+	default:
+		return n + more, err
+	}
+}
+
+// offeredEnd hands the clean end of what legs[i] gives on, if that needs no waiting.
+func (r *relay) offeredEnd(i int, round *round) bool {
+	r.closing[i].Store(true)
+	if !r.legs[1-i].offerEnd(r.ended.Load() == 1, round) {
+		return false
+	}
+	if r.handedOn(nil) {
+		r.watch(i, r.legs[i].(*tcpLeg))
+	}
+	return true
 }
 
 // finished hands the clean end of what legs[i] gives on, and reports whether the other
 // direction goes on.
 func (r *relay) finished(i int) bool {
 	r.closing[i].Store(true)
-	err := r.legs[1-i].closeWrite(r.ended.Load() == 1)
+	return r.handedOn(r.legs[1-i].closeWrite(r.ended.Load() == 1))
+}
+
+// handedOn reports whether the other direction goes on behind a clean end that was handed on, or was
+// not for err.
+func (r *relay) handedOn(err error) bool {
 	if err != nil || r.ended.Add(1) == 2 {
 		r.end(err)
 		return false
@@ -181,7 +234,7 @@ func (r *relay) finished(i int) bool {
 
 // watch waits, after the clean end of what src gives, until it is reset.
 func (r *relay) watch(i int, src *tcpLeg) {
-	src.park(r.lot, 0, func(*round) func() {
+	src.parkOrLook(r.lot, 0, func(*round) func() {
 		return func() {
 			if r.closing[1-i].Load() || !r.enter() {
 				return

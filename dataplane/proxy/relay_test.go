@@ -13,7 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/raceway-mesh/raceway/dataplane/admin"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
 )
 
@@ -304,6 +307,15 @@ func TestManySlowReadersStayWithinTheBufferBudget(t *testing.T) {
 	eventually(t, "all buffers are back", func() bool { return pod.large.used.Load() == 0 })
 }
 
+func taken(t *testing.T, c net.Conn) *netns.Conn {
+	t.Helper()
+	taken, err := netns.Take(c.(*net.TCPConn))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return taken
+}
+
 // What the death of the process does to an application's socket is what Close does to it.
 func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
 	for name, deliver := range map[string]func(*tcpLeg) error{
@@ -326,7 +338,8 @@ func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			leg, err := newTCPLeg(c.(*net.TCPConn), "the application")
+			socket := taken(t, c)
+			leg, err := newTCPLeg(socket, "the application")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -339,7 +352,7 @@ func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := c.Close(); err != nil {
+			if err := socket.Close(); err != nil {
 				t.Fatal(err)
 			}
 			if deliver != nil {
@@ -365,28 +378,80 @@ func (l *told) offer(p []byte, _ *round) (int, error) { return l.note("offer", p
 func (l *told) closeWrite(bool) error                 { return nil }
 func (l *told) finish()                               {}
 func (l *told) abort()                                {}
+func (l *told) offerEnd(bool, *round) bool {
+	_, _ = l.note("offerEnd", nil)
+	return true
+}
+
+// toldRelay carries what is said to from to a leg that notes it.
+func toldRelay(t *testing.T) (from *net.TCPConn, src *tcpLeg, dst *told, r *relay) {
+	t.Helper()
+	limits := Limits{}.withDefaults()
+	a, b := hbonetest.TCPPair(t)
+	src, err := newTCPLeg(taken(t, b), "the application")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dst = &told{}
+	r = newRelay(src, dst)
+	r.share, r.buffers = newGate(1, time.Hour).share(1), &buffers{pod: &budget{limit: limits.PodBuffers}, node: &budget{limit: limits.NodeBuffers}}
+	r.count = [2]func(int){func(int) {}, func(int) {}}
+	r.lot = &lot{}
+	return a.(*net.TCPConn), src, dst, r
+}
+
+func end(t *testing.T, from *net.TCPConn) {
+	t.Helper()
+	if err := from.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(10 * time.Millisecond) // it is on loopback
+}
+
+// A visit of the lot moves a message and the end behind it, and an end alone.
+func TestVisitMovesBytesAndTheirEnd(t *testing.T) {
+	for said, want := range map[string][]string{"bye": {"offer bye", "offerEnd "}, "": {"offerEnd "}} {
+		from, src, dst, r := toldRelay(t)
+		sendText(t, from, said)
+		end(t, from)
+		round := &round{events: unix.EPOLLIN | unix.EPOLLRDHUP}
+		if next := r.visit(0, round); next != nil {
+			t.Error("the socket is to leave the lot")
+		}
+		if !slices.Equal(dst.deeds, want) {
+			t.Errorf("behind %q and an end came %q, want %q", said, dst.deeds, want)
+		}
+		src.abort()
+	}
+}
+
+// What was reset behind bytes has not ended cleanly, though the kernel tells of it but once.
+func TestVisitSeesAResetBehindBytes(t *testing.T) {
+	from, _, dst, r := toldRelay(t)
+	var failed error
+	r.done = func(err error) { failed = err }
+	sendText(t, from, "part")
+	reset(from)
+	time.Sleep(10 * time.Millisecond) // it is on loopback
+	round := &round{events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLERR | unix.EPOLLHUP}
+	for range 3 {
+		if next := r.visit(0, round); next != nil {
+			break
+		}
+	}
+	if failed == nil || slices.Contains(dst.deeds, "offerEnd ") {
+		t.Errorf("the connection ended with %v, and behind %q", failed, dst.deeds)
+	}
+}
 
 func TestEndRightBehindBytesGoesAlong(t *testing.T) {
-	limits := Limits{}.withDefaults()
-	large, node := budget{limit: limits.PodBuffers}, budget{limit: limits.NodeBuffers}
-	for _, end := range []bool{false, true} {
-		from, to := hbonetest.TCPPair(t)
-		src, err := newTCPLeg(to.(Socket), "the application")
-		if err != nil {
-			t.Fatal(err)
-		}
-		dst := &told{}
-		r := newRelay(src, dst)
-		r.share, r.buffers = newGate(1, time.Hour).share(1), &buffers{pod: &large, node: &node}
-		r.count = [2]func(int){func(int) {}, func(int) {}}
+	for _, ends := range []bool{false, true} {
+		from, src, dst, r := toldRelay(t)
 		sendText(t, from, "bye")
 		want, ended := []string{"write bye"}, errAgain
-		if end {
+		if ends {
 			want, ended = []string{"writeLast bye"}, io.EOF
-			if err := from.(Socket).CloseWrite(); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(10 * time.Millisecond) // it is on loopback
+			end(t, from)
 		}
 		turn := r.share.turn()
 		turn.acquire()

@@ -41,6 +41,15 @@ func (l *streamLeg) offer(p []byte, r *round) (int, error) {
 	return len(p), nil
 }
 
+// offerEnd is likewise for a clean end.
+func (l *streamLeg) offerEnd(_ bool, r *round) bool {
+	if !l.stream.OfferEnd() {
+		return false
+	}
+	r.offered(l.stream)
+	return true
+}
+
 func (l *streamLeg) closeWrite(bool) error { return l.fail("end the stream to", l.stream.CloseWrite()) }
 
 func (l *streamLeg) finish() { _ = l.stream.Close() }

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/raceway-mesh/raceway/hbone/nonblock"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
 var (
@@ -27,30 +27,16 @@ const idleAfter = time.Second
 
 // tcpLeg is the end of a connection that is a TCP socket. One goroutine reads and one writes.
 type tcpLeg struct {
-	conn Socket
-	raw  syscall.RawConn
+	conn *netns.Conn
 	name string // for errors: "the application" …
 
-	in, out transfer
-	timed   bool // the socket has a read deadline: looking at the clock for each read costs more
-	moved   bool // something was read since it was set
+	timed bool // the socket has a read deadline: looking at the clock for each read costs more
+	moved bool // something was read since it was set
 
 	mu       sync.Mutex
 	lot      *lot   // where the socket is parked
 	place    uint64 // in it; 0 when it is not parked
 	released bool   // closed, or about to be
-}
-
-// transfer is the state of one direction: what the poller's callbacks work on. They are
-// made once, so that moving a chunk allocates nothing.
-type transfer struct {
-	p      []byte
-	n      int
-	err    error
-	polled bool
-
-	move, wait func(fd uintptr) bool
-	peek       func(fd uintptr) // move for one that nobody waits for
 }
 
 // keepAlive finds a peer whose host is gone after about two minutes. Applications have none: what
@@ -60,20 +46,12 @@ func keepAlive() net.KeepAliveConfig {
 }
 
 // newTCPLeg takes conn over and makes its end a reset until finish or closeWrite.
-func newTCPLeg(conn Socket, name string) (*tcpLeg, error) {
-	raw, err := conn.SyscallConn()
-	if err == nil {
-		err = conn.SetLinger(0)
-	}
-	if err != nil {
+func newTCPLeg(conn *netns.Conn, name string) (*tcpLeg, error) {
+	if err := conn.SetLinger(0); err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("prepare the socket of %s: %w", name, err)
 	}
-	l := &tcpLeg{conn: conn, raw: raw, name: name}
-	l.in.move, l.in.wait = l.in.read, func(fd uintptr) bool { return l.in.ready(fd, unix.POLLIN|unix.POLLRDHUP) }
-	l.in.peek = func(fd uintptr) { l.in.read(fd) }
-	l.out.move, l.out.wait = l.out.write, func(fd uintptr) bool { return l.out.ready(fd, unix.POLLOUT) }
-	return l, nil
+	return &tcpLeg{conn: conn, name: name}, nil
 }
 
 // awaitReadable returns when there may be bytes or an end to read, or errIdle. It holds nothing.
@@ -85,8 +63,7 @@ func (l *tcpLeg) awaitReadable() error {
 				return l.fail("read from", err)
 			}
 		}
-		l.in.polled = false
-		err := l.raw.Read(l.in.wait)
+		err := l.conn.AwaitReadable()
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return l.fail("read from", err)
 		}
@@ -97,28 +74,37 @@ func (l *tcpLeg) awaitReadable() error {
 	}
 }
 
-// park has visit called when one of events, an error or a hang-up comes to the socket. Nothing is
-// called any more once the leg is released.
-func (l *tcpLeg) park(lot *lot, events uint32, visit visit) {
-	// The lock comes first: nobody waits for it in a Control, which would hold up whoever closes
-	// the socket. An error is that of a socket that is closed: then everything has ended.
+// park has visit called when one of events, an error or a hang-up comes to the socket, in place of what
+// was called before. Nothing is called any more once the leg is released. The error is that there is no
+// room in the lot.
+func (l *tcpLeg) park(lot *lot, events uint32, visit visit) (err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	_ = l.raw.Control(func(fd uintptr) {
-		if l.released {
-			return
-		}
-		var err error
-		if l.place, err = lot.park(int(fd), events, visit); err != nil {
-			time.AfterFunc(idleAfter, func() { look(visit) }) // again, and costs a little more
-		}
-		l.lot = lot
-	})
+	if l.released {
+		return nil
+	}
+	if l.place != 0 && l.lot == lot && lot.again(l.place, events, visit) {
+		return nil
+	}
+	l.unparkLocked()
+	closed := l.conn.Use(func(fd int) { l.place, err = lot.park(fd, events, visit) })
+	if closed != nil { // then everything has ended
+		return nil
+	}
+	l.lot = lot
+	return err
+}
+
+// parkOrLook is park, or a look now and then.
+func (l *tcpLeg) parkOrLook(lot *lot, events uint32, visit visit) {
+	if l.park(lot, events, visit) != nil {
+		time.AfterFunc(idleAfter, func() { look(visit) }) // again, and costs a little more
+	}
 }
 
 // look is a visit to a socket for which there was no room in a lot.
 func look(visit visit) {
-	r := &round{}
+	r := &round{events: unix.EPOLLRDHUP}
 	next := visit(r)
 	r.push()
 	if next == nil {
@@ -129,7 +115,7 @@ func look(visit visit) {
 
 // unpark takes the socket out of the lot, if it is there.
 func (l *tcpLeg) unpark() {
-	l.mu.Lock() // as in park
+	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.unparkLocked()
 }
@@ -141,106 +127,48 @@ func (l *tcpLeg) unparkLocked() {
 	}
 }
 
-// release has nobody wait for the socket any more.
+// release has nobody wait for the socket any more, which is about to be closed.
 func (l *tcpLeg) release() {
-	l.mu.Lock() // as in park
+	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.released = true
-	l.unparkLocked()
-}
-
-// ready is called by the poller: at once, and again when the socket became ready. Its first
-// answer must come from the socket itself, because the poller only tells of changes.
-func (t *transfer) ready(fd uintptr, events int16) bool {
-	if t.polled {
-		return true
+	if l.place != 0 {
+		l.lot.forget(l.place)
+		l.place = 0
 	}
-	t.polled = true
-	return nonblock.Ready(fd, events)
 }
 
 // read never waits: it returns errAgain when there is nothing.
 func (l *tcpLeg) read(p []byte) (int, error) {
-	l.in.p = p
-	err := l.raw.Read(l.in.move)
-	l.in.p = nil
+	n, err := l.conn.Recv(p)
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return 0, errAgain // awaitReadable sets another
+	case errors.Is(err, unix.EAGAIN):
+		return 0, errAgain
 	case err != nil:
 		return 0, l.fail("read from", err)
-	}
-	return l.gave()
-}
-
-// readParked is read while the socket is parked: deadlines and whoever waits are none of its.
-func (l *tcpLeg) readParked(p []byte) (int, error) {
-	l.in.p = p
-	err := l.raw.Control(l.in.peek)
-	l.in.p = nil
-	if err != nil {
-		return 0, l.fail("read from", err)
-	}
-	return l.gave()
-}
-
-// gave is what the last read found.
-func (l *tcpLeg) gave() (int, error) {
-	switch {
-	case errors.Is(l.in.err, unix.EAGAIN):
-		return 0, errAgain
-	case l.in.err != nil:
-		return 0, l.fail("read from", l.in.err)
-	case l.in.n == 0:
+	case n == 0:
 		return 0, io.EOF
 	}
 	l.moved = true
-	return l.in.n, nil
-}
-
-func (t *transfer) read(fd uintptr) bool {
-	t.n, t.err = nonblock.Read(fd, t.p)
-	return true
+	return n, nil
 }
 
 // write never waits: it returns how much the socket took, and errAgain when that is not all.
 func (l *tcpLeg) write(p []byte) (int, error) {
-	l.out.p, l.out.n = p, 0
-	if err := l.raw.Write(l.out.move); err != nil {
-		return 0, l.fail("write to", err)
+	n, err := l.conn.Send(p)
+	if errors.Is(err, unix.EAGAIN) {
+		return n, errAgain
 	}
-	l.out.p = nil
-	switch {
-	case errors.Is(l.out.err, unix.EAGAIN):
-		return l.out.n, errAgain
-	case l.out.err != nil:
-		return l.out.n, l.fail("write to", l.out.err)
-	}
-	return l.out.n, nil
-}
-
-func (t *transfer) write(fd uintptr) bool {
-	t.err = nil
-	for len(t.p) > 0 {
-		n, err := nonblock.Write(fd, t.p)
-		if err != nil {
-			t.err = err
-			break
-		}
-		t.n += n
-		t.p = t.p[n:]
-	}
-	return true
+	return n, l.fail("write to", err)
 }
 
 func (l *tcpLeg) writeLast(p []byte) (int, error) { return l.write(p) }
 
 func (l *tcpLeg) offer(p []byte, _ *round) (int, error) { return l.write(p) }
 
-func (l *tcpLeg) awaitWritable() error {
-	l.out.polled = false
-	return l.fail("write to", l.raw.Write(l.out.wait))
-}
+func (l *tcpLeg) offerEnd(last bool, _ *round) bool { return l.closeWrite(last) == nil }
+
+func (l *tcpLeg) awaitWritable() error { return l.fail("write to", l.conn.AwaitWritable()) }
 
 // closeWrite hands the other side's clean end on. From here on the end of this process does
 // not reset the socket: what the application gets is complete, and the kernel delivers it. Where finish
@@ -262,8 +190,8 @@ func (l *tcpLeg) closeWrite(last bool) error {
 // broken returns an error once the socket was reset.
 func (l *tcpLeg) broken() error {
 	closed := false
-	err := l.raw.Control(func(fd uintptr) {
-		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+	err := l.conn.Use(func(fd int) {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		closed = err != nil || info.State == tcpClosed
 	})
 	if err != nil || !closed {
@@ -281,14 +209,18 @@ func (l *tcpLeg) finish() {
 	_ = l.conn.Close()
 }
 
-// abort resets the connection. It does not hold the lock, since Close waits for who uses the socket.
+// abort resets the connection.
 func (l *tcpLeg) abort() {
 	l.release()
 	reset(l.conn)
 }
 
 // reset closes c so that the other end sees a reset and never a clean end.
-func reset(c Socket) {
+func reset(c interface {
+	SetLinger(sec int) error
+	Close() error
+},
+) {
 	_ = c.SetLinger(0)
 	_ = c.Close()
 }

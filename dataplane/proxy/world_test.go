@@ -23,6 +23,7 @@ import (
 	"github.com/raceway-mesh/raceway/certs/spiffe"
 	"github.com/raceway-mesh/raceway/dataplane"
 	"github.com/raceway-mesh/raceway/dataplane/admin"
+	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/telemetry"
 )
 
@@ -168,7 +169,7 @@ func (w *world) plain(n *node, pod *fakePod, from netip.Addr, target netip.AddrP
 	return n.dial(w.t, pod.inbound, from, target)
 }
 
-func (n *node) dial(t testing.TB, l *net.TCPListener, from netip.Addr, target netip.AddrPort) *net.TCPConn {
+func (n *node) dial(t testing.TB, l net.Listener, from netip.Addr, target netip.AddrPort) *net.TCPConn {
 	t.Helper()
 	conn, err := net.DialTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), l.Addr().(*net.TCPAddr))
 	if err != nil {
@@ -239,8 +240,8 @@ func (t *targets) set(client, target netip.AddrPort) {
 	t.known.Broadcast()
 }
 
-func (t *targets) of(c *net.TCPConn) (destination, client netip.AddrPort) {
-	client = addrPort(c.RemoteAddr())
+func (t *targets) of(c *netns.Conn) (destination, client netip.AddrPort) {
+	client = c.Remote()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for {
@@ -253,9 +254,10 @@ func (t *targets) of(c *net.TCPConn) (destination, client netip.AddrPort) {
 
 // fakePod is a Pod on loopback addresses.
 type fakePod struct {
-	uid                       string
-	addr                      netip.Addr
-	outbound, inbound, tunnel *net.TCPListener
+	uid               string
+	addr              netip.Addr
+	outbound, inbound *netns.Listener
+	tunnel            *net.TCPListener
 
 	mu     sync.Mutex
 	plain  int                       // DialDirect calls
@@ -266,14 +268,25 @@ type fakePod struct {
 func newFakePod(t testing.TB, uid, addr string) *fakePod {
 	t.Helper()
 	p := &fakePod{uid: uid, addr: netip.MustParseAddr(addr)}
-	for l, port := range map[**net.TCPListener]uint16{&p.outbound: 0, &p.inbound: 0, &p.tunnel: dataplane.PortTunnel} {
+	p.tunnel = listenOn(t, netip.AddrPortFrom(p.addr, dataplane.PortTunnel))
+	for _, l := range []**netns.Listener{&p.outbound, &p.inbound} {
 		var err error
-		if *l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(p.addr, port))); err != nil {
+		if *l, err = netns.TakeListener(listenOn(t, netip.AddrPortFrom(p.addr, 0))); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = (*l).Close() })
 	}
 	return p
+}
+
+func listenOn(t testing.TB, at netip.AddrPort) *net.TCPListener {
+	t.Helper()
+	l, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	return l
 }
 
 func (p *fakePod) workload(node string) dataplane.Workload {
@@ -283,10 +296,10 @@ func (p *fakePod) workload(node string) dataplane.Workload {
 	}
 }
 
-func (p *fakePod) UID() string                { return p.uid }
-func (p *fakePod) Outbound() *net.TCPListener { return p.outbound }
-func (p *fakePod) Inbound() *net.TCPListener  { return p.inbound }
-func (p *fakePod) Tunnel() *net.TCPListener   { return p.tunnel }
+func (p *fakePod) UID() string               { return p.uid }
+func (p *fakePod) Outbound() *netns.Listener { return p.outbound }
+func (p *fakePod) Inbound() *netns.Listener  { return p.inbound }
+func (p *fakePod) Tunnel() *net.TCPListener  { return p.tunnel }
 
 func (p *fakePod) DialTunnel(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
 	p.mu.Lock()
@@ -300,18 +313,32 @@ func (p *fakePod) DialTunnel(ctx context.Context, remote netip.AddrPort) (*net.T
 	return dialFrom(ctx, p.addr, remote)
 }
 
-func (p *fakePod) DialDirect(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error) {
+func (p *fakePod) DialDirect(ctx context.Context, remote netip.AddrPort) (*netns.Conn, error) {
 	p.mu.Lock()
 	p.plain++
 	p.mu.Unlock()
-	return dialFrom(ctx, p.addr, remote)
+	return connectFrom(ctx, p.addr, remote)
 }
 
-func (p *fakePod) DialApp(ctx context.Context, client, app netip.AddrPort) (Socket, error) {
+func (p *fakePod) DialApp(ctx context.Context, client, app netip.AddrPort) (*netns.Conn, error) {
 	p.mu.Lock()
 	p.apps = append(p.apps, client)
 	p.mu.Unlock()
-	return dialFrom(ctx, client.Addr(), app)
+	return connectFrom(ctx, client.Addr(), app)
+}
+
+func connectFrom(ctx context.Context, from netip.Addr, to netip.AddrPort) (*netns.Conn, error) {
+	c, err := dialFrom(ctx, from, to)
+	if err != nil {
+		return nil, err
+	}
+	return netns.Take(c)
+}
+
+// addrPort is a TCP address unmapped.
+func addrPort(a net.Addr) netip.AddrPort {
+	ap := a.(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }
 
 func dialFrom(ctx context.Context, from netip.Addr, to netip.AddrPort) (*net.TCPConn, error) {

@@ -38,6 +38,35 @@ func TestWhatIsOfferedKeepsItsPlace(t *testing.T) {
 	}
 }
 
+func TestEndIsOfferedBehindBytes(t *testing.T) {
+	c, s, _ := both(t)
+	offer(t, c, []byte("last"))
+	if !c.OfferEnd() {
+		t.Fatal("the end is not taken")
+	}
+	if c.Offer([]byte("late")) {
+		t.Error("bytes are taken behind the end")
+	}
+	heard := make(chan struct{})
+	go func() {
+		defer close(heard)
+		hbonetest.Read(t, s, "last")
+		hbonetest.ReadEOF(t, s)
+	}()
+	c.Push()
+	<-heard
+	if err := s.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	hbonetest.ReadEOF(t, c)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if c.OfferEnd() {
+		t.Error("a closed stream takes an end")
+	}
+}
+
 func TestPushSendsWhatManyOffered(t *testing.T) {
 	const n = 20
 	streams, done := make(chan hbone.Stream, n), make(chan struct{})

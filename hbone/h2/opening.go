@@ -46,17 +46,8 @@ func (o opening) Send(p []byte, end bool) int {
 	return n
 }
 
-// OnSettled calls f now, or when there is an outcome.
-func (o opening) OnSettled(f func()) {
-	o.conn.mu.Lock()
-	defer o.conn.mu.Unlock()
-	select {
-	case <-o.settled:
-		f()
-	default:
-		o.tell = f
-	}
-}
+// Settled is closed when there is an outcome.
+func (o opening) Settled() <-chan struct{} { return o.settled }
 
 // Answer tells the outcome. A stream is refused when the peer says that it did not process it,
 // and when the connection dies before the answer and nothing but CONNECT was sent: nothing is
@@ -77,7 +68,7 @@ func (o opening) Answer(ctx context.Context) (hbone.Stream, *hbone.Response, err
 		return nil, nil, o.uncertain(ctx.Err())
 	case o.answered: // an end that came behind it is for the stream's user
 		response := o.response
-		o.settled, o.tell, o.response = nil, nil, nil // an idle stream keeps none of it
+		o.settled, o.response = nil, nil // an idle stream keeps none of it
 		return o.stream, response, nil
 	case errors.Is(o.err, hbone.ErrRefused):
 		return nil, nil, o.err

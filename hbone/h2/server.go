@@ -15,6 +15,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/raceway-mesh/raceway/hbone"
+	"github.com/raceway-mesh/raceway/hbone/lazyctx"
 )
 
 // serverState is what only a server's connection has, guarded by conn.mu.
@@ -248,7 +249,8 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 		s.rejectLocked(503, true) // not REFUSED_STREAM, or the peer would try again at once
 		return
 	}
-	ctx, cancel := context.WithCancel(c.server.force)
+	ctx := lazyctx.New(c.server.force, 0)
+	cancel := func() { ctx.End(nil) }
 	s.cancel = cancel
 	r := &hbone.ServerRequest{
 		Protocol: protocol,

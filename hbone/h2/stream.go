@@ -44,10 +44,9 @@ type stream struct {
 
 	answered bool // with a 200; a server's with any status
 
-	// A client's, until Answer: settled is closed when response or err is there, and tell called.
+	// A client's, until Answer: settled is closed when response or err is there.
 	settled  chan struct{}
-	tell     func() // nil when nobody asked
-	early    bool   // DATA was sent before
+	early    bool // DATA was sent before
 	response *hbone.Response
 	status   int
 
@@ -200,9 +199,20 @@ func (s *stream) writeErrLocked() error {
 // CloseWrite sends END_STREAM. A client's that ends the stream has nobody wait for it who has more to
 // say: it may go with what is sent next.
 func (s *stream) CloseWrite() error {
+	s.conn.mu.Lock()
+	defer s.conn.release()
+	return s.closeWriteLocked()
+}
+
+// OfferEnd queues END_STREAM for whoever writes next.
+func (s *stream) OfferEnd() bool {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return s.closeWriteLocked() == nil
+}
+
+func (s *stream) closeWriteLocked() error {
 	c := s.conn
-	c.mu.Lock()
-	defer c.release()
 	if s.sentEnd && !s.closed {
 		return nil
 	}
@@ -288,9 +298,6 @@ func (s *stream) settleLocked() {
 	case <-s.settled:
 	default:
 		close(s.settled)
-		if s.tell != nil {
-			s.tell()
-		}
 	}
 }
 

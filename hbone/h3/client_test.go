@@ -257,8 +257,6 @@ func TestFirstBytesTravelWithConnect(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	settled := make(chan struct{})
-	o.OnSettled(func() { close(settled) })
 	if n := o.Send([]byte("GET /"), false); n != 5 {
 		t.Errorf("Send took %d bytes", n)
 	}
@@ -266,7 +264,7 @@ func TestFirstBytesTravelWithConnect(t *testing.T) {
 		t.Errorf("Send took %d bytes", n)
 	}
 	close(judged)
-	<-settled
+	<-o.Settled()
 	st, _, err := o.Answer(t.Context())
 	if err != nil {
 		t.Fatal(err)

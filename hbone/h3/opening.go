@@ -23,7 +23,6 @@ type reply struct {
 	settled chan struct{} // closed when one of the following is there
 
 	mu       sync.Mutex
-	tell     func() // nil when nobody asked
 	response *hbone.Response
 	status   int
 	err      error
@@ -40,9 +39,6 @@ func (r *reply) settle(response *hbone.Response, status int, err error) bool {
 	}
 	r.response, r.status, r.err = response, status, err
 	close(r.settled)
-	if r.tell != nil {
-		r.tell()
-	}
 	return true
 }
 
@@ -151,17 +147,8 @@ func (o *opening) sentBytes(p []byte, n int, end bool) int {
 	return n
 }
 
-// OnSettled calls f now, or when there is an outcome.
-func (o *opening) OnSettled(f func()) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	select {
-	case <-o.settled:
-		f()
-	default:
-		o.tell = f
-	}
-}
+// Settled is closed when there is an outcome.
+func (o *opening) Settled() <-chan struct{} { return o.settled }
 
 // Answer tells the outcome.
 func (o *opening) Answer(ctx context.Context) (hbone.Stream, *hbone.Response, error) {

@@ -153,6 +153,9 @@ func (s *stream) writeFrame(p []byte) (int, error) {
 // Offer takes nothing: quic-go packs what is written at the same time by itself, but may wait.
 func (s *stream) Offer([]byte) bool { return false }
 
+// OfferEnd does nothing, as Offer.
+func (s *stream) OfferEnd() bool { return false }
+
 // Push has nothing to send.
 func (s *stream) Push() {}
 

@@ -11,9 +11,11 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
 
 	"github.com/raceway-mesh/raceway/hbone"
 	"github.com/raceway-mesh/raceway/hbone/hbonetest"
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // application is one end of a connection whose other end first bytes are read from.
@@ -33,10 +35,31 @@ func firstOf(t *testing.T, room int) (app *net.TCPConn, first *hbone.First) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = dialed.Close(); _ = accepted.Close() })
-	if first, err = hbone.NewFirst(accepted.(*net.TCPConn), make([]byte, room)); err != nil {
+	if first, err = hbone.NewFirst(beginning{accepted.(*net.TCPConn)}, make([]byte, room)); err != nil {
 		t.Fatal(err)
 	}
 	return dialed.(*net.TCPConn), first
+}
+
+// beginning looks every millisecond.
+type beginning struct{ *net.TCPConn }
+
+func (b beginning) Notify(_ *hbone.Conn, ready chan<- struct{}) {
+	raw, err := b.SyscallConn()
+	if err != nil {
+		panic(err) // it is a socket
+	}
+	go func() {
+		for there := false; !there; time.Sleep(time.Millisecond) {
+			if raw.Control(func(fd uintptr) { there = nonblock.Ready(fd, unix.POLLIN|unix.POLLRDHUP) }) != nil {
+				return // it is closed
+			}
+		}
+		select {
+		case ready <- struct{}{}:
+		default:
+		}
+	}()
 }
 
 func say(t *testing.T, app *net.TCPConn, text string, end bool) {
