@@ -223,8 +223,8 @@ func (c *Conn) SetLinger(sec int) error {
 	return os.NewSyscallError("setsockopt SO_LINGER", unix.SetsockoptLinger(c.fd, unix.SOL_SOCKET, unix.SO_LINGER, &l))
 }
 
-// SetKeepAlive is SetKeepAliveConfig of a *net.TCPConn, with all of c.
-func (c *Conn) SetKeepAlive(cfg net.KeepAliveConfig) error {
+// SetKeepAliveConfig is that of a *net.TCPConn, with nothing left to defaults.
+func (c *Conn) SetKeepAliveConfig(cfg net.KeepAliveConfig) error {
 	if err := c.enter(); err != nil {
 		return err
 	}

@@ -65,13 +65,15 @@ func (l *Listener) AcceptConn() (*Conn, error) {
 		fd, remote, failure = acceptNow(int(listener))
 		return !errors.Is(failure, unix.EAGAIN)
 	})
-	if l.closed.Load() && err != nil {
+	switch {
+	case err == nil && failure == nil:
+		return newConn(fd, addrPort(remote)), nil
+	case l.closed.Load():
 		err = net.ErrClosed
+	case err == nil:
+		err = os.NewSyscallError("accept4", failure) // an OpError knows of this alone whether it passes
 	}
-	if err = errors.Join(err, os.NewSyscallError("accept4", failure)); err != nil {
-		return nil, &net.OpError{Op: "accept", Net: "tcp", Addr: l.addr, Err: err}
-	}
-	return newConn(fd, addrPort(remote)), nil
+	return nil, &net.OpError{Op: "accept", Net: "tcp", Addr: l.addr, Err: err}
 }
 
 // acceptNow passes over connections that were reset before anybody accepted them.

@@ -89,6 +89,38 @@ func TestListenerIsLikeOneOfPackageNet(t *testing.T) {
 	}
 }
 
+// Without descriptors a listener does not accept, and tells that this may pass.
+func TestAcceptFailsForAWhile(t *testing.T) {
+	l := listen(t, "127.0.0.1:0")
+	far, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	_, failed := l.AcceptConn()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	var passing interface{ Temporary() bool }
+	if !errors.Is(failed, unix.EMFILE) || !errors.As(failed, &passing) || !passing.Temporary() {
+		t.Errorf("AcceptConn = %v, of which the caller is not told that it passes", failed)
+	}
+	c, err := l.AcceptConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A socket that nobody waits for is not in Go's poller, and works all the same; one in the middle of
 // whose use it is closed stays open until that is over.
 func TestConnWithoutThePoller(t *testing.T) {

@@ -23,7 +23,7 @@ func (s *servedPod) serveInbound(live context.Context, conn *netns.Conn) {
 	destination, client := s.addresses(conn)
 	ctx, f := s.inboundFlow(live, telemetry.Peer{Addr: client}, destination, client.Addr())
 	f.attempt.Socket = conn
-	_ = conn.SetKeepAlive(keepAlive()) // without it a dead host is found later
+	_ = conn.SetKeepAliveConfig(keepAlive()) // without it a dead host is found later
 	source, err := newTCPLeg(conn, "the client")
 	if err == nil {
 		err = s.begin(f)

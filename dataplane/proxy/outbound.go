@@ -205,7 +205,7 @@ func (s *servedPod) dialDirect(ctx context.Context, f *flow, target netip.AddrPo
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", target, err)
 	}
-	_ = conn.SetKeepAlive(keepAlive()) // without it a dead host is found later
+	_ = conn.SetKeepAliveConfig(keepAlive()) // without it a dead host is found later
 	f.attempt.Socket = conn
 	return newTCPLeg(conn, "the destination")
 }

@@ -29,6 +29,7 @@ func Test(t *testing.T, with Connect) {
 		{"RequestAndResponseCarryTheirContent", with.testRequestAndResponseCarryTheirContent},
 		{"HalfCloseByClientDrainsReturnTraffic", with.testHalfCloseByClientDrainsReturnTraffic},
 		{"HalfCloseByServerLeavesRequestTrafficGoing", with.testHalfCloseByServerLeavesRequestTrafficGoing},
+		{"WhatIsOfferedArrivesWithItsEnd", with.testWhatIsOfferedArrivesWithItsEnd},
 		{"CloseWithoutCleanEndResetsThePeer", with.testCloseWithoutCleanEndResetsThePeer},
 		{"CloseUnblocksReadAndWrite", with.testCloseUnblocksReadAndWrite},
 		{"RejectAnswersWithStatus", with.testRejectAnswersWithStatus},

@@ -67,6 +67,28 @@ func (with Connect) testHalfCloseByClientDrainsReturnTraffic(t *testing.T) {
 	hbonetest.WaitStreams(t, p.Session, 0)
 }
 
+// A transport takes an offer or does not; what it took arrives once it is pushed.
+func (with Connect) testWhatIsOfferedArrivesWithItsEnd(t *testing.T) {
+	c, s, p := with.both(t)
+	for from, to := range map[hbone.Stream]hbone.Stream{c: s, s: c} {
+		if !from.Offer([]byte("offered")) {
+			hbonetest.Write(t, from, "offered")
+		}
+		if !from.OfferEnd() {
+			if err := from.CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		from.Push()
+		hbonetest.Read(t, to, "offered")
+		hbonetest.ReadEOF(t, to)
+		if from.Offer([]byte("late")) {
+			t.Error("bytes are taken behind the end")
+		}
+	}
+	hbonetest.WaitStreams(t, p.Session, 0)
+}
+
 func (with Connect) testHalfCloseByServerLeavesRequestTrafficGoing(t *testing.T) {
 	c, s, p := with.both(t)
 	hbonetest.Write(t, s, "greeting")
