@@ -154,6 +154,9 @@ func (r *relay) visit(i int, round *round) (next func()) {
 		return func() {}
 	}
 	defer r.leave()
+	if r.closing[i].Load() { // a look that comes late: an end is read as often as one asks
+		return func() {}
+	}
 	n, err := r.read(i, round)
 	switch {
 	case errors.Is(err, errAgain):

@@ -418,8 +418,11 @@ func TestVisitMovesBytesAndTheirEnd(t *testing.T) {
 		if next := r.visit(0, round); next != nil {
 			t.Error("the socket is to leave the lot")
 		}
-		if !slices.Equal(dst.deeds, want) {
-			t.Errorf("behind %q and an end came %q, want %q", said, dst.deeds, want)
+		if next := r.visit(0, round); next == nil {
+			t.Error("a socket that has ended is to be visited again")
+		}
+		if !slices.Equal(dst.deeds, want) || r.ended.Load() != 1 {
+			t.Errorf("behind %q and an end came %q, want %q; %d directions have ended", said, dst.deeds, want, r.ended.Load())
 		}
 		src.abort()
 	}
