@@ -91,7 +91,8 @@ func random(n int) []byte {
 	return b
 }
 
-// load opens connections, one after the other on each worker, until it is stopped.
+// load opens connections, one after the other on each worker, until it is stopped. A worker pauses
+// between two: a port is used again after a minute (TIME_WAIT), and a pod has 28,000 of them.
 type load struct {
 	cancel context.CancelFunc
 	done   sync.WaitGroup
@@ -107,6 +108,7 @@ func startLoad(t *testing.T, workers int, from *lab.Pod, to netip.AddrPort) *loa
 	for range workers {
 		l.done.Go(func() {
 			for ctx.Err() == nil {
+				time.Sleep(10 * time.Millisecond)
 				// Not ctx: a connection under way is to end by itself.
 				err := ask(context.WithoutCancel(ctx), from, to, nonce())
 				l.count.Add(1)
@@ -114,7 +116,6 @@ func startLoad(t *testing.T, workers int, from *lab.Pod, to netip.AddrPort) *loa
 					l.mu.Lock()
 					l.errs = append(l.errs, fmt.Errorf("%s: %w", time.Now().Format("15:04:05.000"), err))
 					l.mu.Unlock()
-					time.Sleep(5 * time.Millisecond) // refused at once is no reason to spin
 				}
 			}
 		})
