@@ -5,11 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // ErrUncertain marks an Open that failed after first bytes were sent and in a way that leaves
@@ -19,7 +16,8 @@ var ErrUncertain = errors.New("the peer may have handed on the first bytes")
 
 // Beginning is a socket that first bytes come from. Nobody else reads it while it is in an Open.
 type Beginning interface {
-	syscall.Conn
+	// Recv is read(2) without waiting: EAGAIN when there is nothing, 0 at the end.
+	Recv(p []byte) (int, error)
 	// Notify sends to ready, once, when there is something to read, an end or an error, be it after the
 	// Open. conn carries the stream.
 	Notify(conn *Conn, ready chan<- struct{})
@@ -36,7 +34,6 @@ type Beginning interface {
 // It belongs to the goroutine of the Open.
 type First struct {
 	from  Beginning
-	raw   syscall.RawConn
 	buf   []byte
 	n     int   // bytes of buf
 	sent  int   // of n, in the present stream
@@ -46,12 +43,8 @@ type First struct {
 }
 
 // NewFirst reads from as far as buf is long.
-func NewFirst(from Beginning, buf []byte) (*First, error) {
-	raw, err := from.SyscallConn()
-	if err != nil {
-		return nil, fmt.Errorf("read first bytes: %w", err)
-	}
-	return &First{from: from, raw: raw, buf: buf, ready: make(chan struct{}, 1)}, nil
+func NewFirst(from Beginning, buf []byte) *First {
+	return &First{from: from, buf: buf, ready: make(chan struct{}, 1)}
 }
 
 // Len is how many bytes were read; 0 of nil.
@@ -64,16 +57,10 @@ func (f *First) Len() int {
 
 // read takes what is there.
 func (f *First) read() {
-	var n int
-	var failure error
-	err := f.raw.Read(func(fd uintptr) bool {
-		n, failure = nonblock.Read(fd, f.buf[f.n:])
-		return true
-	})
-	switch {
-	case err == nil && errors.Is(failure, unix.EAGAIN):
-	case err != nil || failure != nil:
-		f.err = fmt.Errorf("read first bytes: %w", errors.Join(err, os.NewSyscallError("read", failure)))
+	switch n, err := f.from.Recv(f.buf[f.n:]); {
+	case errors.Is(err, unix.EAGAIN):
+	case err != nil:
+		f.err = fmt.Errorf("read first bytes: %w", os.NewSyscallError("read", err))
 	case n == 0:
 		f.ended = true
 	default:

@@ -37,7 +37,7 @@ type socket interface {
 
 // listeners are those that there are.
 func (p *Pod) listeners() []listener {
-	var all []listener
+	all := make([]listener, 0, 3)
 	if p.outbound != nil {
 		all = append(all, listener{p.outbound, "outbound", bpf.RacewayListenerLISTENER_OUTBOUND})
 	}
@@ -51,16 +51,22 @@ func (p *Pod) listeners() []listener {
 }
 
 func (p *Pod) listen() error {
-	var err error
-	if p.outbound, err = p.capturing(dataplane.PortOutbound, bpf.RacewayListenerLISTENER_OUTBOUND); err != nil {
+	// Where one cannot be made, the closed one that it was to replace stays: whoever accepts is told.
+	outbound, err := p.capturing(dataplane.PortOutbound, bpf.RacewayListenerLISTENER_OUTBOUND)
+	if err != nil {
 		return err
 	}
-	if p.inbound, err = p.capturing(dataplane.PortInbound, bpf.RacewayListenerLISTENER_INBOUND); err != nil {
+	p.outbound = outbound
+	inbound, err := p.capturing(dataplane.PortInbound, bpf.RacewayListenerLISTENER_INBOUND)
+	if err != nil {
 		return err
 	}
-	if p.tunnel, err = p.listenOn(dataplane.PortTunnel, bpf.RacewayListenerLISTENER_TUNNEL); err != nil {
+	p.inbound = inbound
+	tunnel, err := p.listenOn(dataplane.PortTunnel, bpf.RacewayListenerLISTENER_TUNNEL)
+	if err != nil {
 		return err
 	}
+	p.tunnel = tunnel
 	return p.registerTCP()
 }
 

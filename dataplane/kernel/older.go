@@ -246,8 +246,11 @@ func monotonic() time.Duration {
 }
 
 func (p *Pod) isListenerPort(port uint16) bool {
+	if port == 0 {
+		return false
+	}
 	for _, l := range p.listeners() {
-		if port != 0 && l.Addr().(*net.TCPAddr).AddrPort().Port() == port {
+		if l.Addr().(*net.TCPAddr).AddrPort().Port() == port {
 			return true
 		}
 	}

@@ -49,29 +49,32 @@ func newConn(fd int, remote netip.AddrPort) *Conn {
 // Take makes a Conn of c, which is closed. It is for connections that others make, as tests do.
 func Take(c *net.TCPConn) (*Conn, error) {
 	remote := c.RemoteAddr().(*net.TCPAddr).AddrPort()
-	file, err := c.File()
+	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
-	fd, err := unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	err = errors.Join(os.NewSyscallError("fcntl", err), file.Close(), c.Close())
-	if err == nil {
-		err = os.NewSyscallError("fcntl", unix.SetNonblock(fd, true)) // File.Fd has it block
-	}
-	if err != nil {
+	var fd int
+	var failure error
+	err = raw.Control(func(old uintptr) { fd, failure = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(err, os.NewSyscallError("fcntl", failure), c.Close()); err != nil {
 		return nil, err
 	}
 	return newConn(fd, netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port())), nil
 }
 
-// enter keeps the socket open until leave.
-func (c *Conn) enter() error {
-	for n := c.users.Load(); n > 0 && !c.closed.Load(); n = c.users.Load() {
+// do calls fn with the socket, which stays open meanwhile.
+func (c *Conn) do(fn func(fd int) error) error {
+	for {
+		n := c.users.Load()
+		if n == 0 || c.closed.Load() {
+			return net.ErrClosed
+		}
 		if c.users.CompareAndSwap(n, n+1) {
-			return nil
+			break
 		}
 	}
-	return net.ErrClosed
+	defer func() { _ = c.leave() }() // Close says what is to be said
+	return fn(c.fd)
 }
 
 func (c *Conn) leave() error {
@@ -84,7 +87,7 @@ func (c *Conn) leave() error {
 	return os.NewSyscallError("close", unix.Close(c.fd))
 }
 
-// poll has Go's poller know the socket. Its caller has entered.
+// poll has Go's poller know the socket. It is called within do.
 func (c *Conn) poll() (*polled, error) {
 	if p := c.polled.Load(); p != nil {
 		return p, nil
@@ -109,10 +112,11 @@ func (c *Conn) poll() (*polled, error) {
 
 // wait calls use with the socket as a file.
 func (c *Conn) wait(use func(*polled) error) error {
-	if err := c.enter(); err != nil {
-		return err
-	}
-	defer func() { _ = c.leave() }() // Close says what is to be said
+	return c.do(func(int) error { return c.waitIn(use) })
+}
+
+// waitIn is wait within do.
+func (c *Conn) waitIn(use func(*polled) error) error {
 	p, err := c.poll()
 	if err != nil {
 		return err
@@ -157,26 +161,26 @@ func (c *Conn) Close() error {
 }
 
 // Recv is read(2), which does not wait: EAGAIN when there is nothing, 0 at the end.
-func (c *Conn) Recv(p []byte) (int, error) {
-	if err := c.enter(); err != nil {
-		return 0, err
-	}
-	n, err := nonblock.Read(uintptr(c.fd), p)
-	_ = c.leave() // as in wait
+func (c *Conn) Recv(p []byte) (n int, err error) {
+	err = c.do(func(fd int) error {
+		n, err = nonblock.Read(uintptr(fd), p)
+		return err
+	})
 	return n, err
 }
 
 // Send writes as much of p as the socket takes, and returns EAGAIN when that is not all.
 func (c *Conn) Send(p []byte) (sent int, err error) {
-	if err := c.enter(); err != nil {
-		return 0, err
-	}
-	for sent < len(p) && err == nil {
-		var n int
-		n, err = nonblock.Write(uintptr(c.fd), p[sent:])
-		sent += n
-	}
-	_ = c.leave() // as in wait
+	err = c.do(func(fd int) error {
+		for sent < len(p) {
+			n, err := nonblock.Write(uintptr(fd), p[sent:])
+			sent += n
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 	return sent, err
 }
 
@@ -203,11 +207,7 @@ func (c *Conn) await(wait func(syscall.RawConn, func(fd uintptr) bool) error, ev
 
 // CloseWrite ends our direction.
 func (c *Conn) CloseWrite() error {
-	if err := c.enter(); err != nil {
-		return err
-	}
-	defer func() { _ = c.leave() }() // as in wait
-	return os.NewSyscallError("shutdown", unix.Shutdown(c.fd, unix.SHUT_WR))
+	return c.do(func(fd int) error { return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_WR)) })
 }
 
 // SetLinger is that of a *net.TCPConn.
@@ -216,39 +216,33 @@ func (c *Conn) SetLinger(sec int) error {
 	if sec < 0 {
 		l = unix.Linger{}
 	}
-	if err := c.enter(); err != nil {
-		return err
-	}
-	defer func() { _ = c.leave() }() // as in wait
-	return os.NewSyscallError("setsockopt SO_LINGER", unix.SetsockoptLinger(c.fd, unix.SOL_SOCKET, unix.SO_LINGER, &l))
+	return c.do(func(fd int) error {
+		return os.NewSyscallError("setsockopt SO_LINGER", unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &l))
+	})
 }
 
 // SetKeepAliveConfig is that of a *net.TCPConn, with nothing left to defaults.
 func (c *Conn) SetKeepAliveConfig(cfg net.KeepAliveConfig) error {
-	if err := c.enter(); err != nil {
-		return err
-	}
-	defer func() { _ = c.leave() }() // as in wait
 	enable := 0
 	if cfg.Enable {
 		enable = 1
 	}
-	return errors.Join(
-		setInt(c.fd, "TCP_KEEPIDLE", unix.SOL_TCP, unix.TCP_KEEPIDLE, int(cfg.Idle/time.Second)),
-		setInt(c.fd, "TCP_KEEPINTVL", unix.SOL_TCP, unix.TCP_KEEPINTVL, int(cfg.Interval/time.Second)),
-		setInt(c.fd, "TCP_KEEPCNT", unix.SOL_TCP, unix.TCP_KEEPCNT, cfg.Count),
-		setInt(c.fd, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, enable),
-	)
+	return c.do(func(fd int) error {
+		return errors.Join(
+			setInt(fd, "TCP_KEEPIDLE", unix.SOL_TCP, unix.TCP_KEEPIDLE, int(cfg.Idle/time.Second)),
+			setInt(fd, "TCP_KEEPINTVL", unix.SOL_TCP, unix.TCP_KEEPINTVL, int(cfg.Interval/time.Second)),
+			setInt(fd, "TCP_KEEPCNT", unix.SOL_TCP, unix.TCP_KEEPCNT, cfg.Count),
+			setInt(fd, "SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, enable),
+		)
+	})
 }
 
 // Use calls fn with the socket, which stays open meanwhile.
 func (c *Conn) Use(fn func(fd int)) error {
-	if err := c.enter(); err != nil {
-		return err
-	}
-	defer func() { _ = c.leave() }() // as in wait
-	fn(c.fd)
-	return nil
+	return c.do(func(fd int) error {
+		fn(fd)
+		return nil
+	})
 }
 
 // SyscallConn is the socket itself. Its Read and Write call their function once without the poller: one
@@ -262,27 +256,21 @@ func (r *rawConn) Control(f func(fd uintptr)) error {
 }
 
 func (r *rawConn) Read(f func(fd uintptr) bool) error {
-	return r.do(f, syscall.RawConn.Read)
+	return r.try(f, syscall.RawConn.Read)
 }
 
 func (r *rawConn) Write(f func(fd uintptr) bool) error {
-	return r.do(f, syscall.RawConn.Write)
+	return r.try(f, syscall.RawConn.Write)
 }
 
-func (r *rawConn) do(f func(fd uintptr) bool, wait func(syscall.RawConn, func(fd uintptr) bool) error) error {
+func (r *rawConn) try(f func(fd uintptr) bool, wait func(syscall.RawConn, func(fd uintptr) bool) error) error {
 	c := (*Conn)(r)
-	if err := c.enter(); err != nil {
-		return err
-	}
-	defer func() { _ = c.leave() }() // as in wait
-	if c.polled.Load() == nil && f(uintptr(c.fd)) {
-		return nil
-	}
-	p, err := c.poll()
-	if err != nil {
-		return err
-	}
-	return c.explain(wait(p.raw, f))
+	return c.do(func(fd int) error {
+		if c.polled.Load() == nil && f(uintptr(fd)) {
+			return nil
+		}
+		return c.waitIn(func(p *polled) error { return wait(p.raw, f) })
+	})
 }
 
 // LocalAddr asks the socket. Like RemoteAddr it returns a *net.TCPAddr, an invalid one once the
@@ -290,16 +278,13 @@ func (r *rawConn) do(f func(fd uintptr) bool, wait func(syscall.RawConn, func(fd
 func (c *Conn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(c.Local()) }
 
 // Local is LocalAddr, and zero once the connection is closed.
-func (c *Conn) Local() netip.AddrPort {
-	if c.enter() != nil {
-		return netip.AddrPort{}
-	}
-	defer func() { _ = c.leave() }()     // as in wait
-	sa, err := syscall.Getsockname(c.fd) // see acceptNow
-	if err != nil {
-		return netip.AddrPort{}
-	}
-	return addrPort(sa)
+func (c *Conn) Local() (local netip.AddrPort) {
+	_ = c.do(func(fd int) error {
+		sa, err := syscall.Getsockname(fd) // see acceptNow
+		local = addrPort(sa)               // zero of none
+		return err
+	})
+	return local
 }
 
 // RemoteAddr is what was connected to, or who connected.

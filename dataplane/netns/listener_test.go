@@ -27,19 +27,25 @@ func listen(t *testing.T, at string) *netns.Listener {
 	return l
 }
 
+// connected is the two ends of a connection to l.
+func connected(t *testing.T, l *netns.Listener) (far net.Conn, c *netns.Conn) {
+	t.Helper()
+	far, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = far.Close() })
+	if c, err = l.AcceptConn(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return far, c
+}
+
 func TestListenerIsLikeOneOfPackageNet(t *testing.T) {
 	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
 		l := listen(t, at)
-		far, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer far.Close()
-		c, err := l.AcceptConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
+		far, c := connected(t, l)
 		if c.Local().String() != far.RemoteAddr().String() || c.Remote().String() != far.LocalAddr().String() {
 			t.Errorf("from %v to %v, but the other end says from %v to %v", c.Remote(), c.Local(), far.LocalAddr(), far.RemoteAddr())
 		}
@@ -124,16 +130,7 @@ func TestAcceptFailsForAWhile(t *testing.T) {
 // A socket that nobody waits for is not in Go's poller, and works all the same; one in the middle of
 // whose use it is closed stays open until that is over.
 func TestConnWithoutThePoller(t *testing.T) {
-	l := listen(t, "127.0.0.1:0")
-	far, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer far.Close()
-	c, err := l.AcceptConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	far, c := connected(t, listen(t, "127.0.0.1:0"))
 	var p [10]byte
 	if n, err := c.Recv(p[:]); n != 0 || !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("read %d, %v of nothing", n, err)

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"errors"
-	"syscall"
 
 	"github.com/raceway-mesh/raceway/hbone"
 )
@@ -10,21 +9,16 @@ import (
 // firstBytes lends what an application says before its tunnel is open a small buffer of the
 // pod's budget, as much as a peer of ours takes before it answers. Without one, first is nil and
 // nothing is read before. give ends the loan.
-func (s *servedPod) firstBytes(app *tcpLeg) (first *hbone.First, give func(), err error) {
+func (s *servedPod) firstBytes(app *tcpLeg) (first *hbone.First, give func()) {
 	w := windows{&s.buffers}
 	if !w.Take(smallBuffer) {
-		return nil, func() {}, nil
+		return nil, func() {}
 	}
 	buf := s.buffers.take(false)
-	give = func() {
+	return hbone.NewFirst(beginning{app, s.Proxy}, buf.p), func() {
 		s.buffers.give(buf)
 		w.Give(smallBuffer)
 	}
-	if first, err = hbone.NewFirst(beginning{app, s.Proxy}, buf.p); err != nil {
-		give()
-		return nil, nil, err
-	}
-	return first, give, nil
 }
 
 // beginning is an application's socket before its connection is up.
@@ -33,7 +27,7 @@ type beginning struct {
 	proxy *Proxy
 }
 
-func (b beginning) SyscallConn() (syscall.RawConn, error) { return b.conn.SyscallConn() }
+func (b beginning) Recv(p []byte) (int, error) { return b.conn.Recv(p) }
 
 // Notify has the lot that the connection is to be in tell.
 func (b beginning) Notify(tunnel *hbone.Conn, ready chan<- struct{}) {

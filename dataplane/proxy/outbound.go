@@ -95,10 +95,7 @@ func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg,
 
 // connect reaches what app asked for, and returns how many of its bytes went along.
 func (s *servedPod) connect(ctx context.Context, f *flow, app *tcpLeg, trace string) (out leg, early int, err error) {
-	first, give, err := s.firstBytes(app)
-	if err != nil {
-		return nil, 0, err
-	}
+	first, give := s.firstBytes(app)
 	defer give()
 	out, err = s.reach(ctx, f, trace, first)
 	return out, first.Len(), err

@@ -215,12 +215,14 @@ func (l *tcpLeg) abort() {
 	reset(l.conn)
 }
 
-// reset closes c so that the other end sees a reset and never a clean end.
-func reset(c interface {
+// lingering is a TCP socket.
+type lingering interface {
 	SetLinger(sec int) error
 	Close() error
-},
-) {
+}
+
+// reset closes c so that the other end sees a reset and never a clean end.
+func reset(c lingering) {
 	_ = c.SetLinger(0)
 	_ = c.Close()
 }

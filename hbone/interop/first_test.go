@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -35,23 +36,25 @@ func firstOf(t *testing.T, room int) (app *net.TCPConn, first *hbone.First) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = dialed.Close(); _ = accepted.Close() })
-	if first, err = hbone.NewFirst(beginning{accepted.(*net.TCPConn)}, make([]byte, room)); err != nil {
+	raw, err := accepted.(*net.TCPConn).SyscallConn()
+	if err != nil {
 		t.Fatal(err)
 	}
-	return dialed.(*net.TCPConn), first
+	return dialed.(*net.TCPConn), hbone.NewFirst(beginning{raw}, make([]byte, room))
 }
 
 // beginning looks every millisecond.
-type beginning struct{ *net.TCPConn }
+type beginning struct{ raw syscall.RawConn }
+
+func (b beginning) Recv(p []byte) (n int, err error) {
+	closed := b.raw.Control(func(fd uintptr) { n, err = nonblock.Read(fd, p) })
+	return n, errors.Join(closed, err)
+}
 
 func (b beginning) Notify(_ *hbone.Conn, ready chan<- struct{}) {
-	raw, err := b.SyscallConn()
-	if err != nil {
-		panic(err) // it is a socket
-	}
 	go func() {
 		for there := false; !there; time.Sleep(time.Millisecond) {
-			if raw.Control(func(fd uintptr) { there = nonblock.Ready(fd, unix.POLLIN|unix.POLLRDHUP) }) != nil {
+			if b.raw.Control(func(fd uintptr) { there = nonblock.Ready(fd, unix.POLLIN|unix.POLLRDHUP) }) != nil {
 				return // it is closed
 			}
 		}
