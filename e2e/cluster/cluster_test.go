@@ -7,12 +7,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/raceway-mesh/raceway/e2e/cluster"
 	"github.com/raceway-mesh/raceway/e2e/cluster/clustertest"
+	"github.com/raceway-mesh/raceway/e2e/lab"
 )
 
 // apps are a server on each node, with a probe of each kind and a client beside it.
@@ -296,10 +298,11 @@ func TestNothingOutlivesItsMaker(t *testing.T) {
 	}
 	_ = victim.Wait() // it was killed
 	deadline := time.Now().Add(20 * time.Second)
-	for alive := -1; alive != 0; time.Sleep(50 * time.Millisecond) {
-		if alive = processes(t); time.Now().After(deadline) {
-			t.Fatalf("%d processes of the cluster have outlived their maker", alive)
+	for alive := processes(t); len(alive) > 0; alive = processes(t) {
+		if time.Now().After(deadline) {
+			t.Fatalf("outlived their maker: %q", alive)
 		}
+		time.Sleep(50 * time.Millisecond)
 	}
 	found, err := cluster.Clean(t.Context())
 	if err != nil {
@@ -313,18 +316,31 @@ func TestNothingOutlivesItsMaker(t *testing.T) {
 	}
 }
 
-// processes counts what runs in the cluster's cgroups.
-func processes(t *testing.T) int {
+// processes are the commands that run in the cluster's cgroups.
+func processes(t *testing.T) []string {
 	t.Helper()
-	alive := 0
+	var alive []string
 	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, f := range files {
-		content, err := os.ReadFile(f)
-		if err == nil && strings.Contains(string(content), "/raceway-cluster/") {
-			alive++
+		// What cannot be read has just ended.
+		cgroup, err := os.ReadFile(f)
+		if err != nil || !strings.Contains(string(cgroup), "/raceway-cluster/") {
+			continue
+		}
+		dir := filepath.Dir(f)
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		running, err := lab.Running(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if command, err := os.ReadFile(filepath.Join(dir, "comm")); err == nil && running {
+			alive = append(alive, strings.TrimSpace(string(command)))
 		}
 	}
 	return alive
@@ -340,7 +356,7 @@ func TestAStartThatFailsLeavesNothing(t *testing.T) {
 	for _, left := range cluster.Leftovers() {
 		t.Error("left behind:", left)
 	}
-	if n := processes(t); n != 0 {
-		t.Errorf("%d processes were left behind", n)
+	if alive := processes(t); len(alive) > 0 {
+		t.Errorf("left behind: %q", alive)
 	}
 }

@@ -162,8 +162,7 @@ func (ctl *control) startControllers() (err error) {
 	}
 	ctl.managerProcess, err = ctl.launch("kube-controller-manager", append(conf("manager"),
 		"--service-account-private-key-file="+ctl.file("service-accounts.key"), "--root-ca-file="+ctl.file("ca.crt"),
-		"--use-service-account-credentials", "--allocate-node-cidrs=false", "--cluster-cidr="+strings.Join(pods, ","),
-		"--node-monitor-period=2s", "--node-monitor-grace-period=20s")...)
+		"--use-service-account-credentials", "--allocate-node-cidrs=false", "--cluster-cidr="+strings.Join(pods, ","))...)
 	if err != nil {
 		return err
 	}

@@ -142,6 +142,11 @@ func TestTrafficGoesOnWithoutTheAPIServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout=90s")
+	// A kubelet that is slow to find the API server again has its pods taken out of services, the
+	// cluster's DNS among them: that is Kubernetes, with or without the mesh.
+	for _, namespace := range []string{ns, "kube-system"} {
+		w.kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "pod", "--all", "--timeout=2m")
+	}
 	if clear, tunnels := seen(t, wire, mark); clear || tunnels == 0 {
 		t.Errorf("in clear %v, %d packets of tunnels", clear, tunnels)
 	}

@@ -362,13 +362,17 @@ func TestChildrenDieWithTheLabsProcess(t *testing.T) {
 	if !errors.As(err, &exit) || exit.ExitCode() != -1 {
 		t.Fatalf("the child did not kill itself: %v\n%s", err, output)
 	}
-	pid, err := os.ReadFile(pidFile)
+	content, err := os.ReadFile(pidFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(string(content))
 	if err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, func() bool {
-		_, err := os.Stat(filepath.Join("/proc", string(pid)))
-		return errors.Is(err, os.ErrNotExist)
+		running, err := lab.Running(pid)
+		return err == nil && !running
 	})
 	if _, err := lab.Remove(name); err != nil {
 		t.Error(err)

@@ -280,6 +280,12 @@ func ticks(fields []string, number int) (time.Duration, error) {
 	return time.Duration(n) * tick, nil
 }
 
+// Running reports whether a process goes on. One that nobody has reaped does not.
+func Running(pid int) (bool, error) {
+	_, running, err := startTime(pid)
+	return running, err
+}
+
 // startTime tells when a process started, in ticks since boot, and whether it still runs.
 func startTime(pid int) (started uint64, running bool, err error) {
 	fields, err := statFields(pid)
