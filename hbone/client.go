@@ -9,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -101,14 +102,27 @@ type Tunnel struct {
 	Conn     *Conn     // shared by the streams of a session; not to be modified
 	Reused   bool      // whether the session was there before
 
-	release func()
+	place place
 }
 
 // Close closes the stream and gives its place in the session back.
 func (t *Tunnel) Close() error {
 	err := t.Stream.Close()
-	t.release()
+	t.place.leave()
 	return err
+}
+
+// place is one in a session, until leave is called.
+type place struct {
+	client *Client
+	member *member
+	left   atomic.Bool
+}
+
+func (p *place) leave() {
+	if !p.left.Swap(true) {
+		p.client.release(p.member)
+	}
 }
 
 // Open makes a tunnel to r.Authority through a session of key: a pooled one with room, else
@@ -136,7 +150,7 @@ func (c *Client) OpenWith(ctx context.Context, key Key, r *Request, first *First
 	if err != nil {
 		return nil, err
 	}
-	t.Conn, t.Reused, t.release = m.conn, reused, sync.OnceFunc(func() { c.release(m) })
+	t.Conn, t.Reused, t.place.client, t.place.member = m.conn, reused, c, m
 	return t, nil
 }
 
@@ -148,13 +162,13 @@ type Flow struct {
 	Conn     *Conn // shared by the streams of a session; not to be modified
 	Reused   bool  // whether the session was there before
 
-	release func()
+	place place
 }
 
 // Close closes the flow and gives its place in the session back.
 func (f *Flow) Close() error {
 	err := f.DatagramStream.Close()
-	f.release()
+	f.place.leave()
 	return err
 }
 
@@ -174,7 +188,7 @@ func (c *Client) OpenDatagrams(ctx context.Context, key Key, r *Request, first [
 	if err != nil {
 		return nil, err
 	}
-	f.Conn, f.Reused, f.release = m.conn, reused, sync.OnceFunc(func() { c.release(m) })
+	f.Conn, f.Reused, f.place.client, f.place.member = m.conn, reused, c, m
 	return f, nil
 }
 

@@ -140,7 +140,7 @@ func CheckTraceParent(s string) error {
 		return errors.New("traceparent is not version-trace-parent-flags")
 	}
 	for _, part := range []string{version, trace, parent, flags} {
-		if strings.Trim(part, "0123456789abcdef") != "" {
+		if !isLowerHex(part) {
 			return fmt.Errorf("traceparent has %q where lower-case hexadecimal belongs", part)
 		}
 	}
@@ -162,13 +162,24 @@ func CheckTraceParent(s string) error {
 	return nil
 }
 
+func isLowerHex(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return true
+}
+
 // NewTraceParent starts a trace that is not sampled.
 func NewTraceParent() string {
 	var id [24]byte
 	for {
 		rand.Read(id[:]) // never returns an error (Go 1.24)
-		s := hex.EncodeToString(id[:])
-		if tp := "00-" + s[:32] + "-" + s[32:] + "-00"; CheckTraceParent(tp) == nil {
+		text := []byte("00-01234567890123456789012345678901-0123456789012345-00")
+		hex.Encode(text[3:], id[:16])
+		hex.Encode(text[36:], id[16:])
+		if tp := string(text); CheckTraceParent(tp) == nil {
 			return tp
 		}
 	}

@@ -42,7 +42,7 @@ func (m *member) load() int {
 // place in a session that is less loaded.
 func (c *Client) spread(ctx context.Context, m *member, newerThan uint64) *member {
 	c.mu.Lock()
-	stripe := c.stripeLocked(context.WithoutCancel(ctx), m.pool)
+	stripe := c.stripeLocked(ctx, m.pool)
 	c.mu.Unlock()
 	if stripe == nil {
 		return m
@@ -67,9 +67,9 @@ func (c *Client) spread(ctx context.Context, m *member, newerThan uint64) *membe
 	return better
 }
 
-// stripeLocked returns the dial for one more session, and nil where there is none. base lends it its
+// stripeLocked returns the dial for one more session, and nil where there is none. ctx lends it its
 // values.
-func (c *Client) stripeLocked(base context.Context, p *pool) *dial {
+func (c *Client) stripeLocked(ctx context.Context, p *pool) *dial {
 	for _, d := range p.dials {
 		if d.spare {
 			return d
@@ -80,7 +80,7 @@ func (c *Client) stripeLocked(base context.Context, p *pool) *dial {
 		return nil
 	}
 	p.nextStripe = now.Add(stripePause)
-	return c.startDialLocked(base, p, true)
+	return c.startDialLocked(context.WithoutCancel(ctx), p, true)
 }
 
 // stripesLocked counts the sessions that take streams, and those to come.

@@ -27,7 +27,7 @@ func (id ID) String() string {
 	if id.IsZero() {
 		return ""
 	}
-	return "spiffe://" + id.Principal()
+	return "spiffe://" + id.TrustDomain + "/ns/" + id.Namespace + "/sa/" + id.ServiceAccount
 }
 
 // Principal is the form that Istio's policies use: the URI without its scheme.

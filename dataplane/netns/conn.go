@@ -84,7 +84,7 @@ func (c *Conn) leave() error {
 	if p := c.polled.Load(); p != nil {
 		return p.file.Close()
 	}
-	return os.NewSyscallError("close", unix.Close(c.fd))
+	return os.NewSyscallError("close", nonblock.Close(uintptr(c.fd)))
 }
 
 // poll has Go's poller know the socket. It is called within do.
@@ -207,7 +207,7 @@ func (c *Conn) await(wait func(syscall.RawConn, func(fd uintptr) bool) error, ev
 
 // CloseWrite ends our direction.
 func (c *Conn) CloseWrite() error {
-	return c.do(func(fd int) error { return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_WR)) })
+	return c.do(func(fd int) error { return os.NewSyscallError("shutdown", nonblock.CloseWrite(uintptr(fd))) })
 }
 
 // SetLinger is that of a *net.TCPConn.
@@ -217,7 +217,7 @@ func (c *Conn) SetLinger(sec int) error {
 		l = unix.Linger{}
 	}
 	return c.do(func(fd int) error {
-		return os.NewSyscallError("setsockopt SO_LINGER", unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &l))
+		return os.NewSyscallError("setsockopt SO_LINGER", nonblock.Set(uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, &l))
 	})
 }
 
@@ -279,9 +279,8 @@ func (c *Conn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(c.Local()) 
 
 // Local is LocalAddr, and zero once the connection is closed.
 func (c *Conn) Local() (local netip.AddrPort) {
-	_ = c.do(func(fd int) error {
-		sa, err := syscall.Getsockname(fd) // see acceptNow
-		local = addrPort(sa)               // zero of none
+	_ = c.do(func(fd int) (err error) {
+		local, err = nonblock.Local(uintptr(fd))
 		return err
 	})
 	return local

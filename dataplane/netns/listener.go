@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // Listener is a *net.TCPListener whose connections are Conns: what package net spends on each, a place
@@ -59,15 +61,15 @@ func (l *Listener) Accept() (net.Conn, error) {
 // as are net.ErrClosed and os.ErrDeadlineExceeded.
 func (l *Listener) AcceptConn() (*Conn, error) {
 	var fd int
-	var remote syscall.Sockaddr
+	var remote netip.AddrPort
 	var failure error
 	err := l.raw.Read(func(listener uintptr) bool {
-		fd, remote, failure = acceptNow(int(listener))
+		fd, remote, failure = acceptNow(listener)
 		return !errors.Is(failure, unix.EAGAIN)
 	})
 	switch {
 	case err == nil && failure == nil:
-		return newConn(fd, addrPort(remote)), nil
+		return newConn(fd, remote), nil
 	case l.closed.Load():
 		err = net.ErrClosed
 	case err == nil:
@@ -77,25 +79,11 @@ func (l *Listener) AcceptConn() (*Conn, error) {
 }
 
 // acceptNow passes over connections that were reset before anybody accepted them.
-func acceptNow(listener int) (int, syscall.Sockaddr, error) {
+func acceptNow(listener uintptr) (int, netip.AddrPort, error) {
 	for {
-		// Package unix would ask the socket what protocol it has.
-		fd, remote, err := syscall.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-		if err != unix.EINTR && err != unix.ECONNABORTED { //nolint:errorlint // of this very call
+		if fd, remote, err := nonblock.Accept(listener); !errors.Is(err, unix.ECONNABORTED) {
 			return fd, remote, err
 		}
-	}
-}
-
-// addrPort of IPv4 in IPv6 is IPv4's.
-func addrPort(sa syscall.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *syscall.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *syscall.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
-	default:
-		return netip.AddrPort{}
 	}
 }
 

@@ -7,6 +7,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // ListenPacket makes a UDP socket in the namespace. The caller closes it.
@@ -28,7 +30,7 @@ func (n *Namespace) listenPacket(cfg ListenConfig) (*net.UDPConn, error) {
 	if err := setListenOptions(fd, cfg); err != nil {
 		return nil, err
 	}
-	if err := unix.Bind(fd, sockaddr(cfg.Addr)); err != nil {
+	if err := nonblock.Bind(uintptr(fd), cfg.Addr); err != nil {
 		return nil, os.NewSyscallError("bind", err)
 	}
 	conn, err := net.FilePacketConn(file)

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // ListenConfig says what Listen makes.
@@ -65,7 +67,7 @@ func (n *Namespace) listen(cfg ListenConfig) (*net.TCPListener, error) {
 	if err := setListenOptions(fd, cfg); err != nil {
 		return nil, err
 	}
-	if err := unix.Bind(fd, sockaddr(addr)); err != nil {
+	if err := nonblock.Bind(uintptr(fd), addr); err != nil {
 		return nil, os.NewSyscallError("bind", err)
 	}
 	if err := unix.Listen(fd, backlog); err != nil {
@@ -196,14 +198,14 @@ func prepareDial(fd int, cfg DialConfig) error {
 	if err != nil {
 		return err
 	}
-	return os.NewSyscallError("bind", unix.Bind(fd, sockaddr(cfg.Local)))
+	return os.NewSyscallError("bind", nonblock.Bind(uintptr(fd), cfg.Local))
 }
 
 func startConnect(fd int, cfg DialConfig) (connected bool, err error) {
-	switch err := unix.Connect(fd, sockaddr(cfg.Remote)); err {
-	case nil, unix.EISCONN:
+	switch err := nonblock.Connect(uintptr(fd), cfg.Remote); {
+	case err == nil, errors.Is(err, unix.EISCONN):
 		return true, nil
-	case unix.EINPROGRESS, unix.EINTR, unix.EALREADY:
+	case errors.Is(err, unix.EINPROGRESS), errors.Is(err, unix.EINTR), errors.Is(err, unix.EALREADY):
 	default:
 		return false, os.NewSyscallError("connect", err)
 	}
@@ -218,7 +220,7 @@ func startConnect(fd int, cfg DialConfig) (connected bool, err error) {
 
 // finished reports whether a connect that was begun has come to its end, and how.
 func finished(fd int) (bool, error) {
-	if _, err := syscall.Getpeername(fd); err == nil { // see acceptNow
+	if _, err := nonblock.Remote(uintptr(fd)); err == nil {
 		return true, nil
 	}
 	code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
@@ -288,15 +290,9 @@ func setTransparent(fd int, addr netip.Addr) error {
 }
 
 func setInt(fd int, name string, level, option, value int) error {
-	if err := unix.SetsockoptInt(fd, level, option, value); err != nil {
+	number := int32(value)
+	if err := nonblock.Set(uintptr(fd), level, option, &number); err != nil {
 		return os.NewSyscallError("setsockopt "+name, err)
 	}
 	return nil
-}
-
-func sockaddr(a netip.AddrPort) unix.Sockaddr {
-	if a.Addr().Is4() {
-		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
-	}
-	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
 }

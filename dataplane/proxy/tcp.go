@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/raceway-mesh/raceway/dataplane/netns"
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 var (
@@ -191,7 +192,8 @@ func (l *tcpLeg) closeWrite(last bool) error {
 func (l *tcpLeg) broken() error {
 	closed := false
 	err := l.conn.Use(func(fd int) {
-		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		var info unix.TCPInfo
+		err := nonblock.Get(uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO, &info)
 		closed = err != nil || info.State == tcpClosed
 	})
 	if err != nil || !closed {

@@ -192,7 +192,7 @@ func decideWorkload(s *dataplane.Snapshot, f Flow, w *dataplane.Workload, target
 		d.Reason = fmt.Sprintf("%s is captured, but its agent has not published that it takes UDP", w.Name)
 	case w.Captured:
 		d.Action = Tunnel
-		d.Reason = fmt.Sprintf("%s is captured", w.Name)
+		d.Reason = w.Name.String() + " is captured"
 	case w.Enrolled && s.Stale():
 		d.Action = Wait
 		d.Reason = fmt.Sprintf("%s is enrolled, and whether it is captured by now is not known", w.Name)

@@ -4,6 +4,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // tcpFacts is what of TCP_INFO is reported.
@@ -19,8 +21,8 @@ func tcpInfo(c syscall.Conn) (facts tcpFacts, ok bool) {
 		return tcpFacts{}, false
 	}
 	err = raw.Control(func(fd uintptr) {
-		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-		if err == nil {
+		var info unix.TCPInfo
+		if err := nonblock.Get(fd, unix.IPPROTO_TCP, unix.TCP_INFO, &info); err == nil {
 			facts, ok = tcpFacts{rttMicros: info.Rtt, retransmits: info.Total_retrans}, true
 		}
 	})

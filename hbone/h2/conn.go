@@ -43,7 +43,7 @@ const (
 	maxControlFrame  = 128 << 10             // any frame but DATA
 	smallFrame       = 4 << 10               // any frame but DATA that costs no budget
 	rememberedResets = 256
-	maxSpare         = 16 // frames that a connection keeps the memory of
+	maxSpare         = 64 // frames that a connection keeps the memory of
 )
 
 // values are a transport's settings with its defaults.

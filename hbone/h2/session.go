@@ -63,8 +63,11 @@ func (s *session) Start(r *hbone.Request) (hbone.Opening, error) {
 	return o, nil
 }
 
+// connectFields is how many fields most requests have.
+const connectFields = 6
+
 func (s *session) begin(r *hbone.Request, protocol hbone.Protocol) (*opening, error) {
-	var fields []hpack.HeaderField
+	fields := make([]hpack.HeaderField, 0, connectFields)
 	err := r.ConnectFields(protocol, s.remote, func(name, value string) {
 		fields = append(fields, hpack.HeaderField{Name: name, Value: value, Sensitive: hbone.IsUnique(name)})
 	})

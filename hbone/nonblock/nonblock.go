@@ -1,5 +1,5 @@
-// Package nonblock reads, writes and polls sockets that are in non-blocking mode, as those of
-// package net are, and polls sets of them, behind Go's scheduler's back.
+// Package nonblock makes, reads, writes, polls and closes sockets that are in non-blocking mode, as
+// those of package net are, and polls sets of them, behind Go's scheduler's back.
 //
 // A system call of package syscall tells the scheduler that it may take long. That costs little,
 // but in a process that is idle between two messages it also wakes the thread that looks after

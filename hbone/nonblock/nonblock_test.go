@@ -3,6 +3,7 @@ package nonblock_test
 import (
 	"bytes"
 	"errors"
+	"net/netip"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,82 @@ func pair(t *testing.T) (a, b uintptr) {
 		}
 	})
 	return uintptr(fds[0]), uintptr(fds[1])
+}
+
+// socket is one of TCP, bound to a port of loopback.
+func socket(t *testing.T, loopback netip.Addr) (uintptr, netip.AddrPort) {
+	t.Helper()
+	family := unix.AF_INET6
+	if loopback.Is4() {
+		family = unix.AF_INET
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := nonblock.Close(uintptr(fd)); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := nonblock.Bind(uintptr(fd), netip.AddrPortFrom(loopback, 0)); err != nil {
+		t.Fatal(err)
+	}
+	local, err := nonblock.Local(uintptr(fd))
+	if err != nil || local.Addr() != loopback || local.Port() == 0 {
+		t.Fatalf("bound to %v, %v", local, err)
+	}
+	return uintptr(fd), local
+}
+
+func TestConnectionsOfBothFamilies(t *testing.T) {
+	for _, loopback := range []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()} {
+		listener, at := socket(t, loopback)
+		client, _ := socket(t, loopback)
+		if err := nonblock.Connect(client, at); !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.EINPROGRESS) {
+			t.Errorf("connected to nobody: %v", err)
+		}
+		if err := unix.Listen(int(listener), 1); err != nil {
+			t.Fatal(err)
+		}
+		if fd, who, err := nonblock.Accept(listener); fd != -1 || who.IsValid() || !errors.Is(err, unix.EAGAIN) {
+			t.Errorf("accepted %d of %v, %v, where nobody connects", fd, who, err)
+		}
+		client, from := socket(t, loopback)
+		if who, err := nonblock.Remote(client); who.IsValid() || !errors.Is(err, unix.ENOTCONN) {
+			t.Errorf("the peer is %v, %v, before there is one", who, err)
+		}
+		if err := nonblock.Connect(client, at); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+			t.Fatal(err)
+		}
+		accepted, who, err := nonblock.Accept(listener)
+		if err != nil || who != from {
+			t.Fatalf("accepted %v, which is %v, %v", who, from, err)
+		}
+		if who, err := nonblock.Remote(client); who != at || err != nil {
+			t.Errorf("the peer is %v, %v, and not %v", who, err, at)
+		}
+		on := int32(1)
+		if err := nonblock.Set(client, unix.SOL_TCP, unix.TCP_NODELAY, &on); err != nil {
+			t.Error(err)
+		}
+		on = 0
+		if err := nonblock.Get(client, unix.SOL_TCP, unix.TCP_NODELAY, &on); on == 0 || err != nil {
+			t.Errorf("TCP_NODELAY is %d, %v", on, err)
+		}
+		if err := nonblock.CloseWrite(client); err != nil {
+			t.Error(err)
+		}
+		if n, err := nonblock.Read(uintptr(accepted), make([]byte, 1)); n != 0 || err != nil {
+			t.Errorf("read %d bytes and %v at the end", n, err)
+		}
+		if err := nonblock.Close(uintptr(accepted)); err != nil {
+			t.Error(err)
+		}
+		if err := nonblock.Close(^uintptr(0)); !errors.Is(err, unix.EBADF) {
+			t.Errorf("closed what is no socket: %v", err)
+		}
+	}
 }
 
 func TestReadAndWriteAsTheSystemCallsDo(t *testing.T) {
