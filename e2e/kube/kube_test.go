@@ -145,8 +145,9 @@ func (w *world) state() string {
 }
 
 // patience is how long a test waits for what must come. It is generous: nothing here asserts
-// speed.
-const patience = 60 * time.Second
+// speed, and after an outage each part of Kubernetes looks for the API server again only every
+// minute, one waiting for the other.
+const patience = 3 * time.Minute
 
 // eventually repeats probe until it returns nil.
 func eventually(t *testing.T, what string, probe func() error) {

@@ -54,7 +54,7 @@ func TestAnAgentThatIsKilledComesBack(t *testing.T) {
 	if clear, _ := seen(t, wire, mark); clear {
 		t.Error("a request went out in clear")
 	}
-	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout=90s")
+	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout="+patience.String())
 	after, err := w.count(t.Context(), ns, "loop")
 	if err != nil {
 		t.Fatal(err)
@@ -141,11 +141,11 @@ func TestTrafficGoesOnWithoutTheAPIServer(t *testing.T) {
 	if err := w.AwaitNodes(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout=90s")
+	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout="+patience.String())
 	// A kubelet that is slow to find the API server again has its pods taken out of services, the
 	// cluster's DNS among them: that is Kubernetes, with or without the mesh.
 	for _, namespace := range []string{ns, "kube-system"} {
-		w.kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "pod", "--all", "--timeout=2m")
+		w.kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "pod", "--all", "--timeout="+patience.String())
 	}
 	if clear, tunnels := seen(t, wire, mark); clear || tunnels == 0 {
 		t.Errorf("in clear %v, %d packets of tunnels", clear, tunnels)
@@ -202,7 +202,7 @@ func TestANodeThatRebootsCapturesItsPods(t *testing.T) {
 	w.kubectl(t, "-n", ns, "wait", "--for=jsonpath={.status.containerStatuses[0].restartCount}=1", "pod/eager", "--timeout=3m")
 	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout=3m")
 	w.captured(t, ns, true, "eager", "server2")
-	w.kubectl(t, "-n", ns, "wait", "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+	w.kubectl(t, "-n", ns, "wait", "--for=condition=Ready", "pod", "--all", "--timeout="+patience.String())
 	eventually(t, "eager is answered", func() error {
 		c, err := w.count(t.Context(), ns, "eager")
 		if err == nil && c.Done == c.Failed {

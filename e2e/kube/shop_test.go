@@ -115,7 +115,7 @@ spec: {ipFamilyPolicy: PreferDualStack, clusterIP: None, selector: {role: server
 func (w *world) run(t *testing.T, namespace string, pods ...pod) {
 	t.Helper()
 	var manifest strings.Builder
-	args := []string{"-n", namespace, "wait", "--for=condition=Ready", "--timeout=90s"}
+	args := []string{"-n", namespace, "wait", "--for=condition=Ready", "--timeout=" + patience.String()}
 	for _, p := range pods {
 		manifest.WriteString(p.manifest(namespace))
 		args = append(args, "pod/"+p.name)
