@@ -32,10 +32,7 @@ func (id ID) String() string {
 
 // Principal is the form that Istio's policies use: the URI without its scheme.
 func (id ID) Principal() string {
-	if id.IsZero() {
-		return ""
-	}
-	return id.TrustDomain + "/ns/" + id.Namespace + "/sa/" + id.ServiceAccount
+	return strings.TrimPrefix(id.String(), "spiffe://")
 }
 
 // URL is the URI form as a certificate's SAN wants it.

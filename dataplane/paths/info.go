@@ -4,7 +4,7 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 // info is false for a connection that is closed or not TCP. What the peer says to have got twice
@@ -15,7 +15,7 @@ func info(c syscall.Conn) (seen counts, rtt time.Duration, ok bool) {
 		return counts{}, 0, false
 	}
 	err = raw.Control(func(fd uintptr) {
-		i, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		i, err := nonblock.TCPInfo(fd)
 		if err != nil {
 			return
 		}

@@ -192,8 +192,7 @@ func (l *tcpLeg) closeWrite(last bool) error {
 func (l *tcpLeg) broken() error {
 	closed := false
 	err := l.conn.Use(func(fd int) {
-		var info unix.TCPInfo
-		err := nonblock.Get(uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO, &info)
+		info, err := nonblock.TCPInfo(uintptr(fd))
 		closed = err != nil || info.State == tcpClosed
 	})
 	if err != nil || !closed {

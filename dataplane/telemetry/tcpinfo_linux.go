@@ -3,8 +3,6 @@ package telemetry
 import (
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
@@ -21,8 +19,7 @@ func tcpInfo(c syscall.Conn) (facts tcpFacts, ok bool) {
 		return tcpFacts{}, false
 	}
 	err = raw.Control(func(fd uintptr) {
-		var info unix.TCPInfo
-		if err := nonblock.Get(fd, unix.IPPROTO_TCP, unix.TCP_INFO, &info); err == nil {
+		if info, err := nonblock.TCPInfo(fd); err == nil {
 			facts, ok = tcpFacts{rttMicros: info.Rtt, retransmits: info.Total_retrans}, true
 		}
 	})

@@ -199,8 +199,8 @@ func TestANodeThatRebootsCapturesItsPods(t *testing.T) {
 		t.Fatal(err)
 	}
 	wire := w.wire(t, 2)
-	w.kubectl(t, "-n", ns, "wait", "--for=jsonpath={.status.containerStatuses[0].restartCount}=1", "pod/eager", "--timeout=3m")
-	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout=3m")
+	w.kubectl(t, "-n", ns, "wait", "--for=jsonpath={.status.containerStatuses[0].restartCount}=1", "pod/eager", "--timeout="+patience.String())
+	w.kubectl(t, "-n", system, "rollout", "status", "daemonset/raceway-agent", "--timeout="+patience.String())
 	w.captured(t, ns, true, "eager", "server2")
 	w.kubectl(t, "-n", ns, "wait", "--for=condition=Ready", "pod", "--all", "--timeout="+patience.String())
 	eventually(t, "eager is answered", func() error {

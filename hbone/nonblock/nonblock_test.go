@@ -82,9 +82,11 @@ func TestConnectionsOfBothFamilies(t *testing.T) {
 		if err := nonblock.Set(client, unix.SOL_TCP, unix.TCP_NODELAY, &on); err != nil {
 			t.Error(err)
 		}
-		on = 0
-		if err := nonblock.Get(client, unix.SOL_TCP, unix.TCP_NODELAY, &on); on == 0 || err != nil {
+		if on, err := unix.GetsockoptInt(int(client), unix.SOL_TCP, unix.TCP_NODELAY); on == 0 || err != nil {
 			t.Errorf("TCP_NODELAY is %d, %v", on, err)
+		}
+		if info, err := nonblock.TCPInfo(client); info.State != unix.BPF_TCP_ESTABLISHED || info.Snd_mss == 0 || err != nil {
+			t.Errorf("TCP_INFO has state %d, MSS %d, %v", info.State, info.Snd_mss, err)
 		}
 		if err := nonblock.CloseWrite(client); err != nil {
 			t.Error(err)

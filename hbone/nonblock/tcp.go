@@ -27,7 +27,7 @@ func Accept(listener uintptr) (fd int, remote netip.AddrPort, err error) {
 // Connect is connect(2) of a socket of TCP: EINPROGRESS, EALREADY and EINTR while it goes on.
 func Connect(fd uintptr, to netip.AddrPort) error { return give(unix.SYS_CONNECT, fd, to) }
 
-// Bind is bind(2) of a socket of TCP.
+// Bind is bind(2) of a socket of TCP or UDP.
 func Bind(fd uintptr, to netip.AddrPort) error { return give(unix.SYS_BIND, fd, to) }
 
 func give(call, fd uintptr, address netip.AddrPort) error {
@@ -52,10 +52,11 @@ func Set[T any](fd uintptr, level, option int, value *T) error {
 	return do(unix.RawSyscall6(unix.SYS_SETSOCKOPT, fd, uintptr(level), uintptr(option), uintptr(unsafe.Pointer(value)), unsafe.Sizeof(*value), 0))
 }
 
-// Get is getsockopt(2). Of a value that the kernel knows less of, the rest stays as it is.
-func Get[T any](fd uintptr, level, option int, value *T) error {
-	size := uint32(unsafe.Sizeof(*value))
-	return do(unix.RawSyscall6(unix.SYS_GETSOCKOPT, fd, uintptr(level), uintptr(option), uintptr(unsafe.Pointer(value)), uintptr(unsafe.Pointer(&size)), 0))
+// TCPInfo is what the kernel tells of a connection (tcp(7)), zero what it does not know of.
+func TCPInfo(fd uintptr) (info unix.TCPInfo, err error) {
+	size := uint32(unix.SizeofTCPInfo)
+	err = do(unix.RawSyscall6(unix.SYS_GETSOCKOPT, fd, unix.IPPROTO_TCP, unix.TCP_INFO, uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0))
+	return info, err
 }
 
 // Local and Remote are getsockname(2) and getpeername(2) of a socket of TCP; zero of another.
