@@ -140,6 +140,43 @@ static __always_inline bool is_plain_tcp(struct __sk_buff *skb)
 	return skb->protocol == bpf_htons(ETH_P_IPV6) && (void *)(six + 1) <= end && six->nexthdr == IPPROTO_TCP;
 }
 
+/*
+ * The ends of a TCP segment with data, by direct access: false for one in fragments, one with IPv4 options or
+ * extension headers, and one whose headers are not in the linear part. src is t's local end.
+ */
+static __always_inline bool read_plain_data(struct __sk_buff *skb, struct tuple *t)
+{
+	void *header = (void *)(long)skb->data + ETH_HLEN;
+	void *end = (void *)(long)skb->data_end;
+	struct ipv6hdr *six = header;
+	struct iphdr *four = header;
+	struct tcphdr *tcp;
+	__u32 l4;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		tcp = (void *)(four + 1);
+		l4 = ETH_HLEN + sizeof(*four);
+		if ((void *)(tcp + 1) > end || four->version != 4 || four->ihl != 5 || four->protocol != IPPROTO_TCP ||
+		    four->frag_off & bpf_htons(IPV4_FRAGMENT))
+			return false;
+		addr_set_v4(&t->local, four->saddr);
+		addr_set_v4(&t->remote, four->daddr);
+	} else {
+		tcp = (void *)(six + 1);
+		l4 = ETH_HLEN + sizeof(*six);
+		if (skb->protocol != bpf_htons(ETH_P_IPV6) || (void *)(tcp + 1) > end || six->version != 6 ||
+		    six->nexthdr != IPPROTO_TCP)
+			return false;
+		__builtin_memcpy(&t->local, &six->saddr, sizeof(t->local));
+		__builtin_memcpy(&t->remote, &six->daddr, sizeof(t->remote));
+	}
+	if (tcp->syn || tcp->doff < 5 || skb->len <= l4 + tcp->doff * 4)
+		return false;
+	t->local_port = bpf_ntohs(tcp->source);
+	t->remote_port = bpf_ntohs(tcp->dest);
+	return true;
+}
+
 static __always_inline bool read_segment(struct __sk_buff *skb, const struct packet *p, struct segment *s)
 {
 	__u32 end;
