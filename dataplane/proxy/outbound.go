@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/raceway-mesh/raceway/certs/spiffe"
@@ -74,10 +75,11 @@ func (s *servedPod) refused(ctx context.Context, f *flow, err error) {
 // the destination has of the source already.
 func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg, early int) {
 	s.settle(f)
+	work := s.workOf(f)
+	work.Add(1)
 	record := s.cfg.Telemetry.Open(*f.attempt)
 	record.Sent(early)
 	f.attempt = nil // it keeps a snapshot
-	s.work.Add(1)
 	r := newRelay(source, destination)
 	r.share, r.look, r.buffers, r.lot = s.share, s.look, &s.buffers, s.lotOf(f.tunnel)
 	r.count = [2]func(int){record.Sent, record.Received}
@@ -88,9 +90,18 @@ func (s *servedPod) relay(ctx context.Context, f *flow, source, destination leg,
 		}
 		record.Close(flags, err)
 		s.leave(f)
-		s.work.Done()
+		work.Done()
 	}
 	s.carry(ctx, f, r)
+}
+
+// workOf is what waits for f, and cannot be over before: a tunnel that came over QUIC is from ServeUDP, which
+// ServePod awaits after it has waited for all others.
+func (s *servedPod) workOf(f *flow) *sync.WaitGroup {
+	if f.attempt.Direction == telemetry.Inbound && f.tunnel != nil && f.tunnel.Raw == nil {
+		return &s.udpWork
+	}
+	return &s.work
 }
 
 // connect reaches what app asked for, and returns how many of its bytes went along.

@@ -34,7 +34,7 @@ type servedPod struct {
 	large    budget
 	pending  budget
 	files    budget
-	work     sync.WaitGroup // connections accepted as plain TCP; tunnels are the server's
+	work     sync.WaitGroup // connections over TCP, plain or tunnelled
 	tlsError atomic.Pointer[hbone.TLSError]
 	retire   retirement
 	udp      atomic.Pointer[datagramPod] // nil while the pod's UDP is not served
@@ -43,7 +43,7 @@ type servedPod struct {
 	// TCP has ended, whatever tunnels that took.
 	serving context.Context
 	settled chan struct{}
-	udpWork sync.WaitGroup // ServeUDP, by joinUDP
+	udpWork sync.WaitGroup // ServeUDP, by joinUDP, and what its tunnels carry
 
 	mu    sync.Mutex
 	flows map[*flow]struct{}
