@@ -51,8 +51,9 @@ type Stream interface {
 // call the stream's methods. None is called after Close has returned but those that run.
 type Sink interface {
 	// Take is given bytes, which are the transport's again when it returns. It returns how
-	// many it took: fewer than all when it has no room.
-	Take(p []byte) int
+	// many it took: fewer than all when it has no room. last says that End(nil) comes right
+	// behind if all is taken; a transport need not know.
+	Take(p []byte, last bool) int
 	// Full is called after Take took less than all. Take is not called again before
 	// Stream.Resume. Until then the peer may send what the stream's window allows.
 	Full()
@@ -223,6 +224,8 @@ type ServerRequest struct {
 	// Context ends with the stream, the connection, the server's force, or when the Handler
 	// has returned.
 	Context context.Context
+	// Begun, if set, reports whether first bytes of the stream are there.
+	Begun func() bool
 
 	// Accept answers 200 and returns the stream; Reject answers with a status and ends it.
 	// AcceptDatagrams takes the place of Accept in a request for UDP; each is nil in requests

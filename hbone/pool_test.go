@@ -217,9 +217,9 @@ func TestResetIsToldToWhoOnlyWrites(t *testing.T) {
 // ends is a sink that tells of ends alone.
 type ends chan error
 
-func (e ends) Take(p []byte) int { return len(p) }
-func (e ends) Full()             {}
-func (e ends) End(err error)     { e <- err }
+func (e ends) Take(p []byte, _ bool) int { return len(p) }
+func (e ends) Full()                     {}
+func (e ends) End(err error)             { e <- err }
 
 func TestDeadPooledSessionLeadsToAFreshOne(t *testing.T) {
 	w := newWorld(t, nil)

@@ -51,7 +51,7 @@ func TestInboundCaptureAndDialApp(t *testing.T) {
 				if got, want := addrPort(in.RemoteAddr()), addrPort(client.LocalAddr()); got != want {
 					t.Errorf("client %v, want %v", got, want)
 				}
-				toApp, err := f.pod.DialApp(t.Context(), addrPort(in.RemoteAddr()), at)
+				toApp, err := f.pod.DialApp(t.Context(), addrPort(in.RemoteAddr()), at, false)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -74,7 +74,7 @@ func TestDialAppToClosedPortIsRefused(t *testing.T) {
 		f := enrolled(t, m)
 		for _, fam := range families() {
 			client := netip.AddrPortFrom(fam.of(f.db), 40000)
-			conn, err := f.pod.DialApp(t.Context(), client, netip.AddrPortFrom(fam.of(f.web), 9))
+			conn, err := f.pod.DialApp(t.Context(), client, netip.AddrPortFrom(fam.of(f.web), 9), false)
 			if err == nil {
 				conn.Close()
 			}
@@ -127,7 +127,7 @@ func TestInboundCaptureWithSYNCookies(t *testing.T) {
 			client := dial(t, f.db.Namespace, at)
 			in := accept(t, f.pod.Inbound())
 			send(t, client, in, "with a cookie")
-			toApp, err := f.pod.DialApp(t.Context(), addrPort(in.RemoteAddr()), at)
+			toApp, err := f.pod.DialApp(t.Context(), addrPort(in.RemoteAddr()), at, false)
 			if err != nil {
 				t.Fatal(err)
 			}

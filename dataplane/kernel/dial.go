@@ -43,7 +43,8 @@ const (
 var errCollision = errors.New("the source port belongs to a connection of the client itself")
 
 // DialApp connects to the application at one of the pod's addresses from the address of
-// the client, which is what the application then sees.
+// the client, which is what the application then sees. Where it has begun to speak, its first bytes
+// come right behind.
 //
 // The client may have connections to the application that are not ours: it connected
 // before the enrolment, or after a release. Their sockets are here too, and a SYN of ours
@@ -53,18 +54,18 @@ var errCollision = errors.New("the source port belongs to a connection of the cl
 // (it cannot use it twice); else, when client has port 0 or its port is taken, one from a
 // range that clients do not choose from. What collides even so is found out, and another
 // port is tried.
-func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*netns.Conn, error) {
+func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort, begun bool) (*netns.Conn, error) {
 	client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
 	app = netip.AddrPortFrom(app.Addr().Unmap(), app.Port())
 	if !slices.Contains(p.addrs, app.Addr()) {
 		return nil, fmt.Errorf("dial the application at %v: %v is not an address of the pod", app, app.Addr())
 	}
-	local, device := client, loopback
+	local, bound := client, loopbackIfindex
 	if slices.Contains(p.addrs, client.Addr()) {
 		// The pod itself, by way of a service. What goes from one of its own addresses to
 		// another is looked up in the local table before ours, and then counts as received
 		// on the interface that has the address, though it passes through lo.
-		device = ""
+		bound = 0
 	}
 	var err error
 	for range attempts {
@@ -76,7 +77,8 @@ func (p *Pod) DialApp(ctx context.Context, client, app netip.AddrPort) (*netns.C
 			Remote:      app,
 			Local:       local,
 			Transparent: true,
-			Device:      device,
+			Interface:   bound,
+			DeferACK:    begun,
 			Mark:        markApp,
 			Control:     p.d.claimSocket(bpf.RacewayListenerLISTENER_NONE),
 			Pending:     p.checkCollision(client.Addr(), app),

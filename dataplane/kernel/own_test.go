@@ -275,7 +275,7 @@ func TestDialAppAvoidsTheClientsOwnPorts(t *testing.T) {
 	free := netip.AddrPortFrom(f.db.V4, 40002)
 	for range 8 {
 		for _, client := range []netip.AddrPort{direct, captured, free} {
-			conn, err := f.pod.DialApp(t.Context(), client, at)
+			conn, err := f.pod.DialApp(t.Context(), client, at, false)
 			if err != nil {
 				t.Fatalf("for %v: %v", client, err)
 			}
@@ -304,7 +304,7 @@ func TestDialAppReachesThePodFromItself(t *testing.T) {
 			server := netnstest.Listen(t, f.web.Namespace, "tcp", at.String())
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			conn, err := f.pod.DialApp(ctx, netip.AddrPortFrom(fam.of(f.web), 40000), at)
+			conn, err := f.pod.DialApp(ctx, netip.AddrPortFrom(fam.of(f.web), 40000), at, false)
 			if err != nil {
 				t.Fatalf("%s: %v", fam.name, err)
 			}
@@ -321,7 +321,7 @@ func TestDialAppReachesThePodFromItself(t *testing.T) {
 func TestDialAppToForeignAddressFails(t *testing.T) {
 	netnstest.Require(t)
 	f := enrolled(t, modes()[0])
-	conn, err := f.pod.DialApp(t.Context(), netip.AddrPortFrom(f.db.V4, 40000), netip.AddrPortFrom(f.db.V4, 80))
+	conn, err := f.pod.DialApp(t.Context(), netip.AddrPortFrom(f.db.V4, 40000), netip.AddrPortFrom(f.db.V4, 80), false)
 	if err == nil {
 		conn.Close()
 		t.Error("dialed an address that is not the pod's as its application")

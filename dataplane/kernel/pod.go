@@ -192,8 +192,7 @@ func current[L any](p *Pod, l *L) L {
 func (d *Datapath) claimSocket(role bpf.RacewayListener) func(fd int) error {
 	owner := &bpf.RacewayOwner{Role: role}
 	return func(fd int) error {
-		key := uint32(fd)
-		if err := d.loaded.maps.Own.Put(&key, owner); err != nil {
+		if err := updateSocketStorage(d.loaded.maps.Own, fd, owner); err != nil {
 			return fmt.Errorf("mark a socket as the agent's: %w", err)
 		}
 		return nil

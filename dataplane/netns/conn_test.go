@@ -10,8 +10,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 	"github.com/raceway-mesh/raceway/dataplane/netns/netnstest"
+	"github.com/raceway-mesh/raceway/hbone/nonblock"
 )
 
 func connect(t *testing.T, ns *netns.Namespace, to net.Addr) *netns.Conn {
@@ -95,6 +98,66 @@ func TestConnLingers(t *testing.T) {
 			t.Errorf("linger %d: the other end read %v, want %v", linger, err, want)
 		}
 	}
+}
+
+// The first bytes take the ACK of the handshake along, and the end goes with the last bytes: each saves a
+// segment. Only a test that stands still for 200 ms sees them go by themselves, and is repeated.
+func TestACKAndEndGoWithBytes(t *testing.T) {
+	netnstest.Require(t)
+	ns := netnstest.New(t)
+	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
+		for _, c := range []struct {
+			name     string
+			deferACK bool
+			send     func(*netns.Conn, []byte) (int, error)
+			want     uint32
+		}{
+			{"each by itself", false, (*netns.Conn).Send, 4}, // SYN, ACK, bytes, FIN
+			{"the ACK with bytes", true, (*netns.Conn).Send, 3},
+			{"the end with bytes", false, (*netns.Conn).SendMore, 3},
+			{"all with bytes", true, (*netns.Conn).SendMore, 2},
+		} {
+			l := netnstest.Listen(t, ns, "tcp", at)
+			began := time.Now()
+			sent := segments(t, ns, l, c.deferACK, c.send)
+			for time.Since(began) > 100*time.Millisecond {
+				began = time.Now()
+				sent = segments(t, ns, l, c.deferACK, c.send)
+			}
+			if sent != c.want {
+				t.Errorf("%s, %s: %d segments, want %d", at, c.name, sent, c.want)
+			}
+		}
+	}
+}
+
+// segments connects, says "bye", and returns how many segments that took.
+func segments(t *testing.T, ns *netns.Namespace, l net.Listener, deferACK bool, send func(*netns.Conn, []byte) (int, error)) uint32 {
+	t.Helper()
+	c, err := ns.Connect(t.Context(), netns.DialConfig{Remote: l.Addr().(*net.TCPAddr).AddrPort(), DeferACK: deferACK})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := send(c, []byte("bye")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	var info unix.TCPInfo
+	if err := c.Use(func(fd int) { info, err = nonblock.TCPInfo(uintptr(fd)) }); err != nil || info.Segs_out == 0 {
+		t.Fatal(info, err)
+	}
+	far, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	if got, err := io.ReadAll(far); string(got) != "bye" || err != nil {
+		t.Fatalf("the other end read %q, %v", got, err)
+	}
+	return info.Segs_out
 }
 
 // Sockets that are made in stock belong to the namespace, and none is kept for long.

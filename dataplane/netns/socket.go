@@ -33,8 +33,11 @@ type DialConfig struct {
 	Local netip.AddrPort
 	// Transparent allows a Local that is not an address of the namespace.
 	Transparent bool
-	// Device binds the socket to the interface of that name; "" to none.
-	Device string
+	// Interface is the index of one that the socket is bound to; 0 is none.
+	Interface int
+	// DeferACK has the ACK that completes the handshake go with the first bytes, which come right
+	// behind; else it goes by itself 200 ms later.
+	DeferACK bool
 	// Mark is SO_MARK; zero sets none.
 	Mark uint32
 	// Control, if set, sees the socket before it is bound.
@@ -164,6 +167,11 @@ func prepareDial(fd int, cfg DialConfig) error {
 	if err := setInt(fd, "TCP_NODELAY", unix.SOL_TCP, unix.TCP_NODELAY, 1); err != nil {
 		return err
 	}
+	if cfg.DeferACK { // for this ACK alone: see the kernel's tcp_rcv_synsent_state_process
+		if err := setInt(fd, "TCP_QUICKACK", unix.SOL_TCP, unix.TCP_QUICKACK, 0); err != nil {
+			return err
+		}
+	}
 	if cfg.Transparent {
 		if err := setTransparent(fd, cfg.Remote.Addr()); err != nil {
 			return err
@@ -174,9 +182,9 @@ func prepareDial(fd int, cfg DialConfig) error {
 			return err
 		}
 	}
-	if cfg.Device != "" {
-		if err := unix.BindToDevice(fd, cfg.Device); err != nil {
-			return os.NewSyscallError("setsockopt SO_BINDTODEVICE", err)
+	if cfg.Interface != 0 {
+		if err := setInt(fd, "SO_BINDTOIFINDEX", unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, cfg.Interface); err != nil {
+			return err
 		}
 	}
 	if cfg.Control != nil {

@@ -42,7 +42,7 @@ func (s *servedPod) serveInbound(live context.Context, conn *netns.Conn) {
 	}
 	if err == nil {
 		// Not from the client's port: that connection's own socket is in the pod too.
-		app, err = s.admit(ctx, f, netip.AddrPortFrom(client.Addr(), 0))
+		app, err = s.admit(ctx, f, netip.AddrPortFrom(client.Addr(), 0), false)
 	}
 	if err != nil {
 		source.abort()
@@ -89,15 +89,16 @@ func (s *servedPod) permit(f *flow) error {
 	return nil
 }
 
-// admit permits f and dials the application from the client's address.
-func (s *servedPod) admit(ctx context.Context, f *flow, client netip.AddrPort) (*tcpLeg, error) {
+// admit permits f and dials the application from the client's address; begun says that the client's first
+// bytes are there.
+func (s *servedPod) admit(ctx context.Context, f *flow, client netip.AddrPort, begun bool) (*tcpLeg, error) {
 	if err := s.permit(f); err != nil {
 		return nil, err
 	}
 	patience := lazyctx.New(ctx, s.cfg.ConnectTimeout)
 	defer patience.End(nil)
 	app := f.guarded.request.Destination
-	conn, err := s.pod.DialApp(patience, client, app)
+	conn, err := s.pod.DialApp(patience, client, app, begun)
 	if err != nil {
 		return nil, &appError{app: app, err: err}
 	}
@@ -165,7 +166,7 @@ func (s *servedPod) serveTunnel(r *hbone.ServerRequest) {
 	err := s.checkTunnel(r, identityErr)
 	var app *tcpLeg
 	if err == nil {
-		app, err = s.admit(ctx, f, client)
+		app, err = s.admit(ctx, f, client, r.Begun != nil && r.Begun())
 	}
 	if err != nil {
 		r.Reject(statusOf(err))

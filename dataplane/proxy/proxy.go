@@ -48,8 +48,8 @@ type Pod interface {
 	DialTunnel(ctx context.Context, remote netip.AddrPort) (*net.TCPConn, error)
 	DialDirect(ctx context.Context, remote netip.AddrPort) (*netns.Conn, error)
 	// DialApp reaches the application at app from the client's address, and from its port
-	// where that is not 0 and is free.
-	DialApp(ctx context.Context, client, app netip.AddrPort) (*netns.Conn, error)
+	// where that is not 0 and is free. begun says that the client's first bytes come right behind.
+	DialApp(ctx context.Context, client, app netip.AddrPort, begun bool) (*netns.Conn, error)
 }
 
 // Certificates is where TLS configurations come from; *certs.Keeper is one.

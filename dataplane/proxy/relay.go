@@ -16,12 +16,11 @@ import (
 // leg is one end of a relayed connection. write goes on at the same time as what comes from
 // it; finish and abort end both from any goroutine.
 type leg interface {
-	// write returns how much was taken, and errAgain when a socket has no room for the rest.
-	write(p []byte) (int, error)
-	// writeLast is write for what closeWrite comes right behind, which may send it.
-	writeLast(p []byte) (int, error)
+	// write returns how much was taken, and errAgain when a socket has no room for the rest. What
+	// closeWrite comes right behind is the last, and may be left to it to send.
+	write(p []byte, last bool) (int, error)
 	// offer is write that never waits; r sends what was taken.
-	offer(p []byte, r *round) (int, error)
+	offer(p []byte, last bool, r *round) (int, error)
 	// closeWrite hands a clean end on; last says that finish comes right behind.
 	closeWrite(last bool) error
 	// offerEnd is closeWrite that never waits, or does nothing; r sends it.
@@ -168,7 +167,7 @@ func (r *relay) visit(i int, round *round) (next func()) {
 	taken := 0
 	if n > 0 && n < len(round.buf) {
 		var failed error
-		if taken, failed = r.legs[1-i].offer(round.buf[:n], round); taken > 0 {
+		if taken, failed = r.legs[1-i].offer(round.buf[:n], err != nil, round); taken > 0 {
 			r.count[i](taken)
 		}
 		if failed != nil && !errors.Is(failed, errAgain) {
@@ -334,12 +333,8 @@ func (r *relay) chunks(i int, src *tcpLeg, turn *turn) (moved int, more bool, er
 
 // send writes all of p, the last there is or not. It holds the turn on entry and gives it up to wait.
 func send(dst leg, p []byte, last bool, turn *turn, count func(int)) error {
-	write := dst.write
-	if last {
-		write = dst.writeLast
-	}
 	for {
-		n, err := write(p)
+		n, err := dst.write(p, last)
 		if n > 0 {
 			count(n)
 		}
@@ -366,7 +361,7 @@ var _ hbone.Sink = (*inlet)(nil)
 func (in *inlet) socket() *tcpLeg { return in.relay.legs[1-in.from].(*tcpLeg) }
 
 // Take never waits for the socket. It may wait for a turn: those are short.
-func (in *inlet) Take(p []byte) int {
+func (in *inlet) Take(p []byte, last bool) int {
 	r := in.relay
 	if !r.enter() {
 		return len(p) // nobody wants it any more
@@ -374,7 +369,7 @@ func (in *inlet) Take(p []byte) int {
 	defer r.leave()
 	turn := r.share.turn()
 	turn.acquire()
-	n, err := in.socket().write(p)
+	n, err := in.socket().write(p, last)
 	turn.recycle()
 	if n >= roundBuffer {
 		r.look.pass()

@@ -343,7 +343,7 @@ func TestUntimelyCloseOfASocketIsAReset(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n, err := leg.write([]byte("part")); n != 4 || err != nil {
+			if n, err := leg.write([]byte("part"), false); n != 4 || err != nil {
 				t.Fatal(n, err)
 			}
 			receive(t, client, "part")
@@ -372,12 +372,20 @@ func (l *told) note(deed string, p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (l *told) write(p []byte) (int, error)           { return l.note("write", p) }
-func (l *told) writeLast(p []byte) (int, error)       { return l.note("writeLast", p) }
-func (l *told) offer(p []byte, _ *round) (int, error) { return l.note("offer", p) }
-func (l *told) closeWrite(bool) error                 { return nil }
-func (l *told) finish()                               {}
-func (l *told) abort()                                {}
+func deedOf(verb string, last bool) string {
+	if last {
+		return verb + " last"
+	}
+	return verb
+}
+
+func (l *told) write(p []byte, last bool) (int, error) { return l.note(deedOf("write", last), p) }
+func (l *told) offer(p []byte, last bool, _ *round) (int, error) {
+	return l.note(deedOf("offer", last), p)
+}
+func (l *told) closeWrite(bool) error { return nil }
+func (l *told) finish()               {}
+func (l *told) abort()                {}
 func (l *told) offerEnd(bool, *round) bool {
 	_, _ = l.note("offerEnd", nil)
 	return true
@@ -410,7 +418,7 @@ func end(t *testing.T, from *net.TCPConn) {
 
 // A visit of the lot moves a message and the end behind it, and an end alone.
 func TestVisitMovesBytesAndTheirEnd(t *testing.T) {
-	for said, want := range map[string][]string{"bye": {"offer bye", "offerEnd "}, "": {"offerEnd "}} {
+	for said, want := range map[string][]string{"bye": {"offer last bye", "offerEnd "}, "": {"offerEnd "}} {
 		from, src, dst, r := toldRelay(t)
 		sendText(t, from, said)
 		end(t, from)
@@ -453,7 +461,7 @@ func TestEndRightBehindBytesGoesAlong(t *testing.T) {
 		sendText(t, from, "bye")
 		want, ended := []string{"write bye"}, errAgain
 		if ends {
-			want, ended = []string{"writeLast bye"}, io.EOF
+			want, ended = []string{"write last bye"}, io.EOF
 			end(t, from)
 		}
 		turn := r.share.turn()

@@ -18,22 +18,17 @@ func newStreamLeg(s hbone.Stream, name string) *streamLeg { return &streamLeg{st
 
 func (l *streamLeg) deliver(sink hbone.Sink) { l.stream.Deliver(sink) }
 
-// write waits for the peer's window.
-func (l *streamLeg) write(p []byte) (int, error) {
+// write waits for the peer's window. The last bytes it leaves to closeWrite if that needs no waiting.
+func (l *streamLeg) write(p []byte, last bool) (int, error) {
+	if last && l.stream.Offer(p) {
+		return len(p), nil
+	}
 	n, err := l.stream.Write(p)
 	return n, l.fail("write to", err)
 }
 
-// writeLast leaves p to closeWrite if that needs no waiting.
-func (l *streamLeg) writeLast(p []byte) (int, error) {
-	if l.stream.Offer(p) {
-		return len(p), nil
-	}
-	return l.write(p)
-}
-
 // offer has p sent with what others offer in r, or not at all.
-func (l *streamLeg) offer(p []byte, r *round) (int, error) {
+func (l *streamLeg) offer(p []byte, _ bool, r *round) (int, error) {
 	if !l.stream.Offer(p) {
 		return 0, errAgain
 	}

@@ -155,17 +155,19 @@ func (l *tcpLeg) read(p []byte) (int, error) {
 }
 
 // write never waits: it returns how much the socket took, and errAgain when that is not all.
-func (l *tcpLeg) write(p []byte) (int, error) {
-	n, err := l.conn.Send(p)
+func (l *tcpLeg) write(p []byte, last bool) (int, error) {
+	send := l.conn.Send
+	if last {
+		send = l.conn.SendMore
+	}
+	n, err := send(p)
 	if errors.Is(err, unix.EAGAIN) {
 		return n, errAgain
 	}
 	return n, l.fail("write to", err)
 }
 
-func (l *tcpLeg) writeLast(p []byte) (int, error) { return l.write(p) }
-
-func (l *tcpLeg) offer(p []byte, _ *round) (int, error) { return l.write(p) }
+func (l *tcpLeg) offer(p []byte, last bool, _ *round) (int, error) { return l.write(p, last) }
 
 func (l *tcpLeg) offerEnd(last bool, _ *round) bool { return l.closeWrite(last) == nil }
 

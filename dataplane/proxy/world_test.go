@@ -320,7 +320,7 @@ func (p *fakePod) DialDirect(ctx context.Context, remote netip.AddrPort) (*netns
 	return connectFrom(ctx, p.addr, remote)
 }
 
-func (p *fakePod) DialApp(ctx context.Context, client, app netip.AddrPort) (*netns.Conn, error) {
+func (p *fakePod) DialApp(ctx context.Context, client, app netip.AddrPort, _ bool) (*netns.Conn, error) {
 	p.mu.Lock()
 	p.apps = append(p.apps, client)
 	p.mu.Unlock()

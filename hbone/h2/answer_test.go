@@ -65,6 +65,32 @@ func TestAnswerGoesWithTheFirstBytes(t *testing.T) {
 	}
 }
 
+func TestServerKnowsWhetherFirstBytesAreThere(t *testing.T) {
+	begun := make(chan bool)
+	p := newPair(t, h2.Client{}, h2.Server{}, func(r *hbone.ServerRequest) {
+		begun <- r.Begun()
+		for deadline := time.Now().Add(10 * time.Second); !r.Begun() && time.Now().Before(deadline); {
+			time.Sleep(time.Millisecond)
+		}
+		begun <- r.Begun()
+	})
+	o, err := p.session.Start(&hbone.Request{Authority: "10.0.0.1:80"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Send(nil, false)
+	if <-begun {
+		t.Error("first bytes are there, but none were sent")
+	}
+	o.Send([]byte("question"), false)
+	if !<-begun {
+		t.Error("first bytes were sent, but none are there")
+	}
+	if _, _, err := o.Answer(t.Context()); err == nil { // the handler gives none
+		t.Error("the request was accepted")
+	}
+}
+
 func TestAnswerDoesNotWaitForAnApplicationThatIsSilent(t *testing.T) {
 	streams, done := make(chan hbone.Stream, 3), make(chan struct{})
 	p := newPair(t, h2.Client{}, h2.Server{}, hbonetest.Accepting(streams, done))

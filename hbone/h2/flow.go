@@ -89,7 +89,7 @@ func (f *flow) sendInParts(n int) error {
 func (f *flow) Deliver(sink hbone.DatagramSink) { f.inbox.Deliver(sink) }
 
 // Take finds the datagrams in what arrives. It always has room.
-func (f *flow) Take(p []byte) int {
+func (f *flow) Take(p []byte, _ bool) int {
 	foreign := f.capsules.Foreign
 	err := f.capsules.Feed(p, f.inbox.Arrived)
 	f.foreign.Add(f.capsules.Foreign - foreign)

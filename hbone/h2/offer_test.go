@@ -3,6 +3,7 @@ package h2_test
 import (
 	"bytes"
 	"io"
+	"slices"
 	"testing"
 	"time"
 
@@ -64,6 +65,48 @@ func TestEndIsOfferedBehindBytes(t *testing.T) {
 	}
 	if c.OfferEnd() {
 		t.Error("a closed stream takes an end")
+	}
+}
+
+// lasts is a sink that notes what it is told of the last bytes.
+type lasts struct {
+	said []bool
+	ends chan error
+}
+
+func (l *lasts) Take(p []byte, last bool) int {
+	l.said = append(l.said, last)
+	return len(p)
+}
+func (l *lasts) Full()         {}
+func (l *lasts) End(err error) { l.ends <- err }
+
+// A sink hears that bytes are the last when the end is there with them, whether they waited for it or not.
+func TestSinkIsToldOfTheLastBytes(t *testing.T) {
+	for name, early := range map[string]bool{"they come to it": false, "they wait for it": true} {
+		t.Run(name, func(t *testing.T) {
+			c, s, p := both(t)
+			l := &lasts{ends: make(chan error, 1)}
+			if !early {
+				s.Deliver(l)
+			}
+			hbonetest.Write(t, c, "first ")
+			offer(t, c, []byte("last"))
+			if !c.OfferEnd() {
+				t.Fatal("the end is not taken")
+			}
+			c.Push()
+			if early {
+				p.open(t) // the server answers it behind all that
+				s.Deliver(l)
+			}
+			if err := <-l.ends; err != nil {
+				t.Fatal(err)
+			}
+			if end := len(l.said) - 1; slices.Index(l.said, true) != end {
+				t.Errorf("told %v, want it of the last bytes alone", l.said)
+			}
+		})
 	}
 }
 

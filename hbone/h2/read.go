@@ -270,18 +270,19 @@ func (c *conn) readData(header http2.FrameHeader) error {
 	if s == nil {
 		return c.in.discard(size + padding)
 	}
+	end := header.Flags.Has(http2.FlagDataEndStream)
 	for left := size; left > 0; {
 		p, err := c.in.next(left)
 		if err != nil {
 			return err
 		}
 		left -= len(p)
-		s.arrived(p)
+		s.arrived(p, end && left == 0 && padding == 0)
 	}
 	if err := c.in.discard(padding); err != nil {
 		return err
 	}
-	s.complete(int(header.Length)-size, header.Flags.Has(http2.FlagDataEndStream))
+	s.complete(int(header.Length)-size, end)
 	return nil
 }
 

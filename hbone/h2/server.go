@@ -264,7 +264,7 @@ func (c *conn) connectLocked(f *http2.MetaHeadersFrame) {
 		fl = &flow{stream: s}
 		r.AcceptDatagrams = fl.accept
 	} else {
-		r.Accept = s.accept
+		r.Accept, r.Begun = s.accept, s.begun
 	}
 	r.Authority = authority.String()
 	for _, field := range f.RegularFields() {
@@ -302,6 +302,12 @@ func deepen(i int) byte { // what it does with i keeps the compiler from leaving
 }
 
 var errAnswered = errors.New("request was answered before")
+
+func (s *stream) begun() bool {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return s.in.size > 0
+}
 
 // accept answers with 200. A peer that has sent first bytes, and fewer than it might, waits for the
 // application's: the answer may wait for them as well, to go in one piece.

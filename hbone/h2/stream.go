@@ -221,7 +221,7 @@ func (s *stream) closeWriteLocked() error {
 	}
 	mayWait := s.recvEnd && c.client != nil && !c.draining && !c.pending.Load()
 	s.sentEnd = true
-	c.pushLocked(control{kind: controlEnd, stream: s.id})
+	c.pushEndLocked(s.id)
 	s.writable.Broadcast()
 	if s.recvEnd {
 		c.forgetLocked(s)
@@ -322,8 +322,9 @@ func (s *stream) Resume() bool {
 	defer c.release()
 	for s.in.size > 0 && !s.closed {
 		ch := s.in.pop()
+		last := s.recvEnd && s.in.size == 0
 		c.mu.Unlock()
-		n := s.sink.Take(ch.data[ch.r:ch.w])
+		n := s.sink.Take(ch.data[ch.r:ch.w], last)
 		c.mu.Lock()
 		s.consumedLocked(n)
 		if ch.r += n; ch.r < ch.w && !s.closed {
@@ -341,15 +342,15 @@ func (s *stream) Resume() bool {
 	return true
 }
 
-// arrived hands p on, unless the stream's user has closed it in the meantime. It is
-// readLoop's, as is complete.
-func (s *stream) arrived(p []byte) {
+// arrived hands p on, unless the stream's user has closed it in the meantime; last says that the end is
+// right behind. It is readLoop's, as is complete.
+func (s *stream) arrived(p []byte, last bool) {
 	c := s.conn
 	c.mu.Lock()
 	direct := s.sink != nil && !s.full && !s.closed
 	if direct {
 		c.mu.Unlock()
-		n := s.sink.Take(p)
+		n := s.sink.Take(p, last)
 		p = p[n:]
 		c.mu.Lock()
 		s.consumedLocked(n)

@@ -198,6 +198,16 @@ func (c *conn) pushLocked(f control) {
 	c.pending.Store(true)
 }
 
+// pushEndLocked queues END_STREAM, on the DATA frame that was queued right before if it is the stream's.
+func (c *conn) pushEndLocked(stream uint32) {
+	if n := len(c.control); n > 0 && c.control[n-1].kind == controlData && c.control[n-1].stream == stream {
+		c.control[n-1].end = true
+		c.pending.Store(true)
+		return
+	}
+	c.pushLocked(control{kind: controlEnd, stream: stream})
+}
+
 // writeControl writes what control holds. The Framer's errors are those of outgoing, which
 // has none, or of arguments that are ours.
 func (c *conn) writeControl() {

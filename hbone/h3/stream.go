@@ -220,7 +220,7 @@ func (s *stream) pump() {
 			return
 		}
 		for len(p) > 0 && !s.isClosed() {
-			n := s.sink.Take(p)
+			n := s.sink.Take(p, false)
 			if n == len(p) {
 				break
 			}
@@ -322,7 +322,7 @@ func (s *stream) Resume() bool {
 	p := s.waiting
 	s.mu.Unlock()
 	if len(p) > 0 {
-		n := s.sink.Take(p)
+		n := s.sink.Take(p, false)
 		s.mu.Lock()
 		s.waiting = p[n:]
 		s.mu.Unlock()

@@ -31,7 +31,7 @@ type room struct {
 	full chan struct{}
 }
 
-func (r *room) Take(p []byte) int {
+func (r *room) Take(p []byte, _ bool) int {
 	n := min(len(p), r.left)
 	r.left -= n
 	return n

@@ -42,6 +42,15 @@ func Write(fd uintptr, p []byte) (int, error) {
 	return again(func() (uintptr, unix.Errno) { return write(fd, p) })
 }
 
+// WriteMore is Write of what more comes right behind, or the end: the kernel may keep it back for that,
+// 200 ms at most (MSG_MORE in send(2)).
+func WriteMore(fd uintptr, p []byte) (int, error) {
+	if len(p) == 0 || len(p) > short {
+		return Write(fd, p)
+	}
+	return again(func() (uintptr, unix.Errno) { return writeMore(fd, p) })
+}
+
 // Ready reports whether one of events (poll(2)), an error or a hang-up is there; also when the
 // kernel does not tell.
 func Ready(fd uintptr, events int16) bool {

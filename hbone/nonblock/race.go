@@ -15,6 +15,10 @@ func read(fd uintptr, p []byte) (uintptr, unix.Errno) { return told(unix.Read(in
 
 func write(fd uintptr, p []byte) (uintptr, unix.Errno) { return told(unix.Write(int(fd), p)) }
 
+func writeMore(fd uintptr, p []byte) (uintptr, unix.Errno) {
+	return told(unix.SendmsgN(int(fd), p, nil, nil, unix.MSG_MORE|unix.MSG_NOSIGNAL))
+}
+
 func told(n int, err error) (uintptr, unix.Errno) {
 	var errno unix.Errno
 	errors.As(err, &errno) // it is no other

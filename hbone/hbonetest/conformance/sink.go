@@ -18,6 +18,7 @@ type sink struct {
 	mu   sync.Mutex
 	room int
 	got  bytes.Buffer
+	last bool // what it took was the last
 	full chan struct{}
 	ends chan error
 }
@@ -26,11 +27,15 @@ func newSink(room int) *sink {
 	return &sink{room: room, full: make(chan struct{}, 16), ends: make(chan error, 4)}
 }
 
-func (s *sink) Take(p []byte) int {
+func (s *sink) Take(p []byte, last bool) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.last {
+		s.got.WriteString("(behind the last bytes)")
+	}
 	n := min(len(p), s.room)
 	s.room -= n
+	s.last = last && n == len(p)
 	s.got.Write(p[:n])
 	return n
 }
