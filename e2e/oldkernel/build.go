@@ -29,11 +29,11 @@ func suites() []suite {
 
 // wantedModules are what Debian's kernel has apart.
 func wantedModules() []string {
-	return []string{"veth", "sch_ingress", "cls_bpf", "dummy", "bridge", "8021q", "ipvlan", "macvlan", "tun", "vxlan", "inet_diag", "tcp_diag"}
+	return []string{"veth", "sch_ingress", "cls_bpf", "dummy", "bridge", "8021q", "ipvlan", "macvlan", "tun", "vxlan", "inet_diag", "tcp_diag", "udp_diag", "nf_conntrack_netlink"}
 }
 
 // wantedPrograms are this machine's, which tests call.
-func wantedPrograms() []string { return []string{"ip", "tc", "sh", "sleep", "true"} }
+func wantedPrograms() []string { return []string{"ip", "sh", "sleep", "ss", "sysctl", "tc", "true"} }
 
 // unpackKernel downloads the newest kernel package and unpacks it, unless that was done.
 func (m machine) unpackKernel(ctx context.Context) (string, error) {
@@ -154,7 +154,7 @@ func copyModules(from, to string) error {
 		return err
 	}
 	for _, release := range releases {
-		for _, part := range []string{"kernel/net", "kernel/drivers/net"} {
+		for _, part := range []string{"kernel/lib", "kernel/net", "kernel/drivers/net"} {
 			source := filepath.Join(from, release.Name(), part)
 			if err := os.CopyFS(filepath.Join(to, release.Name(), part), os.DirFS(source)); err != nil {
 				return err
