@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/raceway-mesh/raceway/dataplane"
@@ -1274,4 +1276,32 @@ func (w *wire) udpFragmentsArrive(t *testing.T, port uint16, text string) bool {
 	second.Id, second.FragOffset = uint16(w.seq), 2
 	w.send(t, w.eth(layers.EthernetTypeIPv4), checksummed(second), gopacket.Payload(text))
 	return w.arrives(t, text)
+}
+
+// The qdisc that an interface got for two programs goes with the last of them.
+func TestReleasedUDPLeavesNoQdisc(t *testing.T) {
+	inUDPModes(t, func(t *testing.T, m mode) {
+		f := withUDP(t, m, kernel.UDPConfig{})
+		clsact := func() (there bool) {
+			netnstest.Do(t, f.web.Namespace, func() error {
+				l, err := netlink.LinkByIndex(f.web.InterfaceIndex)
+				if err != nil {
+					return err
+				}
+				qdiscs, err := netlink.QdiscList(l)
+				there = slices.ContainsFunc(qdiscs, func(q netlink.Qdisc) bool { return q.Type() == "clsact" })
+				return err
+			})
+			return there
+		}
+		if got, want := clsact(), m.tc == kernel.TCClsact; got != want {
+			t.Errorf("a clsact qdisc while captured: %v, want %v", got, want)
+		}
+		if err := f.pod.ReleaseUDP(); err != nil {
+			t.Fatal(err)
+		}
+		if clsact() {
+			t.Error("a clsact qdisc is left")
+		}
+	})
 }
