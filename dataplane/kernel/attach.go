@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -214,6 +215,17 @@ func filterName(r *record, at point) string {
 	return "raceway_" + at.pin + "_" + cookieName(r.Cookie)
 }
 
+// pinOf is the pin of the point whose filter f is, if it is one of r's.
+func pinOf(r *record, f netlink.Filter) (pin string, ours bool) {
+	b, ok := f.(*netlink.BpfFilter)
+	if !ok {
+		return "", false
+	}
+	rest, named := strings.CutPrefix(b.Name, "raceway_")
+	pin, ours = strings.CutSuffix(rest, "_"+cookieName(r.Cookie))
+	return pin, named && ours
+}
+
 func (d *Datapath) attachClsact(r *record, at point, prog *ebpf.Program) error {
 	return at.ns.Do(func() error {
 		l, err := netlink.LinkByIndex(at.ifindex)
@@ -330,11 +342,22 @@ func removeClsact(r *record, at point, l netlink.Link) error {
 	if i < 0 {
 		return nil
 	}
+	var left []netlink.Filter
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 		filters, err := netlink.FilterList(l, parent)
-		if err != nil || len(filters) > 0 {
+		if err != nil {
 			return err
 		}
+		left = append(left, filters...)
+	}
+	for _, f := range left {
+		if pin, ours := pinOf(r, f); ours { // the qdisc goes with the last of them
+			r.Qdiscs[i] = pin
+			return nil
+		}
+	}
+	if len(left) > 0 {
+		return nil
 	}
 	if err := ignoreMissing(netlink.QdiscDel(clsact(at.ifindex))); err != nil {
 		return fmt.Errorf("delete qdisc clsact: %w", err)

@@ -185,8 +185,8 @@ const icmpFilter = 1
 // hearRefusals has the socket get nothing but messages about unreachable ports, by lo.
 func hearRefusals(family int) func(fd int) error {
 	return func(fd int) error {
-		if err := unix.BindToDevice(fd, loopback); err != nil {
-			return os.NewSyscallError("setsockopt SO_BINDTODEVICE", err)
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, loopbackIfindex); err != nil {
+			return os.NewSyscallError("setsockopt SO_BINDTOIFINDEX", err)
 		}
 		if family == unix.AF_INET {
 			blocked := ^uint32(1 << icmpUnreachable)

@@ -43,8 +43,8 @@ const (
 var errCollision = errors.New("the source port belongs to a connection of the client itself")
 
 // DialApp connects to the application at one of the pod's addresses from the address of
-// the client, which is what the application then sees. Where it has begun to speak, its first bytes
-// come right behind.
+// the client, which is what the application then sees. Where the client has begun to speak, its
+// first bytes are to come right behind.
 //
 // The client may have connections to the application that are not ours: it connected
 // before the enrolment, or after a release. Their sockets are here too, and a SYN of ours

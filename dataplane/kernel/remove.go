@@ -225,16 +225,15 @@ func (r *remover) strayFiltersAt(rec *record, l netlink.Link, at point) error {
 	}
 	var errs []error
 	for _, f := range filters {
-		b, ok := f.(*netlink.BpfFilter)
-		if !ok || !strings.HasPrefix(b.Name, "raceway_") || !strings.HasSuffix(b.Name, "_"+cookieName(rec.Cookie)) {
+		var ours bool
+		if at.pin, ours = pinOf(rec, f); !ours {
 			continue
 		}
 		if err := ignoreMissing(netlink.FilterDel(f)); err != nil {
-			errs = append(errs, fmt.Errorf("delete filter %s of %s: %w", b.Name, l.Attrs().Name, err))
+			errs = append(errs, fmt.Errorf("delete filter %s of %s: %w", filterName(rec, at), l.Attrs().Name, err))
 			continue
 		}
-		r.note("filter %s of interface %s", b.Name, l.Attrs().Name)
-		at.pin = b.Name
+		r.note("filter %s of interface %s", filterName(rec, at), l.Attrs().Name)
 		errs = append(errs, removeClsact(&record{Qdiscs: []string{at.pin}}, at, l)) // as if it came with us
 	}
 	return errors.Join(errs...)

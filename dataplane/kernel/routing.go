@@ -16,10 +16,7 @@ import (
 	"github.com/raceway-mesh/raceway/dataplane/netns"
 )
 
-const (
-	loopback        = "lo"
-	loopbackIfindex = 1 // in every network namespace
-)
+const loopbackIfindex = 1 // in every network namespace
 
 // sysctlAcceptLocal lets datagrams that divert sends to lo come in there from the pod's own
 // address; IPv6 needs no leave.

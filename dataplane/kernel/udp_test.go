@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/raceway-mesh/raceway/dataplane"
@@ -1281,27 +1279,17 @@ func (w *wire) udpFragmentsArrive(t *testing.T, port uint16, text string) bool {
 // The qdisc that an interface got for two programs goes with the last of them.
 func TestReleasedUDPLeavesNoQdisc(t *testing.T) {
 	inUDPModes(t, func(t *testing.T, m mode) {
-		f := withUDP(t, m, kernel.UDPConfig{})
-		clsact := func() (there bool) {
-			netnstest.Do(t, f.web.Namespace, func() error {
-				l, err := netlink.LinkByIndex(f.web.InterfaceIndex)
-				if err != nil {
-					return err
-				}
-				qdiscs, err := netlink.QdiscList(l)
-				there = slices.ContainsFunc(qdiscs, func(q netlink.Qdisc) bool { return q.Type() == "clsact" })
-				return err
-			})
-			return there
-		}
-		if got, want := clsact(), m.tc == kernel.TCClsact; got != want {
-			t.Errorf("a clsact qdisc while captured: %v, want %v", got, want)
+		f := enrolled(t, m)
+		before := leftovers(t, f)
+		f.captureUDP(t, kernel.UDPConfig{})
+		if during := leftovers(t, f); m.tc == kernel.TCClsact && during == before {
+			t.Error("no qdisc is to be seen, so that its absence proves nothing")
 		}
 		if err := f.pod.ReleaseUDP(); err != nil {
 			t.Fatal(err)
 		}
-		if clsact() {
-			t.Error("a clsact qdisc is left")
+		if after := leftovers(t, f); after != before {
+			t.Errorf("before:\n%s\nafter:\n%s", before, after)
 		}
 	})
 }

@@ -59,7 +59,7 @@ func udpPoints(r *record, ns *netns.Namespace) []point {
 
 func (d *Datapath) detachUDP(r *record, ns *netns.Namespace) error {
 	var errs []error
-	for _, at := range slices.Backward(udpPoints(r, ns)) { // at last the one that an interface's qdisc came with
+	for _, at := range udpPoints(r, ns) {
 		errs = append(errs, d.detachTC(r, at))
 	}
 	if err := errors.Join(errs...); err != nil {

@@ -169,13 +169,13 @@ func (c *Conn) Recv(p []byte) (n int, err error) {
 	return n, err
 }
 
-// Send writes as much of p as the socket takes, and returns EAGAIN when that is not all.
-func (c *Conn) Send(p []byte) (int, error) { return c.send(nonblock.Write, p) }
-
-// SendMore is Send of what CloseWrite or Close comes right behind, which sends both in one packet if it can.
-func (c *Conn) SendMore(p []byte) (int, error) { return c.send(nonblock.WriteMore, p) }
-
-func (c *Conn) send(write func(uintptr, []byte) (int, error), p []byte) (sent int, err error) {
+// Send writes as much of p as the socket takes, and returns EAGAIN when that is not all. Behind the last
+// bytes CloseWrite or Close comes at once, which sends both in one packet if it can.
+func (c *Conn) Send(p []byte, last bool) (sent int, err error) {
+	write := nonblock.Write
+	if last {
+		write = nonblock.WriteMore
+	}
 	err = c.do(func(fd int) error {
 		for sent < len(p) {
 			n, err := write(uintptr(fd), p[sent:])

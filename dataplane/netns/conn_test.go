@@ -107,22 +107,21 @@ func TestACKAndEndGoWithBytes(t *testing.T) {
 	ns := netnstest.New(t)
 	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
 		for _, c := range []struct {
-			name     string
-			deferACK bool
-			send     func(*netns.Conn, []byte) (int, error)
-			want     uint32
+			name           string
+			deferACK, last bool
+			want           uint32
 		}{
-			{"each by itself", false, (*netns.Conn).Send, 4}, // SYN, ACK, bytes, FIN
-			{"the ACK with bytes", true, (*netns.Conn).Send, 3},
-			{"the end with bytes", false, (*netns.Conn).SendMore, 3},
-			{"all with bytes", true, (*netns.Conn).SendMore, 2},
+			{"each by itself", false, false, 4}, // SYN, ACK, bytes, FIN
+			{"the ACK with bytes", true, false, 3},
+			{"the end with bytes", false, true, 3},
+			{"all with bytes", true, true, 2},
 		} {
 			l := netnstest.Listen(t, ns, "tcp", at)
-			began := time.Now()
-			sent := segments(t, ns, l, c.deferACK, c.send)
-			for time.Since(began) > 100*time.Millisecond {
-				began = time.Now()
-				sent = segments(t, ns, l, c.deferACK, c.send)
+			var sent uint32
+			for standing := true; standing; {
+				began := time.Now()
+				sent = segments(t, ns, l, c.deferACK, c.last)
+				standing = time.Since(began) > 100*time.Millisecond
 			}
 			if sent != c.want {
 				t.Errorf("%s, %s: %d segments, want %d", at, c.name, sent, c.want)
@@ -132,14 +131,14 @@ func TestACKAndEndGoWithBytes(t *testing.T) {
 }
 
 // segments connects, says "bye", and returns how many segments that took.
-func segments(t *testing.T, ns *netns.Namespace, l net.Listener, deferACK bool, send func(*netns.Conn, []byte) (int, error)) uint32 {
+func segments(t *testing.T, ns *netns.Namespace, l net.Listener, deferACK, last bool) uint32 {
 	t.Helper()
 	c, err := ns.Connect(t.Context(), netns.DialConfig{Remote: l.Addr().(*net.TCPAddr).AddrPort(), DeferACK: deferACK})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if _, err := send(c, []byte("bye")); err != nil {
+	if _, err := c.Send([]byte("bye"), last); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.CloseWrite(); err != nil {

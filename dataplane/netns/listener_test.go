@@ -135,13 +135,13 @@ func TestConnWithoutThePoller(t *testing.T) {
 	if n, err := c.Recv(p[:]); n != 0 || !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("read %d, %v of nothing", n, err)
 	}
-	if n, err := c.Send([]byte("hello")); n != 5 || err != nil {
+	if n, err := c.Send([]byte("hello"), false); n != 5 || err != nil {
 		t.Errorf("wrote %d, %v", n, err)
 	}
 	if n, err := io.ReadFull(far, p[:5]); n != 5 || err != nil {
 		t.Fatal(n, err)
 	}
-	if n, err := c.Send(make([]byte, 64<<20)); n == 0 || !errors.Is(err, unix.EAGAIN) {
+	if n, err := c.Send(make([]byte, 64<<20), false); n == 0 || !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("wrote %d, %v to who reads nothing", n, err)
 	}
 	if err := c.Use(func(fd int) {
@@ -157,7 +157,7 @@ func TestConnWithoutThePoller(t *testing.T) {
 	if _, err := c.Recv(p[:]); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Recv after Close: %v", err)
 	}
-	if _, err := c.Send(p[:]); !errors.Is(err, net.ErrClosed) {
+	if _, err := c.Send(p[:], false); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Send after Close: %v", err)
 	}
 	if c.Local().IsValid() {

@@ -156,11 +156,7 @@ func (l *tcpLeg) read(p []byte) (int, error) {
 
 // write never waits: it returns how much the socket took, and errAgain when that is not all.
 func (l *tcpLeg) write(p []byte, last bool) (int, error) {
-	send := l.conn.Send
-	if last {
-		send = l.conn.SendMore
-	}
-	n, err := send(p)
+	n, err := l.conn.Send(p, last)
 	if errors.Is(err, unix.EAGAIN) {
 		return n, errAgain
 	}
